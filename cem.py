@@ -1,0 +1,610 @@
+"""Contrastive energy-based models (CEM) in plain PyTorch: networks, log-densities, losses, attack and samplers.
+
+    model = cem.ParametricCEM("resnet18", num_classes=10)            # p(x, y) = exp f(x, y) / Z, f = the logits
+    x_adv = cem.pgd(cem.potential("ce", model, y), x, eps=0.5)       # adversarial training's inner maximisation
+    loss, _ = cem.supervised_loss("at", model, x, y, x_adv)          # ... and its outer minimisation
+    x_new = cem.ascend(cem.potential("rcs", model, y), seeds, steps=8, step_size=0.25)        # draw images
+
+Images are float tensors (N, C, H, W) in [0, 1]; the channel normalisation is a layer of the model. Energies are negative
+log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k). This file needs torch and torchvision alone: copy it.
+
+Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455; [JEAT] Zhu et al., ICCV 2021, arXiv:2108.09093;
+[JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263; [PGD] Madry et al., ICLR 2018, arXiv:1706.06083.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+
+class CEMError(ValueError):
+    """Something that the caller can put right; the scripts print it as one line and exit with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- networks
+
+
+class ResNet(nn.Module):
+    """ResNet (He et al., 2016) for small images: 3x3 stem of stride 1, no max-pool; torchvision's parameter names."""
+
+    def __init__(self, block: type, depths: Sequence[int], width: int, in_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = width
+        for i, depth in enumerate(depths):
+            planes, blocks = width * 2**i, []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
+                out = planes * block.expansion
+                shortcut = None
+                if stride != 1 or channels != out:
+                    conv = nn.Conv2d(channels, out, 1, stride, bias=False)
+                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(out))
+                blocks.append(block(channels, planes, stride, shortcut))
+                channels = out
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.out_features = channels
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        x = F.relu(self.bn1(self.conv1(x)))
+        outputs = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            outputs.append(x := layer(x))
+        return outputs
+
+
+class WideBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        same = in_channels == channels
+        self.convShortcut = None if same else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(active)
+        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(active))))
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet (Zagoruyko and Komodakis, 2016) with the parameter names of the adversarial training literature.
+
+    Its four stages are the stem's output and the three groups'.
+    """
+
+    def __init__(self, blocks_per_group: int, channels: Sequence[int], in_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
+        for i in range(3):
+            wide = [WideBlock(channels[i], channels[i + 1], 1 if i == 0 else 2)]
+            wide += [WideBlock(channels[i + 1], channels[i + 1], 1) for _ in range(blocks_per_group - 1)]
+            self.add_module(f"block{i + 1}", nn.Sequential(OrderedDict(layer=nn.Sequential(*wide))))
+        self.bn1 = nn.BatchNorm2d(channels[-1])
+        self.out_features = channels[-1]
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        outputs = [x := self.conv1(x)]
+        for block in (self.block1, self.block2, self.block3):
+            outputs.append(x := block(x))
+        return outputs[:-1] + [F.relu(self.bn1(x))]
+
+
+ARCHS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> (width, in_channels) -> network
+    "resnet18": lambda width, c: ResNet(BasicBlock, (2, 2, 2, 2), width, c),
+    "resnet50": lambda width, c: ResNet(Bottleneck, (3, 4, 6, 3), width, c),
+    "wrn-28-10": lambda width, c: WideResNet(4, [16, *(width * 10 // 4 * 2**i for i in range(3))], c),
+}
+
+
+class _CEM(nn.Module):
+    """What both energy models share: pixel normalisation, the network, its stages and its pooled features."""
+
+    def __init__(self, arch, width, in_channels, mean, std, **config):
+        super().__init__()
+        if arch not in ARCHS:
+            raise CEMError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
+        if width < 1 or in_channels < 1:
+            raise CEMError("width and in_channels must be at least 1")
+        self.config = dict(arch=arch, width=width, in_channels=in_channels, **config)
+        self.net = ARCHS[arch](width, in_channels)
+        for module in self.net.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for name, value in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(value, dtype=torch.get_default_dtype()).expand(in_channels)
+            self.register_buffer(name, value.reshape(-1, 1, 1).clone())
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """x (N, C, H, W) in [0, 1] -> the outputs of the network's four stages, each (N, C_s, H_s, W_s)."""
+        return self.net.stages((x - self.mean) / self.std)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x (N, C, H, W) in [0, 1] -> g(x), the spatially pooled output of the last stage, (N, D)."""
+        return self.stages(x)[-1].mean((2, 3)).to(x.dtype)
+
+
+class ParametricCEM(_CEM):
+    """p(x, y) = exp f(x, y) / Z with f(x, y) = g(x)ᵀ w_y + b_y: a classifier read as an energy model ([JEM], [CEM] eq. 3).
+
+    `model(x)` maps x (N, C, H, W) in [0, 1], H and W at least 8, to logits f(x, ·) (N, num_classes) of x's dtype, also
+    under autocast. `width` is the stem's channel count (64 is the standard network); `mean` and `std` are the channel
+    normalisation, in [0, 1] units. Raises CEMError for an unknown arch.
+    """
+
+    def __init__(self, arch="resnet18", num_classes=10, width=64, in_channels=3, mean=0.5, std=0.25):
+        super().__init__(arch, width, in_channels, mean, std, num_classes=num_classes)
+        self.net.fc = nn.Linear(self.net.out_features, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net.fc(self.features(x)).to(x.dtype)
+
+
+class NonParametricCEM(_CEM):
+    """p(x, x') = exp f(x, x') / Z with f(x, x') = g(x)ᵀ g(x') / τ: a contrastive encoder as an energy model ([CEM] eq. 4).
+
+    `model(x)` maps x (N, C, H, W) in [0, 1], H and W at least 8, to g(x) (N, embed_dim) of unit length, through a two-layer
+    projection head; `features(x)` is what lies before the head. Other arguments as ParametricCEM's. Raises CEMError for an
+    unknown arch or a temperature that is not positive.
+    """
+
+    def __init__(self, arch="resnet18", embed_dim=128, temperature=0.3, width=64, in_channels=3, mean=0.5, std=0.25):
+        if not temperature > 0:
+            raise CEMError("the temperature must be positive")
+        super().__init__(arch, width, in_channels, mean, std, embed_dim=embed_dim, temperature=temperature)
+        self.temperature, dim = temperature, self.net.out_features
+        self.net.fc = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, embed_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.net.fc(self.features(x)).to(x.dtype), dim=1)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A frozen copy of `model` in eval mode, each BatchNorm that follows a convolution folded into its weights.
+
+    The same function of x up to rounding; attack and sampling run up to twice as fast on it.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(model.modules()):
+        pairs = []  # the names of a convolution and of the norm that is applied to its output
+        if isinstance(module, (ResNet, BasicBlock, Bottleneck)):
+            pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(module, f"conv{i}")]
+        elif isinstance(module, WideBlock):
+            pairs = [("conv1", "bn2")]
+        elif isinstance(module, nn.Sequential) and [type(m) for m in module] == [nn.Conv2d, nn.BatchNorm2d]:
+            pairs = [("0", "1")]
+        for conv, bn in pairs:
+            if isinstance(getattr(module, bn), nn.Identity):  # folded before
+                continue
+            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn)))
+            setattr(module, bn, nn.Identity())
+    return model.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------- log-densities and losses
+
+
+def log_joint(logits: Tensor, y: Tensor) -> Tensor:
+    """log p(x, y) + log Z = f(x, y), which is also log p(x | y) up to a constant. (N, K), (N,) -> (N,)."""
+    return logits.gather(1, y[:, None]).squeeze(1)
+
+
+def log_marginal(logits: Tensor) -> Tensor:
+    """log p(x) + log Z = LSE_k f(x, k). (N, K) -> (N,)."""
+    return logits.logsumexp(1)
+
+
+def log_posterior(logits: Tensor, y: Tensor) -> Tensor:
+    """log p(y | x) = f(x, y) - LSE_k f(x, k). (N, K), (N,) -> (N,)."""
+    return log_joint(logits, y) - log_marginal(logits)
+
+
+def consistency(logits: Tensor, logits_hat: Tensor, y: Tensor) -> Tensor:
+    """f(x, y) - f(x̂, y): its θ-gradient is the first half of the likelihood gradient ([CEM] eq. 10). -> (N,)."""
+    return log_joint(logits, y) - log_joint(logits_hat, y)
+
+
+def contrastive(logits_hat: Tensor, y: Tensor) -> Tensor:
+    """f(x̂, y) - E_ŷ f(x̂, ŷ), ŷ ~ p(y | x̂) held fixed: the second half of the likelihood gradient. -> (N,).
+
+    Its θ-gradient is that of log p(y | x̂): adversarial training's.
+    """
+    return log_joint(logits_hat, y) - (logits_hat.softmax(1).detach() * logits_hat).sum(1)
+
+
+def similarity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """f(x_i, x'_j) = z1_i · z2_j / τ, (N, D), (M, D) -> (N, M): an NP-CEM's logits, the candidates x' in the place of classes.
+
+    log_joint, log_posterior, consistency and contrastive apply to it as they stand. Importance sampling of the partition
+    function with the data as proposal is what restricts x' to the candidates ([CEM] section 3.2).
+    """
+    with torch.autocast(z1.device.type, enabled=False):  # three digits of bfloat16 are too few for a cosine over τ
+        return z1 @ z2.T / temperature
+
+
+def _others(z: Tensor, temperature: float) -> Tensor:
+    """f(x_i, x_j) of a batch with itself, (N, D) -> (N, N), -inf on the diagonal: no image is its own candidate."""
+    if len(z) < 2:
+        raise CEMError("a batch of one image has no others to be compared with: two or more, please")
+    return similarity(z, z, temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+
+
+def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean") -> Tensor:
+    """NT-Xent (Chen et al., 2020): -log p(positive | view) among the 2N - 1 other views of the batch.
+
+    z1, z2 (N, D), of unit length, row i of one the positive of row i of the other; the negatives are all other rows of both.
+    reduction "mean" -> (), over the 2N views; "none" -> (N,), each pair's mean over its two views.
+    """
+    if reduction not in ("mean", "none"):
+        raise CEMError(f"unknown reduction {reduction!r}: choose 'mean' or 'none'")
+    n = len(z1)
+    if len(z2) != n or n < 2:
+        raise CEMError("InfoNCE needs two views of the same two or more images: without others there is no negative")
+    positives = torch.arange(2 * n, device=z1.device).roll(n)
+    losses = -log_posterior(_others(torch.cat([z1, z2]), temperature), positives).view(2, n).mean(0)
+    return losses.mean() if reduction == "mean" else losses
+
+
+SUPERVISED_LOSSES = ("st", "at", "mle")
+
+
+def supervised_loss(name, model, x, y, x_adv=None, weight=0.1) -> tuple[Tensor, Tensor]:
+    """The outer minimisation of adversarial training -> (mean loss, the logits that the cross-entropy saw).
+
+    st   CE(x, y)
+    at   CE(x̂, y), x̂ = x_adv
+    mle  CE(x̂, y) + λ [f(x̂, y) - f(x, y)], λ = weight: both halves of the likelihood gradient ([CEM] section 3)
+    """
+    if name not in SUPERVISED_LOSSES:
+        raise CEMError(f"unknown loss {name!r}: choose one of {', '.join(SUPERVISED_LOSSES)}")
+    logits = model(x if name == "st" else x_adv)
+    loss = F.cross_entropy(logits, y)
+    if name == "mle" and weight:  # with weight 0 the clean images are not even seen by BatchNorm: exactly `at`
+        loss = loss - weight * consistency(model(x), logits, y).mean()
+    return loss, logits
+
+
+# ------------------------------------------------------------------------------------------ attack and samplers
+
+PARAMETRIC_SAMPLERS = {  # (logits f(x, ·), y) -> U(x)
+    "ta": log_posterior,  # targeted attack: log p(y | x)
+    "langevin": lambda logits, y: log_marginal(logits),  # log p(x)
+    "cs": log_joint,  # conditional sampling: log p(x | y)
+    "rcs": lambda logits, y: log_joint(logits, y) + log_marginal(logits),  # log p(x | y) + log p(x)
+}
+PARAMETRIC_ATTACKS = {
+    "ce": lambda logits, y: -log_posterior(logits, y),  # untargeted PGD: the cross-entropy
+}
+
+
+NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(x⁺), τ) -> U(x)
+    "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),
+    "maxent": lambda z, _, temperature: math.log(len(z) - 1) - log_marginal(_others(z, temperature)),
+}
+
+
+def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """The scalar potential U of a sampler or an attack, x (N, C, H, W) -> (N,), to be climbed by `ascend`.
+
+    P-CEM, with logits f(x, ·) = model(x) and labels y (N,):
+
+    ta        f(x, y) - LSE_k f(x, k)                    log p(y | x), the targeted attack
+    langevin  LSE_k f(x, k)                              log p(x); needs no y
+    cs        f(x, y)                                    log p(x | y)
+    rcs       f(x, y) + LSE_k f(x, k)                    log p(x | y) + log p(x)          ([CEM] section 4)
+    ce        LSE_k f(x, k) - f(x, y)                    the cross-entropy: the attack of adversarial training
+
+    NP-CEM, with f(x, x') = model(x) · model(x') / τ; the images of a batch are coupled:
+
+    pgd       InfoNCE(x_i, y_i; batch)                   y: the positives, images (N, C, H, W), held fixed
+    maxent    -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j)       the batch's entropy; needs no y
+
+    Raises CEMError for an unknown name, a missing y, or a model of the other kind.
+    """
+    parametric = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS
+    if name not in parametric and name not in NON_PARAMETRIC_SAMPLERS:
+        known = ", ".join((*parametric, *NON_PARAMETRIC_SAMPLERS))
+        raise CEMError(f"unknown potential {name!r}: choose one of {known}")
+    other = ParametricCEM if name in NON_PARAMETRIC_SAMPLERS else NonParametricCEM
+    if isinstance(model, other):
+        raise CEMError(f"potential {name!r} is not for a {other.__name__}")
+    if y is None and name not in ("langevin", "maxent"):
+        raise CEMError(f"potential {name!r} needs {'the positives' if name == 'pgd' else 'the labels'} y")
+    if name in parametric:
+        return lambda x: parametric[name](model(x), y)
+
+    positives = []
+
+    def climb(x: Tensor) -> Tensor:
+        if name == "pgd" and not positives:  # embedded at the first call, when `ascend` has put the model into eval mode
+            with torch.no_grad():
+                positives.append(model(y))
+        return NON_PARAMETRIC_SAMPLERS[name](model(x), *positives or [None], model.temperature)
+
+    return climb
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def _draw(random: Callable, shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
+    """random(shape) on like's device, from one generator or, row i from generator i, from one an image."""
+    if generator is None or isinstance(generator, torch.Generator):
+        where = like.device if generator is None else generator.device
+        return random(shape, generator=generator, dtype=like.dtype, device=where).to(like.device)
+    rows = [random(shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator]
+    return torch.stack(rows).to(like.device)
+
+
+def _per_image(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.dim() - 1))
+
+
+def _l2(x: Tensor) -> Tensor:
+    """The l2 norm of each image, shaped to multiply with x."""
+    return _per_image(torch.linalg.vector_norm(x.flatten(1), dim=1), x)
+
+
+def project(delta: Tensor, eps: float, norm: str) -> Tensor:
+    """The nearest point to delta (N, ...) in the l2 or linf ball of radius eps around 0, image by image."""
+    if norm == "linf":
+        return delta.clamp(-eps, eps)
+    return delta * (eps / _l2(delta).clamp_min(1e-12)).clamp(max=1)
+
+
+DIRECTIONS = {  # d(∇U): the gradient itself, scaled to unit length, or its sign
+    "none": lambda gradient: gradient,
+    "l2": lambda gradient: gradient / _l2(gradient).clamp_min(1e-12),
+    "linf": torch.sign,
+}
+
+
+@contextmanager
+def _undisturbed():
+    """Modules called inside are frozen and in eval mode; on exit, by exception too, they are as they were.
+
+    A forward hook finds them, so that any callable can be a potential, a lambda over a foreign network included.
+    Freezing spares the weight gradients; eval mode keeps BatchNorm's statistics.
+    """
+    modes, frozen = [], []
+
+    def freeze(module, _inputs):
+        if module.training:
+            modes.append(module)
+            module.training = False
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                frozen.append(parameter.requires_grad_(False))
+
+    hook = register_module_forward_pre_hook(freeze)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module in modes:
+            module.training = True
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def ascend(
+    potential: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    steps: int,
+    step_size: float,
+    norm: str = "l2",
+    noise: float = 0.0,
+    eps: float | None = None,
+    momentum: float = 0.0,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    generator: Generators = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Gradient ascent on a potential: the one loop behind attack, Langevin dynamics and all samplers.
+
+        v ← momentum v + d(∇ Σ_i U(x)_i);   x ← clip(project(x + step_size v + noise ξ)),   ξ ~ N(0, 1)
+
+    potential   x (N, ...) -> U (N,); images may be coupled. Networks in it run frozen and in eval mode meanwhile.
+    norm        d: "none" the gradient itself, "l2" scaled to unit length, "linf" its sign.
+    noise       standard deviation; √(2 step_size) with norm "none" is Langevin dynamics proper.
+    eps         radius of the ball around x, in `norm` ("l2" or "linf"), in which the iterates stay. None: no ball.
+    clip        range of the pixels, None for no clipping.
+    generator   of the noise: one, or a sequence of one an image (then an image does not depend on its batch).
+    start       where to begin, if not at x.
+
+    Returns the last iterate, detached; parameters, their .grad, BatchNorm statistics and train/eval mode are left as
+    they were, also when the potential raises. Raises CEMError for options out of range.
+    """
+    if norm not in DIRECTIONS:
+        raise CEMError(f"unknown norm {norm!r}: choose one of {', '.join(DIRECTIONS)}")
+    if steps < 0 or step_size < 0 or noise < 0 or (eps is not None and eps < 0):
+        raise CEMError("steps, step_size, noise and eps must not be negative")
+    if eps is not None and norm == "none":
+        raise CEMError("a ball (eps) needs norm 'l2' or 'linf'")
+    center = x.detach()
+    x = center.clone() if start is None else start.detach()
+    velocity = torch.zeros_like(x)
+    with _undisturbed(), torch.enable_grad():
+        for _ in range(steps):
+            x.requires_grad_(True)
+            (gradient,) = torch.autograd.grad(potential(x).sum(), x)
+            velocity = momentum * velocity + DIRECTIONS[norm](gradient)
+            x = x.detach() + step_size * velocity
+            if noise:
+                x = x + noise * _draw(torch.randn, x.shape, generator, x)
+            if eps is not None:
+                x = center + project(x - center, eps, norm)
+            if clip is not None:
+                x = x.clamp(*clip)
+    return x.detach()
+
+
+def pgd(
+    potential: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    eps: float,
+    norm: str = "l2",
+    step_size: float | None = None,
+    steps: int = 7,
+    random_start: bool = True,
+    generator: Generators = None,
+) -> Tensor:
+    """Projected gradient ascent inside the l2 or linf ball of radius eps (pixel units) around x, and inside [0, 1] ([PGD]).
+
+    x (N, C, H, W) in [0, 1]. step_size defaults to 2.5 eps / steps. The random start is uniform in the ball, then clipped.
+    """
+    if norm not in ("l2", "linf"):
+        raise CEMError(f"pgd needs norm 'l2' or 'linf', not {norm!r}")
+    if steps < 1:
+        raise CEMError("pgd needs at least one step")
+    start = x.detach().clone()
+    if random_start and eps > 0:
+        if norm == "linf":
+            delta = 2 * _draw(torch.rand, x.shape, generator, x) - 1
+        else:
+            delta = DIRECTIONS["l2"](_draw(torch.randn, x.shape, generator, x))
+            radius = _draw(torch.rand, x.shape[:1] + (1,), generator, x) ** (1 / x[0].numel())
+            delta = delta * _per_image(radius.squeeze(1), x)
+        start = (start + eps * delta).clamp(0, 1)
+    step_size = 2.5 * eps / steps if step_size is None else step_size
+    return ascend(potential, x, steps=steps, step_size=step_size, norm=norm, eps=eps, start=start)
+
+
+class GaussianSeeds:
+    """The samplers' starting points: x₀ ~ N(μ_y, Σ_y + 1e-4 I) fitted to class y, or N(μ, Σ + 1e-4 I) to all images.
+
+    x₀ = clip(μ + A ξ + 0.01 ζ) with A Aᵀ = Σ, exact or, with `rank`, by Σ's leading eigenvectors. mean (K + 1, D),
+    factor (K + 1, D, R); row K is the Gaussian of all the images.
+    """
+
+    def __init__(self, mean: Tensor, factor: Tensor, shape: Sequence[int]):
+        self.mean, self.factor, self.shape = mean, factor, tuple(shape)
+
+    @classmethod
+    def fit(cls, images: Tensor, labels: Tensor, rank: int | None = None, num_classes: int | None = None):
+        """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, every class with at least two images."""
+        flat = images.flatten(1)
+        scale = 255 if images.dtype == torch.uint8 else 1
+        num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
+        limit = min(flat.shape[1], len(flat) - 1)
+        rank = limit if rank is None else min(rank, limit)
+        mean = torch.zeros(num_classes + 1, flat.shape[1], device=images.device)
+        factor = torch.zeros(num_classes + 1, flat.shape[1], rank, device=images.device)
+        for k in range(num_classes + 1):
+            rows = (flat if k == num_classes else flat[labels == k]).to(torch.get_default_dtype()) / scale
+            if len(rows) < 2:
+                raise CEMError(f"class {k} has {len(rows)} images: its Gaussian seeds need at least two")
+            mean[k] = rows.mean(0)
+            centered = (rows - mean[k]) / (len(rows) - 1) ** 0.5
+            if 4 * rank < min(centered.shape):  # randomised: seconds instead of minutes for 3 x 32 x 32
+                with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+                    torch.manual_seed(k)
+                    _, s, v = torch.svd_lowrank(centered, q=rank + 16, niter=4)
+            else:
+                _, s, vt = torch.linalg.svd(centered, full_matrices=False)
+                v = vt.T
+            r = min(rank, len(s))
+            factor[k, :, :r] = v[:, :r] * s[:r]
+        return cls(mean, factor, images.shape[1:])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.mean) - 1
+
+    def sample(self, labels: int | Tensor, generator: Generators = None) -> Tensor:
+        """labels (N,): x₀ of those classes; an int n: n unconditional ones. -> (N, C, H, W) in [0, 1]."""
+        if isinstance(labels, int):
+            labels = torch.full((labels,), self.num_classes)
+        elif len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            raise CEMError(f"labels must lie in 0..{self.num_classes - 1}")
+        labels = labels.to(self.mean.device)
+        dim, rank = self.factor.shape[1:]
+        draws = _draw(torch.randn, (len(labels), rank + dim), generator, self.mean)
+        x = self.mean[labels] + 0.01 * draws[:, rank:]
+        for k in labels.unique():  # class by class: gathering a factor an image would take gigabytes
+            x[labels == k] += draws[labels == k, :rank] @ self.factor[k].T
+        return x.clamp(0, 1).view(-1, *self.shape)
+
+    def state_dict(self, dtype: torch.dtype = torch.float16) -> dict:
+        return {"mean": self.mean.to(dtype), "factor": self.factor.to(dtype), "shape": list(self.shape)}
+
+    @classmethod
+    def from_state_dict(cls, state: dict, device="cpu"):
+        return cls(state["mean"].to(device).float(), state["factor"].to(device).float(), state["shape"])
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+KINDS = {"ParametricCEM": ParametricCEM, "NonParametricCEM": NonParametricCEM}
+
+
+def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **extra) -> None:
+    """Write model and `extra` (tensors, numbers, strings, and lists and dicts of them) to `path`, whole or not at all.
+
+    half: store the weights in half precision; `load` gives float32 again.
+    """
+    path = Path(path)
+    state = {k: v.half() if half and v.is_floating_point() else v for k, v in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "format": "cem",
+        "kind": type(model).__name__,
+        "config": model.config,
+        "state": state,
+        "extra": extra,
+    }
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
+    """The model in `path`, in eval mode on `device`, with what `save` was given beside it as `model.extra`.
+
+    Reads tensors and plain values only: code in the file does not run. Raises CEMError for a file that is missing,
+    damaged or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CEMError(f"no checkpoint at {path}: train one, or name another with --ckpt")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise CEMError(f"{path} is not a whole checkpoint, or holds more than tensors: {_first_line(error)}") from error
+    if not isinstance(content, dict) or content.get("format") != "cem" or content.get("kind") not in KINDS:
+        raise CEMError(f"{path} is not a checkpoint of this project")
+    try:
+        model = KINDS[content["kind"]](**content["config"])
+        model.load_state_dict(content["state"])
+        model.extra = dict(content["extra"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CEMError(f"{path} is a damaged checkpoint: {_first_line(error)}") from error
+    return model.to(device).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

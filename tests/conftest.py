@@ -1,0 +1,60 @@
+"""The tests run beside the project's modules, on one thread, and start its scripts in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import cem  # noqa: E402
+
+
+def script(name: str, *args, cwd: Path, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / name), *(str(a) for a in args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, env={**os.environ, **env})
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """BatchNorm with statistics and scales that differ from 0 and 1, as in a trained network."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
+                tensor.add_(0.3 * torch.rand(tensor.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return perturb(cem.ParametricCEM("resnet18", 5, width=4)).eval()
+
+
+@pytest.fixture
+def model64(model):
+    return model.double()
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(6, 3, 8, 8, generator=generator), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """A folder in which a small classifier was trained on digits for two epochs."""
+    folder = tmp_path_factory.mktemp("digits")
+    done = script("train_sup.py", "--dataset", "digits", "--width", 8, "--epochs", 2, "--ema", 0.5, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,473 @@
+"""cem.py against definitions in float64, finite differences, closed forms and torchattacks."""
+
+import ast
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, perturb
+from torch import nn
+
+import cem
+
+# ------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize("arch", cem.ARCHS)
+@pytest.mark.parametrize("channels, size", [(1, 8), (3, 32), (4, 20)])
+def test_networks_take_any_channels_and_size(arch, channels, size):
+    model = cem.ParametricCEM(arch, 7, width=8, in_channels=channels).eval()
+    x = torch.rand(2, channels, size, size)
+    assert model(x).shape == (2, 7)
+    assert model.features(x).shape == (2, model.net.out_features)
+    assert len(model.stages(x)) == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_resnets_carry_torchvisions_parameter_names_and_shapes(arch):
+    torchvision = pytest.importorskip("torchvision")
+    theirs = getattr(torchvision.models, arch)(num_classes=10).state_dict()
+    ours = cem.ParametricCEM(arch, 10).net.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [k for k in ours if ours[k].shape != theirs[k].shape] == ["conv1.weight"]  # 3x3 instead of 7x7
+
+
+@pytest.mark.parametrize("arch, millions", [("resnet18", 11.17), ("resnet50", 23.52), ("wrn-28-10", 36.48)])
+def test_networks_have_the_published_sizes(arch, millions):
+    size = sum(p.numel() for p in cem.ParametricCEM(arch, 10).parameters()) / 1e6
+    assert size == pytest.approx(millions, abs=0.01)
+
+
+def test_resnet_equals_torchvisions_forward():
+    torchvision = pytest.importorskip("torchvision")
+    ours = perturb(cem.ParametricCEM("resnet50", 10, mean=0.0, std=1.0)).eval()
+    theirs = torchvision.models.resnet50(num_classes=10).eval()
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    theirs.load_state_dict(ours.net.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_normalisation_is_inside_the_model(batch):
+    x, _ = batch
+    torch.manual_seed(0)
+    ours = cem.ParametricCEM("resnet18", 5, 4, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7]).eval()
+    plain = cem.ParametricCEM("resnet18", 5, 4, mean=0.0, std=1.0).eval()
+    plain.net.load_state_dict(ours.net.state_dict())
+    mean, std = torch.tensor([0.1, 0.2, 0.3])[:, None, None], torch.tensor([0.5, 0.6, 0.7])[:, None, None]
+    torch.testing.assert_close(ours(x), plain((x - mean) / std))
+
+
+@pytest.mark.parametrize("arch", cem.ARCHS)
+def test_folded_is_the_same_function_and_leaves_the_model_alone(arch):
+    model = perturb(cem.ParametricCEM(arch, 5, width=8).double()).train()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    folded = cem.folded(model)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == (13 if arch == "wrn-28-10" else 0)
+    assert not any(p.requires_grad for p in folded.parameters()) and not folded.training
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    torch.testing.assert_close(folded(x), model.eval()(x))  # float64: rounding alone
+
+
+def test_cem_imports_torch_alone_and_works_when_copied(tmp_path):
+    tree = ast.parse((ROOT / "cem.py").read_text())
+    names = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    names += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
+    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"torch", "torchvision"}
+    (tmp_path / "cem.py").write_bytes((ROOT / "cem.py").read_bytes())
+    code = """
+import torch, cem
+model = cem.ParametricCEM("resnet18", 3, width=4)
+x = cem.ascend(cem.potential("rcs", model, torch.tensor([0, 1])), torch.rand(2, 3, 8, 8), steps=2, step_size=0.1)
+print(tuple(x.shape))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "(2, 3, 8, 8)", done.stderr[-500:]
+
+
+# --------------------------------------------------------------------- log-densities, potentials and losses
+
+
+def definitions(logits, y):
+    """Every potential from its definition, by explicit loops over images and classes."""
+    out = {name: [] for name in ("ta", "langevin", "cs", "rcs", "ce")}
+    for row, label in zip(logits.tolist(), y.tolist()):
+        lse = math.log(sum(math.exp(v) for v in row))
+        out["ta"].append(row[label] - lse)
+        out["langevin"].append(lse)
+        out["cs"].append(row[label])
+        out["rcs"].append(row[label] + lse)
+        out["ce"].append(lse - row[label])
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in out.items()}
+
+
+@pytest.mark.parametrize("name", ["ta", "langevin", "cs", "rcs", "ce"])
+def test_potential_equals_its_definition_and_its_gradient_finite_differences(name, model64, batch):
+    x, y = batch[0].double(), batch[1]
+    with torch.no_grad():
+        expected = definitions(model64(x), y)[name]
+    potential = cem.potential(name, model64, y)
+    torch.testing.assert_close(potential(x), expected, rtol=0, atol=1e-10)
+
+    x = x.requires_grad_()
+    (gradient,) = torch.autograd.grad(potential(x).sum(), x)
+    generator = torch.Generator().manual_seed(2)
+    direction, h = torch.randn(x.shape, generator=generator, dtype=torch.float64), 1e-6
+    with torch.no_grad():
+        numeric = (potential(x + h * direction) - potential(x - h * direction)) / (2 * h)
+    # central differences err by h² |U'''|, and rounding by 1e-16 / h: both far below 1e-6 of the slope, save at a ReLU's kink
+    torch.testing.assert_close((gradient * direction).flatten(1).sum(1), numeric, rtol=1e-5, atol=1e-7)
+
+
+def test_potentials_differ_by_the_marginal(model64, batch):
+    x, y = batch[0].double(), batch[1]
+    ta, lse, cs, rcs = (cem.potential(name, model64, y)(x) for name in ("ta", "langevin", "cs", "rcs"))
+    torch.testing.assert_close(ta + lse, cs, rtol=0, atol=1e-14)
+    torch.testing.assert_close(cs + lse, rcs, rtol=0, atol=1e-14)
+
+
+def test_potential_refuses_what_it_does_not_know(model):
+    with pytest.raises(cem.CEMError, match="unknown potential 'dream'"):
+        cem.potential("dream", model, torch.tensor([0]))
+    with pytest.raises(cem.CEMError, match="needs the labels"):
+        cem.potential("rcs", model)
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+
+
+def test_contrastive_half_of_the_likelihood_gradient_is_adversarial_training(model64, batch):
+    x_hat, y = batch[0].double(), batch[1]
+    logits = model64(x_hat)
+    cross_entropy = gradients(model64, F.cross_entropy(logits, y))
+    for ours, theirs in zip(gradients(model64, -cem.contrastive(logits, y).mean()), cross_entropy):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    # the same by its definition: every ŷ enumerated with its probability, ∇f(x̂, y) - Σ_ŷ p(ŷ | x̂) ∇f(x̂, ŷ)
+    p = logits.softmax(1).detach()
+    total = [torch.zeros_like(g) for g in cross_entropy]
+    for k in range(p.shape[1]):
+        half = gradients(model64, (p[:, k] * (cem.log_joint(logits, y) - logits[:, k])).mean())
+        total = [a + b for a, b in zip(total, half)]
+    for ours, theirs in zip(total, cross_entropy):
+        torch.testing.assert_close(-ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_losses_equal_their_definitions(model64, batch):
+    x, y = batch[0].double(), batch[1]
+    x_adv = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    f, f_adv = model64(x), model64(x_adv)
+    ce, ce_adv = (-definitions(v.detach(), y)["ta"].mean() for v in (f, f_adv))
+    gap = (f_adv.gather(1, y[:, None]) - f.gather(1, y[:, None])).mean()
+    assert cem.supervised_loss("st", model64, x, y)[0].item() == pytest.approx(ce.item(), abs=1e-12)
+    assert cem.supervised_loss("at", model64, x, y, x_adv)[0].item() == pytest.approx(ce_adv.item(), abs=1e-12)
+    mle = cem.supervised_loss("mle", model64, x, y, x_adv, weight=0.7)[0]
+    assert mle.item() == pytest.approx((ce_adv + 0.7 * gap).item(), abs=1e-12)
+    # mle with weight 1 is the negative of both halves of the likelihood gradient
+    both = cem.consistency(f, f_adv, y) + cem.contrastive(f_adv, y)
+    mle = cem.supervised_loss("mle", model64, x, y, x_adv, weight=1.0)[0]
+    for ours, theirs in zip(gradients(model64, mle), gradients(model64, -both.mean())):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_mle_with_weight_0_is_at_to_the_last_bit(model, batch):
+    x, y = batch
+    x_adv = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    results = []
+    for name in ("at", "mle"):
+        network = copy.deepcopy(model).train()
+        loss, _ = cem.supervised_loss(name, network, x, y, x_adv, weight=0.0)
+        loss.backward()
+        results.append([loss, *(p.grad for p in network.parameters()), *network.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+# --------------------------------------------------------------------------------------- attack and samplers
+
+
+def test_langevin_step_without_noise_is_gradient_ascent(model64, batch):
+    x = batch[0].double()
+    potential = cem.potential("langevin", model64)
+    y = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(potential(y).sum(), y)
+    step = cem.ascend(potential, x, steps=1, step_size=0.03, norm="none", clip=None)
+    assert torch.equal(step, x + 0.03 * gradient)
+
+
+def test_langevin_dynamics_samples_a_gaussian():
+    """U = -x²/2: after n steps of size α from 0 the variance is 2α (1 - q^n) / (1 - q), q = (1 - α)²."""
+    alpha, steps, n = 0.1, 60, 40_000
+    x = cem.ascend(
+        lambda x: -0.5 * x.square().flatten(1).sum(1),
+        torch.zeros(n, 1, 1, 1),
+        **dict(steps=steps, step_size=alpha, norm="none", noise=math.sqrt(2 * alpha), clip=None),
+        generator=torch.Generator().manual_seed(0),
+    )
+    q = (1 - alpha) ** 2
+    variance = 2 * alpha * (1 - q**steps) / (1 - q)
+    assert abs(x.mean().item()) < 4 * math.sqrt(variance / n)  # four standard errors
+    assert abs(x.var().item() / variance - 1) < 4 * math.sqrt(2 / n)
+
+
+def test_momentum_is_the_heavy_ball():
+    """On a linear potential d is constant: v_t = 1 + m + ... + m^(t-1)."""
+    x = cem.ascend(
+        lambda x: 3 * x.flatten(1).sum(1), torch.zeros(1, 1), steps=3, step_size=0.1, norm="none", momentum=0.5, clip=None
+    )
+    assert x.item() == pytest.approx(0.1 * 3 * (1 + 1.5 + 1.75))
+
+
+def test_directions():
+    g = torch.tensor([[3.0, -4.0], [0.0, 0.0]])
+    assert torch.equal(cem.DIRECTIONS["none"](g), g)
+    assert torch.equal(cem.DIRECTIONS["linf"](g), g.sign())
+    torch.testing.assert_close(cem.DIRECTIONS["l2"](g), torch.tensor([[0.6, -0.8], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_every_iterate_stays_inside_ball_and_box(norm, model, batch):
+    x, y = batch
+    eps, seen = 0.3, []
+    attack = cem.potential("ce", model, y)
+
+    def watched(z):
+        seen.append(z.detach().clone())
+        return attack(z)
+
+    seen.append(cem.pgd(watched, x, eps=eps, norm=norm, step_size=0.2, steps=8, generator=torch.Generator().manual_seed(3)))
+    assert len(seen) == 9
+    for z in seen:
+        delta = (z - x).flatten(1)
+        size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+        assert size.max() <= eps * (1 + 1e-6) and z.min() >= 0 and z.max() <= 1
+    assert (attack(seen[-1]) > attack(x)).all()
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_random_start_is_uniform_in_the_ball(norm):
+    n, d, eps = 20_000, 4, 0.2
+    x, seen = torch.full((n, d), 0.5), []
+
+    def flat(z):
+        seen.append(z.detach())
+        return 0 * z.sum(1)
+
+    cem.pgd(flat, x, eps=eps, norm=norm, steps=1, generator=torch.Generator().manual_seed(0))
+    delta = seen[0] - x
+    radius = delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)
+    # the share of a uniform ball's volume inside radius r is (r / eps)^d: uniform in [0, 1]
+    share = (radius / eps) ** d
+    assert 0 <= share.min() and share.max() <= 1 + 1e-5
+    assert abs(share.mean().item() - 0.5) < 4 / math.sqrt(12 * n)
+    assert delta.mean(0).abs().max() < 4 * eps / math.sqrt(n)
+
+
+class Recorder(nn.Module):
+    """A classifier with BatchNorm whose forward may raise."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = cem.ParametricCEM("resnet18", 5, width=4)
+        self.calls, self.fail_at, self.frozen = 0, None, []
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise ZeroDivisionError
+        self.frozen.append(not self.net.training and not any(p.requires_grad for p in self.net.net.layer1.parameters()))
+        return self.net(x)
+
+
+@pytest.mark.parametrize("fail_at", [None, 2])
+@pytest.mark.parametrize(
+    "through", [cem.potential, lambda name, model, y: lambda x: -F.cross_entropy(model(x), y, reduction="none")]
+)
+def test_attack_leaves_the_model_as_it_was(fail_at, through, batch):
+    x, y = batch
+    model = Recorder().train()
+    model.net.net.layer2.eval()
+    model.net.net.fc.weight.requires_grad_(False)
+    F.cross_entropy(model.net(x), y).backward()
+    before = copy.deepcopy(model.state_dict())
+    grads = {k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()}
+    modes = {k: m.training for k, m in model.named_modules()}
+    needs = {k: p.requires_grad for k, p in model.named_parameters()}
+    model.fail_at = fail_at
+    if fail_at:
+        with pytest.raises(ZeroDivisionError):
+            cem.pgd(through("ce", model, y), x, eps=0.5, steps=3)
+    else:
+        cem.pgd(through("ce", model, y), x, eps=0.5, steps=3)
+        assert model.frozen[1:] == [True, True]  # the first call is the one that freezes what lies below
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert modes == {k: m.training for k, m in model.named_modules()}
+    assert needs == {k: p.requires_grad for k, p in model.named_parameters()}
+    for k, p in model.named_parameters():
+        assert (p.grad is None) == (grads[k] is None) and (p.grad is None or torch.equal(p.grad, grads[k]))
+
+
+def test_attack_works_under_no_grad(model, batch):
+    x, y = batch
+    potential = cem.potential("rcs", model, y)
+    with torch.no_grad():
+        better = cem.ascend(potential, x, steps=3, step_size=0.2)
+        assert not better.requires_grad and (potential(better) > potential(x)).all()
+
+
+@pytest.mark.parametrize("norm, eps, alpha", [("linf", 8 / 255, 2 / 255), ("l2", 0.5, 0.1)])
+def test_pgd_agrees_with_torchattacks(norm, eps, alpha, model, batch):
+    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed")
+    x, y = batch
+    # float64: in float32 the sign of a gradient near 0 is decided by the order of summation
+    x, model = x.double(), model.double()
+    peer = {"linf": torchattacks.PGD, "l2": torchattacks.PGDL2}[norm](
+        model, eps=eps, alpha=alpha, steps=10, random_start=False
+    )
+    theirs = peer(x, y)
+    ours = cem.pgd(cem.potential("ce", model, y), x, eps=eps, norm=norm, step_size=alpha, steps=10, random_start=False)
+    assert (ours - x).abs().max() > 0.9 * alpha / 10  # both moved
+    torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(norm="l7"), "unknown norm"),
+        (dict(steps=-1), "negative"),
+        (dict(eps=-1.0), "negative"),
+        (dict(norm="none", eps=1.0), "needs norm"),
+    ],
+)
+def test_ascend_refuses_options_out_of_range(options, message):
+    with pytest.raises(cem.CEMError, match=message):
+        cem.ascend(lambda x: x.sum(1), torch.zeros(2, 3), **{"steps": 1, "step_size": 0.1, **options})
+
+
+def test_generators_one_an_image_make_images_independent_of_the_batch(model, batch):
+    x, y = batch
+    x = x.double()
+    model = model.double()
+
+    def run(rows):
+        generators = [torch.Generator().manual_seed(i) for i in range(6)[rows]]
+        climb = dict(steps=3, step_size=0.1, noise=0.05)
+        return cem.ascend(cem.potential("cs", model, y[rows]), x[rows], **climb, generator=generators)
+
+    whole = run(slice(0, 6))
+    torch.testing.assert_close(torch.cat([run(slice(0, 2)), run(slice(2, 6))]), whole, rtol=0, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------------ seeds
+
+
+def gaussian_images(n=4000):
+    """Two classes of 1x2x3 images with different, far from diagonal covariances, well inside [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % 2
+    images = torch.empty(n, 1, 2, 3)
+    for k in range(2):
+        a = 0.03 * torch.randn(6, 6, generator=generator)
+        images[labels == k] = (0.4 + 0.2 * k + torch.randn(n // 2, 6, generator=generator) @ a.T).view(-1, 1, 2, 3)
+    return images, labels
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_seeds_have_the_fitted_mean_and_covariance(k, per_image):
+    images, labels = gaussian_images()
+    seeds = cem.GaussianSeeds.fit(images, labels)
+    n = 20_000
+    generator = [torch.Generator().manual_seed(i) for i in range(n)] if per_image else torch.Generator().manual_seed(1)
+    x = seeds.sample(n if k == 2 else torch.full((n,), k), generator).flatten(1).double()
+    data = (images if k == 2 else images[labels == k]).flatten(1).double()
+    mu, sigma = data.mean(0), data.T.cov() + 1e-4 * torch.eye(6, dtype=torch.float64)
+    scale = sigma.diagonal().sqrt()
+    # sampling errors: σ / √n of the mean, √((σ_ij² + σ_ii σ_jj) / n) of a covariance; 5 of them for 27 comparisons
+    assert ((x.mean(0) - mu).abs() < 5 * scale / math.sqrt(n)).all()
+    error = ((sigma.square() + torch.outer(scale, scale).square()) / n).sqrt()
+    assert ((x.T.cov() - sigma).abs() < 5 * error).all()
+
+
+def test_low_rank_seeds_keep_the_leading_directions():
+    generator = torch.Generator().manual_seed(0)
+    images = (0.5 + 0.05 * torch.randn(200, 3, generator=generator) @ torch.randn(3, 192, generator=generator)).view(
+        200, 3, 8, 8
+    )
+    labels = torch.zeros(200, dtype=torch.int64)
+    exact, low = (cem.GaussianSeeds.fit(images, labels, rank) for rank in (None, 3))
+    assert low.factor.shape == (2, 192, 3)
+    for k in range(2):  # the data have rank 3, so nothing is lost
+        torch.testing.assert_close(low.factor[k] @ low.factor[k].T, exact.factor[k] @ exact.factor[k].T, rtol=0, atol=1e-5)
+
+
+def test_seeds_need_two_images_a_class_and_known_labels():
+    images, labels = gaussian_images(100)
+    with pytest.raises(cem.CEMError, match="class 2 has 0 images"):
+        cem.GaussianSeeds.fit(images, labels, num_classes=3)
+    with pytest.raises(cem.CEMError, match="labels must lie"):
+        cem.GaussianSeeds.fit(images, labels).sample(torch.tensor([2]))
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_save_and_load_give_the_same_model(tmp_path, model, batch):
+    x, _ = batch
+    seeds = cem.GaussianSeeds.fit(*gaussian_images(100))
+    cem.save(tmp_path / "a" / "m.pt", model, seeds=seeds.state_dict(torch.float32), classes=["a", "b"])
+    loaded = cem.load(tmp_path / "a" / "m.pt")
+    assert torch.equal(loaded(x), model(x)) and not loaded.training
+    assert loaded.extra["classes"] == ["a", "b"]
+    again = cem.GaussianSeeds.from_state_dict(loaded.extra["seeds"])
+    assert torch.equal(again.factor, seeds.factor) and again.shape == (1, 2, 3)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["m.pt"]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, model):
+    path = tmp_path / "m.pt"
+    cem.save(path, model)
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        cem.save(path, model, trouble=lambda: 0)  # cannot be written
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_load_refuses_what_is_no_checkpoint(tmp_path, model):
+    good = tmp_path / "good.pt"
+    cem.save(good, model)
+    bad = {
+        "cut.pt": good.read_bytes()[: good.stat().st_size // 2],
+        "empty.pt": b"",
+        "text.pt": b"hello",
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"format": "cem", "kind": "ParametricCEM"}, tmp_path / "fields.pt")
+    config = {**model.config, "num_classes": 9}
+    torch.save(
+        {"format": "cem", "kind": "ParametricCEM", "config": config, "state": model.state_dict(), "extra": {}},
+        tmp_path / "shape.pt",
+    )
+    torch.save({"x": Hostile(tmp_path / "ran")}, tmp_path / "hostile.pt")
+    for name in [*bad, "list.pt", "fields.pt", "shape.pt", "hostile.pt", "missing.pt"]:
+        with pytest.raises(cem.CEMError) as error:
+            cem.load(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
