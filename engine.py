@@ -1,0 +1,268 @@
+"""What the scripts share: options and errors, device and precision, and the training loop with its checkpoints and log."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from argparse_dataclass import ArgumentParser
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import cem
+
+# ------------------------------------------------------------------------------------------ options and errors
+
+
+def option(default, help: str, **metadata):
+    """A dataclass field that becomes a command line option, its default stated in its help."""
+    shown = "" if default in ("", None, False) else f" (default: {default})"
+    return field(default=default, metadata={"help": (help + shown).replace("%", "%%"), **metadata})
+
+
+class _Parser(ArgumentParser):
+    def error(self, message):
+        raise cem.CEMError(f"{message} (see {self.prog} --help)")
+
+
+def parse(options: type, description: str, presets: dict[str, dict] | None = None, argv=None):
+    """Command line -> options. presets[dataset] replaces the defaults on that dataset, not what the user states."""
+    parser = _Parser(options, description=description.strip().splitlines()[0], allow_abbrev=False)
+    if presets:
+        parser.set_defaults(**presets.get(parser.parse_args(argv).dataset, {}))
+    return parser.parse_args(argv)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise cem.CEMError(message)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; what the user can put right ends in one line `error: …` and exit status 2."""
+    try:
+        main()
+    except (cem.CEMError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: to a temporary one beside it, then renamed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    replace(path, lambda file: file.write(text.encode()))
+
+
+# -------------------------------------------------------------------------------------- device and precision
+
+
+def device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise cem.CEMError(f"--device {name} is not to be had here: {str(error).splitlines()[0]}") from error
+    if chosen.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return chosen
+
+
+def autocast(where: torch.device, precision: str):
+    """The autocast context of --precision; auto is bfloat16 where the device computes in it, else float32."""
+    if precision == "auto":
+        native = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported}
+        precision = "bfloat16" if native.get(where.type, bool)() else "float32"
+    return torch.autocast(where.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class TrainOptions:
+    """The options that both training scripts have."""
+
+    dataset: str = option("cifar10", "")  # each script's help for it comes from data.HELP
+    data_dir: str = option("data", "where torchvision's datasets lie or go")
+    arch: str = option("resnet50", "network", choices=list(cem.ARCHS))
+    width: int = option(64, "channels of the stem; the others scale with it")
+    epochs: int = option(150, "passes over the training images")
+    batch_size: int = option(256, "images a step")
+    lr: float = option(0.1, "peak learning rate of SGD with momentum 0.9")
+    schedule: str = option("cosine", "learning rate after a linear warm-up", choices=["cosine", "onecycle"])
+    weight_decay: float = option(5e-4, "weight decay")
+    ema: float = option(0.999, "decay of the running average of the weights, which is the model; 0: no average")
+    out: str = option("", "folder of the run: ckpt.pt, log.jsonl, TensorBoard events")
+    resume: bool = option(False, "continue the run in --out")
+    max_minutes: float = option(math.inf, "save and stop after so many minutes; --resume continues")
+    seed: int = option(0, "seed of weights, order, augmentation and attack")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = option("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
+
+
+def check(opt: TrainOptions) -> None:
+    for name in ("width", "epochs", "lr", "max_minutes"):
+        require(getattr(opt, name) > 0, f"--{name.replace('_', '-')} must be positive")
+    require(opt.batch_size >= 2, "--batch-size must be at least 2: batch statistics and InfoNCE need other images")
+    require(opt.weight_decay >= 0, "--weight-decay must not be negative")
+    require(0 <= opt.ema < 1, "--ema must lie in [0, 1)")
+
+
+def learning_rate(progress: float, peak: float, schedule: str) -> float:
+    """At progress in [0, 1] of the run. onecycle: up to the peak over 30 %, then linearly to 0; cosine: warm-up over 2 %."""
+    warmup = 0.3 if schedule == "onecycle" else 0.02
+    if progress < warmup:
+        return peak * max(progress / warmup, 0.02)
+    progress = (progress - warmup) / (1 - warmup)
+    return peak * (1 - progress if schedule == "onecycle" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def fit(
+    opt: TrainOptions,
+    model: nn.Module,
+    images: int,
+    shuffle: Callable[[int], tuple[Tensor, Tensor]],
+    batch_loss: Callable[[nn.Module, Tensor, Tensor, torch.Generator], tuple[Tensor, dict[str, Tensor]]],
+    evaluate: Callable[[nn.Module, int], dict[str, float]],
+    **extra,
+) -> nn.Module:
+    """Train `model` on its device and keep the run in opt.out -> the trained model (the average of its weights with --ema).
+
+    shuffle(epoch)                              -> order (N,), draws (N, ...): all the randomness of data and augmentation
+    batch_loss(model, index, draws, generator)  -> mean loss, {name: mean over the batch} for the log
+    evaluate(model, epoch)                      -> {name: value}, measurements for the log after epoch 1, 2, ...
+    extra                                       goes into the checkpoint beside the model
+
+    Randomness is a function of seed, epoch and step: a resumed run is the run that was not interrupted.
+    """
+    out, begin = Path(opt.out), time.monotonic()
+    where = next(model.parameters()).device
+    steps_per_epoch = max(images // opt.batch_size, 1)
+    total = opt.epochs * steps_per_epoch
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=opt.weight_decay)
+    average = None
+    if opt.ema:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(opt.ema), use_buffers=True)
+    step, log, sums, seconds = 0, [], {}, 0.0
+    if opt.resume:
+        training = cem.load(out / "ckpt.pt", where).extra.get("training")
+        require(training is not None, f"{out / 'ckpt.pt'} carries no training state: it cannot be resumed")
+        model.load_state_dict(training["model"])
+        optimizer.load_state_dict(training["optimizer"])
+        if average is not None:
+            average.load_state_dict(training["average"])
+        step, log, sums, seconds = (training[k] for k in ("step", "log", "sums", "seconds"))
+    elif (out / "ckpt.pt").exists():
+        keep_previous(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "options.json", json.dumps(asdict(opt), indent=2) + "\n")
+    final = average.module if average is not None else model
+
+    def save():
+        training = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average.state_dict() if average is not None else {},
+            **{"step": step, "log": log, "sums": sums, "seconds": seconds + time.monotonic() - begin},
+        }
+        cem.save(out / "ckpt.pt", final, options=asdict(opt), training=training, **extra)
+        write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+
+    board = SummaryWriter(str(out), purge_step=step)
+    late = False
+    while step < total and not late:
+        epoch, done = divmod(step, steps_per_epoch)
+        order, draws = shuffle(epoch)
+        batches = order[: steps_per_epoch * opt.batch_size].split(opt.batch_size)[done:]
+        epoch_begin = time.monotonic()
+        bar = tqdm(batches, f"epoch {epoch + 1}/{opt.epochs}", total=steps_per_epoch, initial=done, leave=False)
+        model.train()
+        for count, index in enumerate(bar, done + 1):
+            rate = learning_rate(step / total, opt.lr, opt.schedule)
+            optimizer.param_groups[0]["lr"] = rate
+            generator = torch.Generator(where).manual_seed((opt.seed * 100_003 + step) % 2**32)
+            loss, metrics = batch_loss(model, index, draws[index], generator)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
+            step += 1
+            for name, value in {"loss": loss, **metrics}.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            late = time.monotonic() - begin > 60 * opt.max_minutes
+            if step % 20 == 0 or late or count == steps_per_epoch:  # the only places where the host waits for the device
+                means = {name: float(value) / count for name, value in sums.items()}
+                speed = (count - done) * opt.batch_size / (time.monotonic() - epoch_begin)
+                bar.set_postfix_str(", ".join(f"{k} {v:.3f}" for k, v in means.items()) + f", {speed:.0f} images/s")
+                require(math.isfinite(means["loss"]), f"the loss is not finite at step {step}: try a smaller --lr")
+            if late:
+                break
+        bar.close()
+        if count == steps_per_epoch:
+            line = {"epoch": epoch + 1, "step": step, "lr": rate, **means, **evaluate(final.eval(), epoch + 1)}
+            line |= {"images_per_second": round(speed, 1), "seconds": round(seconds + time.monotonic() - begin, 1)}
+            log.append({k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()})
+            for name, value in line.items():
+                board.add_scalar(name, value, step)
+            print("  ".join(f"{k} {v}" for k, v in log[-1].items()), flush=True)
+            sums = {}
+        save()
+    board.close()
+    if step < total:
+        print(f"stopped after {opt.max_minutes:g} minutes at step {step} of {total}: --resume continues")
+    print(f"wrote {out / 'ckpt.pt'}, {out / 'log.jsonl'}")
+    return final.eval()
+
+
+def accuracy(model: nn.Module, dataset, opt, steps: int, n: int | None = None) -> dict[str, float]:
+    """Clean accuracy of a classifier, and that under PGD with random start and steps of 2.5 eps / steps.
+
+    Over all images of the dataset, or over n evenly spread ones; opt has norm, eps, batch_size, precision and seed.
+    """
+    model, where = cem.folded(model), dataset.images.device
+    generator = torch.Generator(where).manual_seed(opt.seed)
+    chosen, correct = dataset.spread(n or len(dataset)), torch.zeros(2, device=where)
+    for index in tqdm(chosen.split(opt.batch_size), "evaluating", leave=False):
+        x, y = dataset.pixels(index), dataset.labels[index]
+        with autocast(where, opt.precision):
+            attack = cem.potential("ce", model, y)
+            x_adv = cem.pgd(attack, x, eps=opt.eps, norm=opt.norm, steps=steps, generator=generator)
+            with torch.no_grad():
+                correct += torch.stack([(model(v).argmax(1) == y).sum() for v in (x, x_adv)])
+    clean, adversarial = (correct / len(chosen)).tolist()
+    return {"clean_accuracy": clean, "adversarial_accuracy": adversarial}
+
+
+def keep_previous(out: Path) -> None:
+    """A run that starts anew in `out` moves the checkpoint and log that are there aside."""
+    previous = out / "previous"
+    previous.mkdir(exist_ok=True)
+    for name in ("ckpt.pt", "log.jsonl", "options.json"):
+        if (out / name).exists():
+            os.replace(out / name, previous / name)
+    print(f"kept the earlier run's checkpoint and log in {previous}")

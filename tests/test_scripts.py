@@ -1,0 +1,265 @@
+"""The scripts as a user runs them: from the command line, in an empty folder, with good and with bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, files, script
+from PIL import Image
+from test_data import bad_folders, write_folder
+
+import cem
+import engine
+import sample
+import train_sup
+
+
+def last_line(done):
+    return done.stderr.replace("\r", "\n").strip().splitlines()[-1]
+
+
+def assert_refused(done, *parts):
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.replace("\r", "\n").count("error: ") == 1 and last_line(done).startswith("error: ")
+    for part in parts:
+        assert part in last_line(done), last_line(done)
+
+
+# ----------------------------------------------------------------------------------------------------- options
+
+
+def test_digits_bring_their_own_defaults_which_explicit_options_override():
+    paper = engine.parse(train_sup.Options, "x", {"digits": train_sup.DIGITS}, [])
+    assert (paper.arch, paper.width, paper.eps, paper.attack_steps, paper.attack_step_size) == ("resnet50", 64, 0.5, 7, 0.1)
+    digits = engine.parse(train_sup.Options, "x", {"digits": train_sup.DIGITS}, ["--dataset", "digits", "--width", "64"])
+    assert digits.width == 64 and digits.epochs == train_sup.DIGITS["epochs"] and digits.arch == "resnet18"
+
+
+@pytest.mark.parametrize("name", ["train_sup.py", "sample.py", "eval_is_fid.py"])
+def test_help_says_what_every_option_does(name, tmp_path):
+    done = script(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    options = __import__(name[:-3]).Options
+    for f in __import__("dataclasses").fields(options):
+        assert f"--{f.name.replace('_', '-')}" in done.stdout and len(f.metadata["help"]) > 4
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+def test_learning_rate_rises_to_the_peak_and_falls_to_zero(schedule):
+    rates = [engine.learning_rate(i / 1000, 0.2, schedule) for i in range(1001)]
+    top = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.2, rel=1e-3) and rates[-1] == pytest.approx(0, abs=1e-9)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert top == {"onecycle": 300, "cosine": 20}[schedule]
+
+
+# ------------------------------------------------------------------------------------- train, sample, evaluate
+
+
+def test_training_writes_checkpoint_log_and_events(digits_run):
+    run = digits_run / "runs/sup"
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2] and [line["step"] for line in log] == [11, 22]
+    wanted = {"loss", "lr", "clean_accuracy", "adversarial_accuracy", "images_per_second", "seconds"}
+    assert wanted <= log[0].keys() and log[1]["loss"] < log[0]["loss"]
+    assert sorted(files(run))[0] == "ckpt.pt" and any(f.startswith("events") for f in files(run))
+    assert json.loads((run / "options.json").read_text())["width"] == 8
+    model = cem.load(run / "ckpt.pt")
+    assert model.config["width"] == 8 and model.extra["classes"] == list("0123456789")
+    average, raw = model.state_dict(), model.extra["training"]["model"]
+    assert not torch.equal(average["net.conv1.weight"], raw["net.conv1.weight"])
+
+
+def test_evaluate_agrees_with_the_accuracy_computed_here(digits_run):
+    done = script("train_sup.py", "--dataset", "digits", "--evaluate", cwd=digits_run)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((digits_run / "runs/sup/accuracy.json").read_text())
+    import data
+
+    model, test = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
+    clean = (model(test.pixels()).argmax(1) == test.labels).float().mean().item()
+    assert result["clean_accuracy"] == pytest.approx(clean, abs=1.5 / 360)  # bfloat16 may turn an image over
+    assert result["adversarial_accuracy"] < clean and result["n"] == 360
+    assert f"clean {result['clean_accuracy']:.2%}" in done.stdout
+
+
+def test_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path):
+    options = ["--dataset", "digits", "--width", 4, "--epochs", 3, "--n-eval", 36, "--ema", 0.9]
+    assert script("train_sup.py", *options, "--out", "whole", cwd=tmp_path).returncode == 0
+    first = script("train_sup.py", *options, "--out", "parts", "--max-minutes", 1e-4, cwd=tmp_path)
+    assert first.returncode == 0 and "stopped" in first.stdout
+    assert 0 < cem.load(tmp_path / "parts/ckpt.pt").extra["training"]["step"] < 33
+    second = script("train_sup.py", *options, "--out", "parts", "--resume", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    whole, parts = (cem.load(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
+    logs = [[json.loads(line) for line in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "parts")]
+    assert [line["epoch"] for line in logs[1]] == [1, 2, 3]
+    for a, b in zip(*logs):
+        assert all(a[k] == b[k] for k in a if k not in ("seconds", "images_per_second"))
+
+
+def test_a_new_run_keeps_the_earlier_checkpoint(tmp_path):
+    options = ["--dataset", "digits", "--width", 4, "--epochs", 1, "--n-eval", 36, "--loss", "st"]
+    assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    first = (tmp_path / "runs/sup/ckpt.pt").read_bytes()
+    done = script("train_sup.py", *options, "--seed", 1, cwd=tmp_path)
+    assert "kept the earlier run" in done.stdout
+    assert (tmp_path / "runs/sup/previous/ckpt.pt").read_bytes() == first != (tmp_path / "runs/sup/ckpt.pt").read_bytes()
+
+
+def test_training_on_an_image_folder_with_mle_and_linf(tmp_path):
+    write_folder(tmp_path / "set", per_class=6)
+    options = [
+        "--arch",
+        "wrn-28-10",
+        "--width",
+        4,
+        "--epochs",
+        1,
+        "--batch-size",
+        6,
+        "--loss",
+        "mle",
+        "--norm",
+        "linf",
+        "--eps",
+        0.03,
+    ]
+    done = script("train_sup.py", "--dataset", "set", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert script("sample.py", "--n", 4, cwd=tmp_path).returncode == 0
+    with np.load(tmp_path / "runs/sup/samples-rcs.npz") as z:
+        assert z["arr_0"].shape == (4, 10, 10, 3) and z["arr_1"].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("sampler", [*cem.PARAMETRIC_SAMPLERS, "seeds"])
+def test_sample_writes_npz_grid_and_record(sampler, digits_run):
+    done = script("sample.py", "--sampler", sampler, "--n", 30, "--noise", 0.01, cwd=digits_run)
+    assert done.returncode == 0, done.stderr
+    name = digits_run / f"runs/sup/samples-{sampler}"
+    with np.load(f"{name}.npz", allow_pickle=False) as z:
+        assert z["arr_0"].dtype == np.uint8 and z["arr_0"].shape == (30, 8, 8, 1)
+        assert z["arr_1"].dtype == np.int64 and z["arr_1"].tolist() == [*range(10)] * 3
+    assert Image.open(f"{name}.png").size[1] == 10 * 66 + 2  # a row a class
+    record = json.loads((name.parent / f"{name.name}.json").read_text())
+    assert record["sampler"] == sampler and record["images_per_second"] > 0
+
+
+def images(folder, *args):
+    done = script("sample.py", *args, "--out", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    name = args[1] if args[0] == "--sampler" else "rcs"
+    with np.load(folder / f"out/samples-{name}.npz") as z:
+        return z["arr_0"].astype(int), z["arr_1"]
+
+
+def test_image_i_depends_on_the_seed_and_i_alone(digits_run):
+    noisy = ["--sampler", "langevin", "--noise", 0.02]
+    first, _ = images(digits_run, *noisy, "--n", 40)
+    for other in (["--n", 40, "--batch-size", 7], ["--n", 25]):
+        again, _ = images(digits_run, *noisy, *other)
+        assert np.abs(first[: len(again)] - again).max() <= 1  # rounding in the network may turn a grey level over
+    changed, _ = images(digits_run, *noisy, "--n", 40, "--seed", 1)
+    assert (np.abs(first - changed).reshape(40, -1).max(1) > 20).all()
+
+
+def test_options_of_sample_do_something(digits_run):
+    default, labels = images(digits_run, "--sampler", "rcs", "--n", 20)
+    for option in (
+        ["--raw"],
+        ["--init", "noise"],
+        ["--steps", 2],
+        ["--step-size", 0.1],
+        ["--norm", "linf"],
+        ["--norm", "none"],
+    ):
+        assert np.abs(images(digits_run, "--sampler", "rcs", "--n", 20, *option)[0] - default).max() > 5, option
+    assert images(digits_run, "--sampler", "rcs", "--n", 5, "--classes", "7,2")[1].tolist() == [7, 2, 7, 2, 7]
+
+
+def test_sampler_raises_the_share_of_the_wanted_class(digits_run):
+    """From uniform noise the network calls few images by their label, after climbing log p(y | x) nearly all."""
+    drawn, labels = images(digits_run, "--sampler", "ta", "--init", "noise", "--n", 50, "--steps", 40)
+    model = cem.load(digits_run / "runs/sup/ckpt.pt")
+    said = model(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255).argmax(1)
+    assert (said.numpy() == labels).mean() > 0.9
+
+
+# --------------------------------------------------------------------------------------------- what is shipped
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_shipped_checkpoint_draws_without_dataset_or_network(sampler, tmp_path):
+    done = script("sample.py", "--sampler", sampler, "--n", 20, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert str(ROOT / "checkpoints") in done.stdout
+    with np.load(tmp_path / f"runs/shipped/samples-{sampler}.npz") as z:
+        assert z["arr_0"].shape == (20, 32, 32, 3)
+
+
+def test_shipped_checkpoints_are_small_and_name_no_machine():
+    for path in (ROOT / "checkpoints").glob("*.pt"):
+        assert path.stat().st_size < 10e6
+        assert "training" not in cem.load(path).extra and b"/home/" not in path.read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--dataset", "mnist"], "mnist"),
+        (["--arch", "vgg"], "vgg"),
+        (["--loss", "gan"], "gan"),
+        (["--dataset", "digits", "--eps", -1], "--eps"),
+        (["--dataset", "digits", "--attack-steps", 0], "--attack-steps"),
+        (["--dataset", "digits", "--batch-size", 0], "--batch-size"),
+        (["--dataset", "digits", "--lr", "nan"], "--lr"),
+        (["--dataset", "digits", "--width", "wide"], "wide"),
+        (["--dataset", "digits", "--device", "abacus"], "abacus"),
+        (["--dataset", "digits", "--resume"], "ckpt.pt"),
+        (["--dataset", "digits", "--evaluate"], "ckpt.pt"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_bad_training_options(arguments, part, tmp_path):
+    assert_refused(script("train_sup.py", *arguments, cwd=tmp_path), part)
+    assert files(tmp_path) == []
+
+
+def test_bad_image_folders(tmp_path):
+    for path, message in bad_folders(tmp_path / "sets"):
+        assert_refused(script("train_sup.py", "--dataset", path, "--out", "run", cwd=tmp_path), message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["--sampler", "dream"], "dream"),
+        (["--steps", 0], "--steps"),
+        (["--n", 0], "--n"),
+        (["--step-size", "nan"], "--step-size"),
+        (["--noise", -1], "--noise"),
+        (["--cond", "--classes", "unicorn"], "unicorn"),
+        (["--ckpt", "missing.pt"], "missing.pt"),
+        (["--ckpt", "text.pt"], "text.pt"),
+        (["--ckpt", "cut.pt"], "cut.pt"),
+        (["--ckpt", "bare.pt"], "bare.pt"),
+    ],
+)
+def test_bad_sampling_options(arguments, part, digits_run, tmp_path):
+    checkpoint = (digits_run / "runs/sup/ckpt.pt").read_bytes()
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "cut.pt").write_bytes(checkpoint[: len(checkpoint) // 2])
+    cem.save(tmp_path / "bare.pt", cem.ParametricCEM("resnet18", 3, width=4))
+    before = files(tmp_path)
+    if "--ckpt" not in arguments:
+        arguments = [*arguments, "--ckpt", digits_run / "runs/sup/ckpt.pt", "--out", "."]
+    assert_refused(script("sample.py", *arguments, cwd=tmp_path), part)
+    assert files(tmp_path) == before

@@ -1,0 +1,107 @@
+"""Train a classifier adversarially: a parametric contrastive energy model p(x, y) = exp f(x, y) / Z.
+
+    python train_sup.py                                  # CIFAR-10, ResNet-50, l2 PGD-7, eps 0.5: the paper's recipe
+    python train_sup.py --dataset digits                 # seconds on a laptop
+    python train_sup.py --dataset digits --evaluate      # clean and PGD-20 accuracy of runs/sup/ckpt.pt
+
+Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into --out.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import cem
+import data
+import engine
+from engine import option
+
+DIGITS = dict(arch="resnet18", width=16, epochs=30, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97)
+DIGITS |= dict(attack_steps=5, attack_step_size=0.2)
+
+
+@dataclass
+class Options(engine.TrainOptions):
+    dataset: str = option("cifar10", data.HELP)
+    out: str = option("runs/sup", "folder of the run: ckpt.pt, log.jsonl, options.json, TensorBoard events")
+    loss: str = option(
+        "at",
+        "st: cross-entropy of the images; at: of the attacked images; mle: at + --mle-weight x [f(x_adv, y) - f(x, y)], "
+        "both halves of the likelihood gradient",
+        choices=list(cem.SUPERVISED_LOSSES),
+    )
+    mle_weight: float = option(0.1, "lambda of --loss mle")
+    norm: str = option("l2", "norm of the attack's ball", choices=["l2", "linf"])
+    eps: float = option(0.5, "radius of the ball, pixels in [0, 1]; linf: 0.03137 is 8/255")
+    attack_steps: int = option(7, "PGD steps in training")
+    attack_step_size: float = option(0.1, "PGD step size in training")
+    seed_rank: int = option(64, "rank of the Gaussian seeds' covariances in the checkpoint")
+    evaluate: bool = option(False, "do not train: clean and PGD-20 accuracy of --ckpt on the test images")
+    ckpt: str = option("", "checkpoint for --evaluate (default: OUT/ckpt.pt)")
+    n_eval: int = option(1000, "test images for the accuracies in the log (PGD-10); --evaluate takes all of them")
+
+
+def check(opt: Options) -> None:
+    engine.check(opt)
+    engine.require(opt.eps >= 0, "--eps must not be negative")
+    engine.require(opt.attack_steps >= 1 and opt.attack_step_size > 0, "--attack-steps and -step-size must be positive")
+    engine.require(opt.seed_rank >= 1 and opt.n_eval >= 1, "--seed-rank and --n-eval must be at least 1")
+
+
+def evaluate(opt: Options) -> None:
+    where, path = engine.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
+    model = cem.load(path, where).to(memory_format=torch.channels_last)
+    engine.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: train_sup.py makes one")
+    test = data.load(opt.dataset, "test", opt.data_dir).to(where)
+    engine.require(
+        (model.config["in_channels"], model.config["num_classes"]) == (test.images.shape[1], len(test.classes)),
+        f"{path} was not trained on data like {opt.dataset}: channels or classes differ",
+    )
+    result = engine.accuracy(model, test, opt, steps=20)
+    print(f"{path} on {len(test)} test images of {test.name}, {opt.norm} eps {opt.eps:g}:")
+    print(f"clean {result['clean_accuracy']:.2%}  PGD-20 {result['adversarial_accuracy']:.2%}")
+    record = dict(ckpt=str(path), dataset=test.name, n=len(test), norm=opt.norm, eps=opt.eps, attack="PGD-20", **result)
+    engine.write_text(path.with_name("accuracy.json"), json.dumps(record, indent=2) + "\n")
+    print(f"wrote {path.with_name('accuracy.json')}")
+
+
+def train(opt: Options) -> None:
+    where = engine.device(opt.device)
+    train_set, test_set = (data.load(opt.dataset, split, opt.data_dir).to(where) for split in ("train", "test"))
+    torch.manual_seed(opt.seed)
+    shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
+    model = cem.ParametricCEM(opt.arch, len(train_set.classes), **shape, **train_set.normalisation())
+    model = model.to(where, memory_format=torch.channels_last)
+
+    def batch_loss(model, index, draws, generator):
+        x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip), train_set.labels[index]
+        with engine.autocast(where, opt.precision):
+            x_adv = None
+            if opt.loss != "st":
+                attack = cem.potential("ce", cem.folded(model), y)
+                ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
+                x_adv = cem.pgd(attack, x, **ball, generator=generator)
+            loss, logits = cem.supervised_loss(opt.loss, model, x, y, x_adv, opt.mle_weight)
+        return loss, {"train_accuracy": (logits.argmax(1) == y).float().mean()}
+
+    engine.fit(
+        opt,
+        model,
+        len(train_set),
+        shuffle=lambda epoch: data.draws(len(train_set), 3, opt.seed, epoch, where),
+        batch_loss=batch_loss,
+        evaluate=lambda model, epoch: engine.accuracy(model, test_set, opt, steps=10, n=opt.n_eval),
+        **train_set.card(opt.seed_rank),
+    )
+
+
+def main() -> None:
+    opt = engine.parse(Options, __doc__, {"digits": DIGITS})
+    check(opt)
+    evaluate(opt) if opt.evaluate else train(opt)
+
+
+if __name__ == "__main__":
+    engine.run(main)
