@@ -15,12 +15,14 @@ Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455; [JEAT] Zhu et al., ICCV 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +48,14 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         channels = width
         for i, depth in enumerate(depths):
-            planes, blocks = width * 2**i, []
-            for j in range(depth):
-                stride = 2 if i > 0 and j == 0 else 1
-                out = planes * block.expansion
+            planes, stride, blocks = width * 2**i, 1 if i == 0 else 2, []
+            out = planes * block.expansion
+            for _ in range(depth):
                 shortcut = None
                 if stride != 1 or channels != out:
-                    conv = nn.Conv2d(channels, out, 1, stride, bias=False)
-                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(out))
+                    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
                 blocks.append(block(channels, planes, stride, shortcut))
-                channels = out
+                channels, stride = out, 1
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.out_features = channels
 
@@ -84,10 +84,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet (Zagoruyko and Komodakis, 2016) with the parameter names of the adversarial training literature.
-
-    Its four stages are the stem's output and the three groups'.
-    """
+    """Wide ResNet (Zagoruyko and Komodakis, 2016) with their parameter names; its stages: the stem and the three groups."""
 
     def __init__(self, blocks_per_group: int, channels: Sequence[int], in_channels: int):
         super().__init__()
@@ -288,12 +285,9 @@ PARAMETRIC_SAMPLERS = {  # (logits f(x, ·), y) -> U(x)
     "cs": log_joint,  # conditional sampling: log p(x | y)
     "rcs": lambda logits, y: log_joint(logits, y) + log_marginal(logits),  # log p(x | y) + log p(x)
 }
-PARAMETRIC_ATTACKS = {
-    "ce": lambda logits, y: -log_posterior(logits, y),  # untargeted PGD: the cross-entropy
-}
+PARAMETRIC_ATTACKS = {"ce": lambda logits, y: -log_posterior(logits, y)}  # untargeted PGD: the cross-entropy
 
-
-NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(x⁺), τ) -> U(x)
+NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(y) if y was given, τ) -> U(x)
     "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),
     "maxent": lambda z, _, temperature: math.log(len(z) - 1) - log_marginal(_others(z, temperature)),
 }
@@ -319,8 +313,7 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Callable[
     """
     parametric = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS
     if name not in parametric and name not in NON_PARAMETRIC_SAMPLERS:
-        known = ", ".join((*parametric, *NON_PARAMETRIC_SAMPLERS))
-        raise CEMError(f"unknown potential {name!r}: choose one of {known}")
+        raise CEMError(f"unknown potential {name!r}: choose one of {', '.join((*parametric, *NON_PARAMETRIC_SAMPLERS))}")
     other = ParametricCEM if name in NON_PARAMETRIC_SAMPLERS else NonParametricCEM
     if isinstance(model, other):
         raise CEMError(f"potential {name!r} is not for a {other.__name__}")
@@ -329,15 +322,12 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Callable[
     if name in parametric:
         return lambda x: parametric[name](model(x), y)
 
-    positives = []
+    @functools.cache
+    def positives() -> Tensor | None:  # embedded at the first call, when `ascend` has put the model into eval mode
+        with torch.no_grad():
+            return None if y is None else model(y)
 
-    def climb(x: Tensor) -> Tensor:
-        if name == "pgd" and not positives:  # embedded at the first call, when `ascend` has put the model into eval mode
-            with torch.no_grad():
-                positives.append(model(y))
-        return NON_PARAMETRIC_SAMPLERS[name](model(x), *positives or [None], model.temperature)
-
-    return climb
+    return lambda x: NON_PARAMETRIC_SAMPLERS[name](model(x), positives(), model.temperature)
 
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -517,7 +507,7 @@ class GaussianSeeds:
             if 4 * rank < min(centered.shape):  # randomised: seconds instead of minutes for 3 x 32 x 32
                 with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
                     torch.manual_seed(k)
-                    _, s, v = torch.svd_lowrank(centered, q=rank + 16, niter=4)
+                    _, s, v = torch.svd_lowrank(centered, q=min(rank + 16, *centered.shape), niter=4)
             else:
                 _, s, vt = torch.linalg.svd(centered, full_matrices=False)
                 v = vt.T
@@ -556,30 +546,28 @@ class GaussianSeeds:
 KINDS = {"ParametricCEM": ParametricCEM, "NonParametricCEM": NonParametricCEM}
 
 
-def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **extra) -> None:
-    """Write model and `extra` (tensors, numbers, strings, and lists and dicts of them) to `path`, whole or not at all.
-
-    half: store the weights in half precision; `load` gives float32 again.
-    """
-    path = Path(path)
-    state = {k: v.half() if half and v.is_floating_point() else v for k, v in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "format": "cem",
-        "kind": type(model).__name__,
-        "config": model.config,
-        "state": state,
-        "extra": extra,
-    }
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def replace(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all: `write` fills a temporary one beside it, which then takes its name."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **extra) -> None:
+    """Write model and `extra` (tensors, numbers, strings, and lists and dicts of them) to `path`, whole or not at all.
+
+    half: store the weights in half precision; `load` gives float32 again.
+    """
+    state = {k: v.half() if half and v.is_floating_point() else v for k, v in model.state_dict().items()}
+    content = {"format": "cem", "kind": type(model).__name__, "config": model.config, "state": state, "extra": extra}
+    replace(path, lambda file: torch.save(content, file))
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:

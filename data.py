@@ -72,6 +72,15 @@ def load(name: str, split: str, data_dir: str = "data") -> Dataset:
     raise CEMError(f"unknown dataset {name!r}: no such folder, and not one of {', '.join(NAMES)}")
 
 
+def splits(name: str, data_dir: str, device) -> tuple[Dataset, Dataset]:
+    """Both splits, on the device. Raises CEMError where their images differ in shape."""
+    train, test = (load(name, split, data_dir).to(device) for split in ("train", "test"))
+    shapes = [" x ".join(map(str, s.images.shape[1:])) for s in (train, test)]
+    if shapes[0] != shapes[1]:
+        raise CEMError(f"{name}: the training images are {shapes[0]}, the test images {shapes[1]}: one shape, please")
+    return train, test
+
+
 def _digits(split: str) -> Dataset:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -194,7 +203,7 @@ def crop_boxes(u: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor
     area = side**2 * (scale[0] + (scale[1] - scale[0]) * u[:, :TRIES])
     aspect = ((2 * u[:, TRIES : 2 * TRIES] - 1) * np.log(4 / 3)).exp()
     width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (width <= side) & (height <= side)
+    fits = (0 < width) & (width <= side) & (0 < height) & (height <= side)
     first = fits.int().argmax(1, keepdim=True)
     height, width = (torch.where(fits.any(1), v.gather(1, first).squeeze(1), side) for v in (height, width))
     top, left = ((u[:, 2 * TRIES + i] * (side - v + 1)).floor() for i, v in enumerate((height, width)))

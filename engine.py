@@ -4,21 +4,23 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from argparse_dataclass import ArgumentParser
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import cem
+
+SHIPPED = Path(__file__).resolve().parent / "checkpoints"
 
 # ------------------------------------------------------------------------------------------ options and errors
 
@@ -34,17 +36,27 @@ class _Parser(ArgumentParser):
         raise cem.CEMError(f"{message} (see {self.prog} --help)")
 
 
-def parse(options: type, description: str, presets: dict[str, dict] | None = None, argv=None):
-    """Command line -> options. presets[dataset] replaces the defaults on that dataset, not what the user states."""
+def parse(options: type, description: str, presets: dict[str, dict] | None = None, key: str = "dataset", argv=None):
+    """Command line -> options. presets[value of --key] replaces defaults, but not what the user states."""
     parser = _Parser(options, description=description.strip().splitlines()[0], allow_abbrev=False)
     if presets:
-        parser.set_defaults(**presets.get(parser.parse_args(argv).dataset, {}))
+        parser.set_defaults(**presets.get(getattr(parser.parse_args(argv), key), {}))
     return parser.parse_args(argv)
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise cem.CEMError(message)
+
+
+def folder_beside(ckpt: Path) -> Path:
+    """Where the outputs of a checkpoint go: beside it, or to runs/shipped for one that ships."""
+    return Path("runs/shipped") if ckpt.resolve().parent == SHIPPED else ckpt.parent
+
+
+def command() -> str:
+    """The command line that is running, for the record beside its figures."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def run(main: Callable[[], None]) -> None:
@@ -54,23 +66,15 @@ def run(main: Callable[[], None]) -> None:
     except (cem.CEMError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except torch.cuda.OutOfMemoryError:
+        print("error: the device's memory is too small for this: try a smaller --batch-size", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all: to a temporary one beside it, then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_text(path: Path, text: str) -> None:
-    replace(path, lambda file: file.write(text.encode()))
+    cem.replace(path, lambda file: file.write(text.encode()))
 
 
 # -------------------------------------------------------------------------------------- device and precision
@@ -85,18 +89,19 @@ def device(name: str) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise cem.CEMError(f"--device {name} is not to be had here: {str(error).splitlines()[0]}") from error
-    if chosen.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; bfloat16 is the fast one
+    torch.backends.cudnn.benchmark = True
     return chosen
 
 
 def autocast(where: torch.device, precision: str):
     """The autocast context of --precision; auto is bfloat16 where the device computes in it, else float32."""
-    if precision == "auto":
-        native = {"cuda": torch.cuda.is_bf16_supported, "cpu": torch.ops.mkldnn._is_mkldnn_bf16_supported}
-        precision = "bfloat16" if native.get(where.type, bool)() else "float32"
-    return torch.autocast(where.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+    native = precision == "bfloat16"
+    if precision == "auto" and where.type == "cuda":
+        native = torch.cuda.get_device_capability(where) >= (8, 0)
+    elif precision == "auto" and where.type == "cpu":
+        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(where.type, torch.bfloat16) if native else contextlib.nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -142,13 +147,7 @@ def learning_rate(progress: float, peak: float, schedule: str) -> float:
 
 
 def fit(
-    opt: TrainOptions,
-    model: nn.Module,
-    images: int,
-    shuffle: Callable[[int], tuple[Tensor, Tensor]],
-    batch_loss: Callable[[nn.Module, Tensor, Tensor, torch.Generator], tuple[Tensor, dict[str, Tensor]]],
-    evaluate: Callable[[nn.Module, int], dict[str, float]],
-    **extra,
+    opt: TrainOptions, model: nn.Module, images: int, shuffle: Callable, batch_loss: Callable, evaluate: Callable, **extra
 ) -> nn.Module:
     """Train `model` on its device and keep the run in opt.out -> the trained model (the average of its weights with --ema).
 
@@ -157,20 +156,17 @@ def fit(
     evaluate(model, epoch)                      -> {name: value}, measurements for the log after epoch 1, 2, ...
     extra                                       goes into the checkpoint beside the model
 
-    Randomness is a function of seed, epoch and step: a resumed run is the run that was not interrupted.
+    Randomness is a function of seed, epoch and step: a resumed run is the uninterrupted one, on the CPU bit for bit.
     """
     out, begin = Path(opt.out), time.monotonic()
     where = next(model.parameters()).device
     steps_per_epoch = max(images // opt.batch_size, 1)
     total = opt.epochs * steps_per_epoch
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=opt.weight_decay)
-    average = None
-    if opt.ema:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(opt.ema), use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(opt.ema), use_buffers=True) if opt.ema else None
     step, log, sums, seconds = 0, [], {}, 0.0
     if opt.resume:
-        training = cem.load(out / "ckpt.pt", where).extra.get("training")
-        require(training is not None, f"{out / 'ckpt.pt'} carries no training state: it cannot be resumed")
+        training = resumable(opt, cem.load(out / "ckpt.pt", where).extra)
         model.load_state_dict(training["model"])
         optimizer.load_state_dict(training["optimizer"])
         if average is not None:
@@ -178,7 +174,6 @@ def fit(
         step, log, sums, seconds = (training[k] for k in ("step", "log", "sums", "seconds"))
     elif (out / "ckpt.pt").exists():
         keep_previous(out)
-    out.mkdir(parents=True, exist_ok=True)
     write_text(out / "options.json", json.dumps(asdict(opt), indent=2) + "\n")
     final = average.module if average is not None else model
 
@@ -192,7 +187,7 @@ def fit(
         cem.save(out / "ckpt.pt", final, options=asdict(opt), training=training, **extra)
         write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
-    board = SummaryWriter(str(out), purge_step=step)
+    board = SummaryWriter(str(out), purge_step=step + 1)
     late = False
     while step < total and not late:
         epoch, done = divmod(step, steps_per_epoch)
@@ -258,11 +253,21 @@ def accuracy(model: nn.Module, dataset, opt, steps: int, n: int | None = None) -
     return {"clean_accuracy": clean, "adversarial_accuracy": adversarial}
 
 
+def resumable(opt: TrainOptions, extra: dict) -> dict:
+    """The training state in a checkpoint's extra; CEMError where it has none or where options contradict those of the run."""
+    require("training" in extra, f"{opt.out}/ckpt.pt carries no training state: it cannot be resumed")
+    free = {"resume", "max_minutes", "out", "data_dir", "device", "n_eval", "eval_every", "evaluate", "ckpt"}
+    for name, now in asdict(opt).items():
+        then = extra["options"].get(name)
+        fits = name in free or now == then or (name == "epochs" and now > then)
+        require(fits, f"--resume: the run in {opt.out} has --{name.replace('_', '-')} {then}, not {now}")
+    return extra["training"]
+
+
 def keep_previous(out: Path) -> None:
-    """A run that starts anew in `out` moves the checkpoint and log that are there aside."""
-    previous = out / "previous"
-    previous.mkdir(exist_ok=True)
-    for name in ("ckpt.pt", "log.jsonl", "options.json"):
-        if (out / name).exists():
-            os.replace(out / name, previous / name)
-    print(f"kept the earlier run's checkpoint and log in {previous}")
+    """A run that starts anew in `out` moves the earlier one's files, which it did not make, aside."""
+    (previous := out / "previous").mkdir(exist_ok=True)
+    for path in out.iterdir():
+        if path.is_file():
+            os.replace(path, previous / path.name)
+    print(f"kept the earlier run's files in {previous}")

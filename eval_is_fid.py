@@ -56,18 +56,34 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
             engine.require("arr_0" in arrays, f"{path} holds no images (arr_0)")
             images = arrays["arr_0"]
             labels = arrays["arr_1"] if "arr_1" in arrays else np.full(len(images), -1)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except cem.CEMError:
+        raise
+    except Exception as error:  # a damaged archive can fail in any way
         raise cem.CEMError(f"cannot read the samples {path}: {error}") from error
-    shape_fits = images.ndim == 4 and images.shape[3] in (1, 3) and len(images)
-    engine.require(images.dtype == np.uint8 and shape_fits, f"{path}: arr_0 must be uint8 (N, H, W, C), C = 1 or 3")
+    shape_fits = images.ndim == 4 and images.shape[3] in (1, 3) and len(images) and labels.shape == images.shape[:1]
+    engine.require(
+        images.dtype == np.uint8 and shape_fits, f"{path}: arr_0 must be uint8 (N, H, W, C), C = 1 or 3, arr_1 (N,)"
+    )
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
+
+
+def read_statistics(path: Path) -> tuple[Tensor, Tensor] | None:
+    """The mu (D,) and sigma (D, D) of a pytorch-fid statistics npz, None where the file holds other things."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not {"mu", "sigma"} <= set(arrays):
+                return None
+            return tuple(torch.from_numpy(arrays[k]).double() for k in ("mu", "sigma"))
+    except Exception as error:  # a damaged archive can fail in any way
+        raise cem.CEMError(f"cannot read the reference {path}: {error}") from error
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     if path.is_dir():
         files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
         engine.require(bool(files), f"{path} holds no images")
-        images = data.read_images(files)
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))  # else a split of IS is one class
+        images = data.read_images([files[i] for i in order])
         return images, torch.full((len(images),), -1)
     engine.require(path.is_file(), f"no samples at {path}: python sample.py makes some")
     return read_npz(path)
@@ -93,7 +109,7 @@ class Inception:
             with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):  # else it downloads
                 net = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
         except Exception as error:  # the network, a damaged file or a file of another network, each in its own way
-            raise cem.CEMError(f"no Inception weights ({str(error).splitlines()[0]}): {ways}") from error
+            raise cem.CEMError(f"no Inception weights ({' '.join(str(error).split())[:200]}): {ways}") from error
         self.net, self.where = net.to(where).eval(), where
         self.fc = state["fc.weight"].to(where).float()
 
@@ -112,6 +128,7 @@ class Classifier:
     names = ("C-IS", "C-FD")
 
     def __init__(self, path: str, where: torch.device):
+        engine.require(Path(path).is_file(), f"--features {path}: neither 'inception' nor a checkpoint that is there")
         model = cem.load(path, where)
         engine.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: --features needs train_sup.py's")
         self.extra = model.extra
@@ -190,15 +207,16 @@ def reference_statistics(network, opt: Options) -> tuple[list[tuple], tuple | No
     """-> (mean, covariance) of each feature block, and the images' shape where the reference has images."""
     path = Path(opt.ref)
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as arrays:
-            if "mu" in arrays and "sigma" in arrays:
-                engine.require(not network.standardised(), f"{path} holds Inception statistics: use --features inception")
-                return [tuple(torch.from_numpy(arrays[k]).double() for k in ("mu", "sigma"))], None
+        if stored := read_statistics(path):
+            fits = not network.standardised() and stored[0].shape == (2048,) and stored[1].shape == (2048, 2048)
+            engine.require(fits, f"{path}: statistics of 2,048 Inception features go with --features inception only")
+            return [stored], None
         images, _ = read_npz(path)
     elif path.is_dir() and not (path / "train").is_dir():
         images, _ = read_samples(path)
     else:
         images = data.load(opt.ref, opt.split, opt.data_dir).images
+    engine.require(len(images) > 1, f"--ref {opt.ref} has one image: no covariance can be had from that")
     blocks, _ = extract(network, images, opt.batch_size, opt.ref)
     return [statistics(block) for block in blocks], tuple(images.shape[1:])
 
@@ -239,8 +257,8 @@ def main() -> None:
     rows = [judge(network, *images, reference, opt, str(path)) for path, images in zip(paths, sets)]
     print(markdown(rows))
     out = Path(opt.out) if opt.out else (paths[0] if paths[0].is_dir() else paths[0].parent) / "metrics.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"features": opt.features, "reference": opt.ref, "split": opt.split, "splits": opt.splits, "rows": rows}
+    options = {"features": opt.features, "reference": opt.ref, "split": opt.split, "splits": opt.splits}
+    record = {"command": engine.command(), **options, "rows": rows}
     engine.write_text(out, json.dumps(record, indent=2) + "\n")
     print(f"wrote {out}")
 

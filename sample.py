@@ -11,6 +11,7 @@ batch at a time: theirs depend on --batch-size too, which is the N of the entrop
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ import cem
 import engine
 from engine import option
 
-SHIPPED = Path(__file__).resolve().parent / "checkpoints"
 SAMPLERS = [*cem.PARAMETRIC_SAMPLERS, *cem.NON_PARAMETRIC_SAMPLERS, "seeds"]
 
 
@@ -58,8 +58,8 @@ class Options:
 
 def check(opt: Options) -> None:
     for name in ("n", "batch_size", "steps", "step_size"):
-        engine.require(getattr(opt, name) > 0, f"--{name.replace('_', '-')} must be positive")
-    engine.require(opt.noise >= 0, "--noise must not be negative")
+        engine.require(0 < getattr(opt, name) < math.inf, f"--{name.replace('_', '-')} must be positive")
+    engine.require(0 <= opt.noise < math.inf, "--noise must not be negative")
     engine.require(
         opt.batch_size > 1 or opt.sampler not in cem.NON_PARAMETRIC_SAMPLERS,
         f"--sampler {opt.sampler} needs a --batch-size of at least 2: the images of a batch repel each other",
@@ -71,9 +71,8 @@ def find_checkpoint(opt: Options) -> tuple[Path, Path]:
     kind = "unsup" if opt.sampler in cem.NON_PARAMETRIC_SAMPLERS else "sup"
     path = Path(opt.ckpt or f"runs/{kind}/ckpt.pt")
     if not opt.ckpt and not path.exists():
-        path = SHIPPED / f"{kind}.pt"
-    beside = Path("runs/shipped") if path.resolve().parent == SHIPPED else path.parent
-    return path, Path(opt.out) if opt.out else beside
+        path = engine.SHIPPED / f"{kind}.pt"
+    return path, Path(opt.out) if opt.out else engine.folder_beside(path)
 
 
 def load_model(path: Path, where: torch.device, sampler: str, raw: bool = False) -> torch.nn.Module:
@@ -84,7 +83,8 @@ def load_model(path: Path, where: torch.device, sampler: str, raw: bool = False)
     if raw:
         engine.require("training" in model.extra, f"{path} carries one set of weights only: leave --raw out")
         model.load_state_dict(model.extra["training"]["model"])
-    engine.require("seeds" in model.extra, f"{path} carries no Gaussian seeds: it was not made by a training script")
+    whole = {"seeds", "classes", "dataset"} <= model.extra.keys()
+    engine.require(whole, f"{path} carries no Gaussian seeds or class names: it was not made by a training script")
     return cem.folded(model).to(memory_format=torch.channels_last)
 
 
@@ -142,12 +142,11 @@ def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Tensor:
 
 
 def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     npz, png = folder / f"{name}.npz", folder / f"{name}.png"
     arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
-    engine.replace(npz, lambda file: np.savez_compressed(file, **arrays))
+    cem.replace(npz, lambda file: np.savez_compressed(file, **arrays))
     picture = torchvision.transforms.functional.to_pil_image(grid(images, labels))
-    engine.replace(png, lambda file: picture.save(file, "PNG"))
+    cem.replace(png, lambda file: picture.save(file, "PNG"))
     engine.write_text(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
     print(f"wrote {npz}, .png and .json")
 
@@ -162,7 +161,13 @@ def main() -> None:
     begin = time.monotonic()
     images, labels = draw(model, opt, where)
     seconds = time.monotonic() - begin
-    record = {**asdict(opt), "ckpt": str(path), "dataset": model.extra["dataset"], "classes": model.extra["classes"]}
+    record = {
+        "command": engine.command(),
+        **asdict(opt),
+        "ckpt": str(path),
+        "dataset": model.extra["dataset"],
+        "classes": model.extra["classes"],
+    }
     record |= {"seconds": round(seconds, 2), "images_per_second": round(opt.n / seconds, 2)}
     write(folder, f"samples-{opt.sampler}{'-cond' * opt.cond}", images, labels, record)
 

@@ -7,7 +7,6 @@ displacement (steps x step size) for several numbers of steps; then, at the best
 and the weights without averaging. Writes every point to --out and prints the best of each sampler.
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ DISPLACEMENTS, STEPS, NOISES, PLAIN_STEPS = (1.0, 2.0, 3.0, 4.0, 6.0), (4, 8, 16
 class Options:
     samplers: str = option(",".join(cem.PARAMETRIC_SAMPLERS), "samplers to tune, comma-separated")
     ckpt: str = option("", "checkpoint that draws (default: as sample.py)")
-    judge: str = option(str(sample.SHIPPED / "judge.pt"), "classifier checkpoint that judges")
+    judge: str = option(str(engine.SHIPPED / "judge.pt"), "classifier checkpoint that judges")
     ref: str = option("cifar10", "reference dataset, as for eval_is_fid.py")
     split: str = option("train", "split of the reference dataset", choices=["train", "test"])
     data_dir: str = option("data", "where torchvision's datasets lie or go")
@@ -41,18 +40,23 @@ def main() -> None:
     where = engine.device(opt.device)
     network = eval_is_fid.Classifier(opt.judge, where)
     reference, _ = eval_is_fid.reference_statistics(network, opt)
-    rows = []
+    rows, out = [], Path(opt.out)
+    names = opt.samplers.split(",")
+    for name in names:
+        engine.require(name in sample.SAMPLERS, f"--samplers: unknown {name!r}; there are {', '.join(sample.SAMPLERS)}")
+    opt.ckpt = str(sample.find_checkpoint(sample.Options(ckpt=opt.ckpt, sampler=names[0]))[0])
 
     def point(**changes) -> dict:
         options = sample.Options(ckpt=opt.ckpt, n=opt.n, batch_size=opt.batch_size, cond=opt.cond, **changes)
-        path, _ = sample.find_checkpoint(options)
-        model = sample.load_model(path, where, options.sampler, options.raw)
+        sample.check(options)
+        model = sample.load_model(Path(opt.ckpt), where, options.sampler, options.raw)
         judging = eval_is_fid.Options(batch_size=opt.batch_size)
         images, labels = sample.draw(model, options, where)
         shown = {k: getattr(options, k) for k in ("sampler", "cond", "steps", "step_size", "noise", "norm", "raw")}
         row = eval_is_fid.judge(network, images, labels, reference, judging, options.sampler)
         rows.append(shown | {k: v for k, v in row.items() if k != "samples"})
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        engine.write_text(out, json.dumps({"command": engine.command(), "rows": rows}, indent=1) + "\n")
         return rows[-1]
 
     def best(points: list[dict]) -> dict:
@@ -60,18 +64,15 @@ def main() -> None:
         return {k: row[k] for k in ("sampler", "steps", "step_size", "noise", "norm", "raw")}
 
     point(sampler="seeds")
-    for name in opt.samplers.split(","):
+    for name in names:
         points = [point(sampler=name, steps=s, step_size=d / s) for d in DISPLACEMENTS for s in STEPS]
         chosen = best(points)
         points += [point(**chosen | {"noise": noise}) for noise in NOISES]
         points += [point(**chosen | {"norm": "none", "step_size": size}) for size in PLAIN_STEPS]
         points += [point(**chosen | {"norm": "linf", "step_size": size}) for size in (0.005, 0.01, 0.02)]
-        if "training" in cem.load(sample.find_checkpoint(sample.Options(ckpt=opt.ckpt, sampler=name))[0]).extra:
+        if "training" in cem.load(opt.ckpt).extra:
             points += [point(**chosen | {"raw": True})]
         print("best:", best(points), flush=True)
-    out = Path(opt.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    engine.write_text(out, json.dumps({"options": dataclasses.asdict(opt), "rows": rows}, indent=1) + "\n")
     print(f"wrote {out}")
 
 

@@ -52,6 +52,7 @@ def check(opt: Options) -> None:
 
 def evaluate(opt: Options) -> None:
     where, path = engine.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
+    opt.precision = opt.precision.replace("auto", "float32")  # figures to compare with others'
     model = cem.load(path, where).to(memory_format=torch.channels_last)
     engine.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: train_sup.py makes one")
     test = data.load(opt.dataset, "test", opt.data_dir).to(where)
@@ -62,14 +63,16 @@ def evaluate(opt: Options) -> None:
     result = engine.accuracy(model, test, opt, steps=20)
     print(f"{path} on {len(test)} test images of {test.name}, {opt.norm} eps {opt.eps:g}:")
     print(f"clean {result['clean_accuracy']:.2%}  PGD-20 {result['adversarial_accuracy']:.2%}")
-    record = dict(ckpt=str(path), dataset=test.name, n=len(test), norm=opt.norm, eps=opt.eps, attack="PGD-20", **result)
-    engine.write_text(path.with_name("accuracy.json"), json.dumps(record, indent=2) + "\n")
-    print(f"wrote {path.with_name('accuracy.json')}")
+    record = {"command": engine.command(), "ckpt": str(path), "dataset": test.name, "n": len(test)}
+    record |= {"attack": "PGD-20", "norm": opt.norm, "eps": opt.eps, "precision": opt.precision, **result}
+    out = engine.folder_beside(path) / "accuracy.json"
+    engine.write_text(out, json.dumps(record, indent=2) + "\n")
+    print(f"wrote {out}")
 
 
 def train(opt: Options) -> None:
     where = engine.device(opt.device)
-    train_set, test_set = (data.load(opt.dataset, split, opt.data_dir).to(where) for split in ("train", "test"))
+    train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     model = cem.ParametricCEM(opt.arch, len(train_set.classes), **shape, **train_set.normalisation())

@@ -134,10 +134,11 @@ def fit_probe(model: nn.Module, known: Tensor, labels: Tensor) -> Probe:
 
 def evaluate(opt: Options) -> None:
     where, path = engine.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
+    opt.precision = opt.precision.replace("auto", "float32")  # figures to compare with others'
     model = cem.load(path, where)
     engine.require(isinstance(model, cem.NonParametricCEM), f"{path} is no encoder: train_unsup.py makes one")
     model = cem.folded(model).to(memory_format=torch.channels_last)
-    train_set, test_set = (data.load(opt.dataset, split, opt.data_dir).to(where) for split in ("train", "test"))
+    train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
     channels = model.config["in_channels"]
     engine.require(train_set.images.shape[1] == channels, f"{path} was trained on images of {channels} channels")
     known, asked = (features(model, s, torch.arange(len(s), device=where), opt) for s in (train_set, test_set))
@@ -146,16 +147,16 @@ def evaluate(opt: Options) -> None:
     result |= engine.accuracy(probe, test_set, opt, steps=20)
     print(f"{path}, linear probe on {len(test_set)} test images of {test_set.name}, {opt.norm} eps {opt.eps:g}:")
     print("clean {clean_accuracy:.2%}  PGD-20 {adversarial_accuracy:.2%}  k-NN {knn_accuracy:.2%}".format(**result))
-    record = dict(
-        ckpt=str(path), dataset=test_set.name, n=len(test_set), norm=opt.norm, eps=opt.eps, attack="PGD-20", **result
-    )
-    engine.write_text(path.with_name("probe.json"), json.dumps(record, indent=2) + "\n")
-    print(f"wrote {path.with_name('probe.json')}")
+    record = {"command": engine.command(), "ckpt": str(path), "dataset": test_set.name, "n": len(test_set)}
+    record |= {"attack": "PGD-20", "norm": opt.norm, "eps": opt.eps, "precision": opt.precision, **result}
+    out = engine.folder_beside(path) / "probe.json"
+    engine.write_text(out, json.dumps(record, indent=2) + "\n")
+    print(f"wrote {out}")
 
 
 def train(opt: Options) -> None:
     where = engine.device(opt.device)
-    train_set, test_set = (data.load(opt.dataset, split, opt.data_dir).to(where) for split in ("train", "test"))
+    train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     model = cem.NonParametricCEM(opt.arch, opt.embed_dim, opt.temperature, **shape, **train_set.normalisation())

@@ -20,7 +20,7 @@ import sample  # noqa: E402
 
 @dataclass
 class Options:
-    ckpt: str = engine.option(str(sample.SHIPPED / "unsup.pt"), "encoder checkpoint")
+    ckpt: str = engine.option(str(engine.SHIPPED / "unsup.pt"), "encoder checkpoint")
     n: int = engine.option(250, "images in the batch")
     steps: int = engine.option(50, "steps of the ascent")
     step_size: float = engine.option(0.25, "l2 length of a step")
@@ -30,8 +30,10 @@ class Options:
 
 def main() -> None:
     opt = engine.parse(Options, __doc__)
-    import matplotlib.pyplot as plt
-
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
     where = engine.device(opt.device)
     model = sample.load_model(Path(opt.ckpt), where, "maxent")
     entropy = cem.potential("maxent", model)
@@ -56,8 +58,7 @@ def main() -> None:
     plt.ylabel(f"entropy estimate of {opt.n} images")
     plt.legend()
     out = Path(opt.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    plt.savefig(out.with_suffix(".png"), dpi=120, bbox_inches="tight")
+    cem.replace(out.with_suffix(".png"), lambda file: plt.savefig(file, dpi=120, bbox_inches="tight"))
     engine.write_text(out.with_suffix(".json"), json.dumps(curves) + "\n")
     print(f"wrote {out.with_suffix('.png')} and .json")
 

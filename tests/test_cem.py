@@ -431,6 +431,15 @@ def test_save_and_load_give_the_same_model(tmp_path, model, batch):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["m.pt"]
 
 
+def test_half_precision_saves_half_the_bytes_and_three_digits(tmp_path, model, batch):
+    cem.save(tmp_path / "full.pt", model)
+    cem.save(tmp_path / "half.pt", model, half=True)
+    assert (tmp_path / "half.pt").stat().st_size < 0.8 * (tmp_path / "full.pt").stat().st_size
+    loaded = cem.load(tmp_path / "half.pt")
+    assert next(loaded.parameters()).dtype == torch.float32
+    torch.testing.assert_close(loaded(batch[0]), model(batch[0]), rtol=2e-2, atol=2e-3)  # 2^-11 a weight, over 20 layers
+
+
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, model):
     path = tmp_path / "m.pt"
     cem.save(path, model)

@@ -91,6 +91,14 @@ def test_bad_image_folders_are_named(tmp_path):
             data.load(str(path), "train")
 
 
+def test_splits_of_different_shape_are_refused(tmp_path):
+    root = write_folder(tmp_path / "set")
+    for file in (root / "test").rglob("*.png"):
+        Image.new("RGB", (12, 12)).save(file)
+    with pytest.raises(cem.CEMError, match="3 x 10 x 10, the test images 3 x 12 x 12"):
+        data.splits(str(root), "data", "cpu")
+
+
 def test_unknown_dataset_names_the_known():
     with pytest.raises(cem.CEMError, match="unknown dataset 'mnist'.*cifar10"):
         data.load("mnist", "train")

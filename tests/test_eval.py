@@ -98,11 +98,17 @@ def test_real_digits_are_nearer_to_digits_than_noise(digits_run):
     rows = json.loads((digits_run / "m.json").read_text())["rows"]
     assert [row["n"] for row in rows] == [300, 300, 40]
     assert rows[0]["C-FD"] < rows[2]["C-FD"] < rows[1]["C-FD"]
-    assert rows[0]["wanted"] > 0.3 and "wanted" not in rows[1]
+    said = cem.load(digits_run / "runs/sup/ckpt.pt")(torch.from_numpy(real).permute(0, 3, 1, 2) / 255).argmax(1)
+    share = (said.numpy() == load_digits().target[:300]).mean()
+    assert rows[0]["wanted"] == pytest.approx(share, abs=1.5 / 300) and share > 0.3 and "wanted" not in rows[1]
     assert "| samples | n | C-IS |" in done.stdout and not {"IS", "FID"} & rows[0].keys()
 
 
-def test_inception_weights_that_cannot_be_had_name_both_ways_out(digits_run):
+def test_inception_weights_that_cannot_be_had_name_both_ways_out(digits_run, monkeypatch):
+    def offline(*_args, **_kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.urlopen", offline)
     np.savez(digits_run / "i.npz", arr_0=np.zeros((20, 8, 8, 3), np.uint8))
     before = files(digits_run)
     for weights in ([], ["--weights", "missing.pth"]):
@@ -113,7 +119,6 @@ def test_inception_weights_that_cannot_be_had_name_both_ways_out(digits_run):
             *weights,
             cwd=digits_run,
             TORCH_HOME=str(digits_run),
-            https_proxy="http://127.0.0.1:9",
         )
         assert done.returncode == 2 and done.stderr.count("error: ") == 1
         assert "--weights" in done.stderr and "--features CHECKPOINT" in done.stderr
@@ -128,6 +133,7 @@ def test_inception_weights_that_cannot_be_had_name_both_ways_out(digits_run):
         ({"arr_0": np.zeros((30, 8, 8), np.uint8)}, "must be uint8"),
         ({"arr_0": np.zeros((30, 9, 9, 1), np.uint8)}, "nothing is resized"),
         ({"arr_0": np.zeros((5, 8, 8, 1), np.uint8)}, "more than --splits"),
+        ({"arr_0": np.zeros((30, 8, 8, 1), np.uint8), "arr_1": np.zeros(4)}, "arr_1 (N,)"),
     ],
 )
 def test_bad_samples(arrays, message, digits_run, tmp_path):
@@ -135,3 +141,34 @@ def test_bad_samples(arrays, message, digits_run, tmp_path):
     arguments = ["--ref", "digits", "--features", digits_run / "runs/sup/ckpt.pt"]
     done = script("eval_is_fid.py", "--samples", "bad.npz", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and files(tmp_path) == ["bad.npz"]
+
+
+def test_damaged_files_are_refused(digits_run, tmp_path):
+    np.savez(tmp_path / "good.npz", arr_0=np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
+    good = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(good[: len(good) // 2])
+    (tmp_path / "text.npz").write_text("hello")
+    before, features = files(tmp_path), ["--features", digits_run / "runs/sup/ckpt.pt"]
+    for samples, ref, part in [
+        ("cut.npz", "digits", "cut.npz"),
+        ("text.npz", "digits", "text.npz"),
+        ("good.npz", "cut.npz", "cut.npz"),
+        ("good.npz", "text.npz", "text.npz"),
+        ("good.npz", "statistics.npz", "--features inception"),
+    ]:
+        done = script("eval_is_fid.py", "--samples", samples, "--ref", ref, *features, cwd=tmp_path)
+        assert done.returncode == 2 and part in done.stderr and files(tmp_path) == before
+    done = script("eval_is_fid.py", "--samples", "good.npz", "--features", "incepton", cwd=tmp_path)
+    assert done.returncode == 2 and "neither 'inception'" in done.stderr
+
+
+def test_sweep_writes_every_point(digits_run, monkeypatch):
+    monkeypatch.setattr("sweep.DISPLACEMENTS", (0.5, 1.0))
+    monkeypatch.setattr("sweep.STEPS", (2,))
+    judge = ["--ref", "digits", "--ckpt", "runs/sup/ckpt.pt", "--judge", "runs/sup/ckpt.pt", "--n", 20, "--out", "sweep.json"]
+    done = script("sweep.py", "--samplers", "cs", *judge, cwd=digits_run)
+    assert done.returncode == 0 and "best:" in done.stdout, done.stderr
+    rows = json.loads((digits_run / "sweep.json").read_text())["rows"]
+    assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * (2 + 3 + 4 + 3 + 1)
+    assert rows[-1]["raw"] and {row["norm"] for row in rows} == {"l2", "linf", "none"}

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files, script
+from conftest import ROOT, files, process, script
 from PIL import Image
 from test_data import bad_folders, write_folder
 
@@ -31,13 +31,13 @@ def assert_refused(done, *parts):
 
 
 def test_digits_bring_their_own_defaults_which_explicit_options_override():
-    paper = engine.parse(train_sup.Options, "x", {"digits": train_sup.DIGITS}, [])
+    paper = engine.parse(train_sup.Options, "x", {"digits": train_sup.DIGITS}, argv=[])
     assert (paper.arch, paper.width, paper.eps, paper.attack_steps, paper.attack_step_size) == ("resnet50", 64, 0.5, 7, 0.1)
-    digits = engine.parse(train_sup.Options, "x", {"digits": train_sup.DIGITS}, ["--dataset", "digits", "--width", "64"])
+    digits = engine.parse(train_sup.Options, "x", {"digits": train_sup.DIGITS}, argv=["--dataset", "digits", "--width", "64"])
     assert digits.width == 64 and digits.epochs == train_sup.DIGITS["epochs"] and digits.arch == "resnet18"
 
 
-@pytest.mark.parametrize("name", ["train_sup.py", "sample.py", "eval_is_fid.py"])
+@pytest.mark.parametrize("name", ["train_sup.py", "train_unsup.py", "sample.py", "eval_is_fid.py", "sweep.py"])
 def test_help_says_what_every_option_does(name, tmp_path):
     done = script(name, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -56,16 +56,25 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_zero(schedule):
     assert top == {"onecycle": 300, "cosine": 20}[schedule]
 
 
+def test_scripts_run_as_processes(digits_run, tmp_path):
+    done = process("sample.py", "--ckpt", digits_run / "runs/sup/ckpt.pt", "--n", 10, "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0 and f"wrote {tmp_path / 'out/samples-rcs.npz'}" in done.stdout, done.stderr
+    assert files(tmp_path / "out") == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
+    done = process("sample.py", "--ckpt", "missing.pt", cwd=tmp_path)
+    assert_refused(done, "missing.pt")
+    assert done.stdout == "" and len(done.stderr.strip().splitlines()) == 1
+
+
 # ------------------------------------------------------------------------------------- train, sample, evaluate
 
 
 def test_training_writes_checkpoint_log_and_events(digits_run):
     run = digits_run / "runs/sup"
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in log] == [1, 2] and [line["step"] for line in log] == [11, 22]
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5] and [line["step"] for line in log] == [11, 22, 33, 44, 55]
     wanted = {"loss", "lr", "clean_accuracy", "adversarial_accuracy", "images_per_second", "seconds"}
-    assert wanted <= log[0].keys() and log[1]["loss"] < log[0]["loss"]
-    assert sorted(files(run))[0] == "ckpt.pt" and any(f.startswith("events") for f in files(run))
+    assert wanted <= log[0].keys() and log[-1]["loss"] < log[0]["loss"]
+    assert "ckpt.pt" in files(run) and any(f.startswith("events") for f in files(run))
     assert json.loads((run / "options.json").read_text())["width"] == 8
     model = cem.load(run / "ckpt.pt")
     assert model.config["width"] == 8 and model.extra["classes"] == list("0123456789")
@@ -81,7 +90,7 @@ def test_evaluate_agrees_with_the_accuracy_computed_here(digits_run):
 
     model, test = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
     clean = (model(test.pixels()).argmax(1) == test.labels).float().mean().item()
-    assert result["clean_accuracy"] == pytest.approx(clean, abs=1.5 / 360)  # bfloat16 may turn an image over
+    assert result["clean_accuracy"] == pytest.approx(clean, abs=1.5 / 360)  # rounding may turn an image over
     assert result["adversarial_accuracy"] < clean and result["n"] == 360
     assert f"clean {result['clean_accuracy']:.2%}" in done.stdout
 
@@ -92,6 +101,8 @@ def test_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path):
     first = script("train_sup.py", *options, "--out", "parts", "--max-minutes", 1e-4, cwd=tmp_path)
     assert first.returncode == 0 and "stopped" in first.stdout
     assert 0 < cem.load(tmp_path / "parts/ckpt.pt").extra["training"]["step"] < 33
+    other = ["--dataset", "digits", "--width", 8, "--out", "parts", "--resume"]
+    assert_refused(script("train_sup.py", *other, cwd=tmp_path), "--width 4, not 8")
     second = script("train_sup.py", *options, "--out", "parts", "--resume", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
     whole, parts = (cem.load(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
@@ -202,9 +213,11 @@ def test_shipped_checkpoint_draws_without_dataset_or_network(sampler, tmp_path):
 
 
 def test_shipped_checkpoints_are_small_and_name_no_machine():
-    for path in (ROOT / "checkpoints").glob("*.pt"):
+    for name in ("sup", "unsup", "judge"):
+        path = ROOT / "checkpoints" / f"{name}.pt"
         assert path.stat().st_size < 10e6
-        assert "training" not in cem.load(path).extra and b"/home/" not in path.read_bytes()
+        extra = cem.load(path).extra
+        assert "training" not in extra and not str(extra["options"]["out"]).startswith("/") and "/" not in extra["dataset"]
 
 
 # --------------------------------------------------------------------------------------------------- bad input

@@ -55,7 +55,6 @@ def test_info_nce_equals_a_double_loop_over_pairs():
 def test_info_nce_keeps_its_digits_under_autocast():
     z1, z2 = unit(4, 3, 0).float(), unit(4, 3, 1).float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert cem.info_nce(z1, z2, TAU).item() == cem.info_nce(z1, z2, TAU).float().item()
         inside = cem.info_nce(z1, z2, TAU)
     assert torch.equal(inside, cem.info_nce(z1, z2, TAU))
 
