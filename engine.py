@@ -121,7 +121,14 @@ class TrainOptions:
     schedule: str = option("cosine", "learning rate after a linear warm-up", choices=["cosine", "onecycle"])
     weight_decay: float = option(5e-4, "weight decay")
     ema: float = option(0.999, "decay of the running average of the weights, which is the model; 0: no average")
-    out: str = option("", "folder of the run: ckpt.pt, log.jsonl, TensorBoard events")
+    norm: str = option("l2", "norm of the attack's ball", choices=["l2", "linf"])
+    eps: float = option(0.5, "radius of the ball, pixels in [0, 1]; linf: 0.03137 is 8/255")
+    attack_steps: int = option(7, "PGD steps in training")
+    attack_step_size: float = option(0.1, "PGD step size in training")
+    seed_rank: int = option(64, "rank of the Gaussian seeds' covariances in the checkpoint")
+    n_eval: int = option(1000, "test images for the measurements in the log; --evaluate takes all of them")
+    ckpt: str = option("", "checkpoint for --evaluate (default: OUT/ckpt.pt)")
+    out: str = option("", "folder of the run: ckpt.pt, log.jsonl, options.json, TensorBoard events")
     resume: bool = option(False, "continue the run in --out")
     max_minutes: float = option(math.inf, "save and stop after so many minutes; --resume continues")
     seed: int = option(0, "seed of weights, order, augmentation and attack")
@@ -133,7 +140,9 @@ def check(opt: TrainOptions) -> None:
     for name in ("width", "epochs", "lr", "max_minutes"):
         require(getattr(opt, name) > 0, f"--{name.replace('_', '-')} must be positive")
     require(opt.batch_size >= 2, "--batch-size must be at least 2: batch statistics and InfoNCE need other images")
-    require(opt.weight_decay >= 0, "--weight-decay must not be negative")
+    require(opt.weight_decay >= 0 and opt.eps >= 0, "--weight-decay and --eps must not be negative")
+    require(opt.attack_steps >= 1 and opt.attack_step_size > 0, "--attack-steps and --attack-step-size must be positive")
+    require(opt.seed_rank >= 1 and opt.n_eval >= 1, "--seed-rank and --n-eval must be at least 1")
     require(0 <= opt.ema < 1, "--ema must lie in [0, 1)")
 
 
@@ -251,6 +260,16 @@ def accuracy(model: nn.Module, dataset, opt, steps: int, n: int | None = None) -
                 correct += torch.stack([(model(v).argmax(1) == y).sum() for v in (x, x_adv)])
     clean, adversarial = (correct / len(chosen)).tolist()
     return {"clean_accuracy": clean, "adversarial_accuracy": adversarial}
+
+
+def record_accuracy(name: str, ckpt: Path, dataset, opt: TrainOptions, result: dict[str, float]) -> None:
+    """Print what --evaluate measured, and write it as a JSON file of that name beside the checkpoint."""
+    out, ball = folder_beside(ckpt) / name, {"norm": opt.norm, "eps": opt.eps}
+    print(f"{ckpt} on {len(dataset)} test images of {dataset.name}, PGD-20, {opt.norm} eps {opt.eps:g}, {opt.precision}:")
+    print("  ".join(f"{key.replace('_', ' ')} {value:.2%}" for key, value in result.items()))
+    record = {"command": command(), "ckpt": str(ckpt), "dataset": dataset.name, "n": len(dataset), "attack": "PGD-20"}
+    write_text(out, json.dumps(record | ball | {"precision": opt.precision, **result}, indent=2) + "\n")
+    print(f"wrote {out}")
 
 
 def resumable(opt: TrainOptions, extra: dict) -> dict:

@@ -95,12 +95,12 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
 class Inception:
     """The FID Inception: images uint8 -> [pool features (N, 2048)], class probabilities (N, 1008)."""
 
-    names = ("IS", "FID")
+    names, standardised = ("IS", "FID"), False
 
     def __init__(self, weights: str, where: torch.device):
         from pytorch_fid import inception
 
-        ways = f"fetch the file from {INCEPTION_URL} and name it with --weights, or use --features CHECKPOINT of a classifier"
+        ways = f"fetch {INCEPTION_URL} and name it with --weights, or use --features CHECKPOINT of a classifier"
         try:
             if weights:
                 state = torch.load(weights, map_location="cpu", weights_only=True)
@@ -113,9 +113,6 @@ class Inception:
         self.net, self.where = net.to(where).eval(), where
         self.fc = state["fc.weight"].to(where).float()
 
-    def standardised(self) -> bool:
-        return False
-
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         x = images.to(self.where).float().div(255)
         pool = self.net(x.expand(-1, 3, -1, -1))[0].flatten(1)
@@ -125,17 +122,13 @@ class Inception:
 class Classifier:
     """A checkpoint: images uint8 -> [means and standard deviations of a stage's output (N, 2 C)] x 4, probabilities."""
 
-    names = ("C-IS", "C-FD")
+    names, standardised = ("C-IS", "C-FD"), True
 
     def __init__(self, path: str, where: torch.device):
         engine.require(Path(path).is_file(), f"--features {path}: neither 'inception' nor a checkpoint that is there")
         model = cem.load(path, where)
         engine.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: --features needs train_sup.py's")
-        self.extra = model.extra
         self.model, self.where = cem.folded(model).to(memory_format=torch.channels_last), where
-
-    def standardised(self) -> bool:
-        return True
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         channels = self.model.config["in_channels"]
@@ -208,7 +201,7 @@ def reference_statistics(network, opt: Options) -> tuple[list[tuple], tuple | No
     path = Path(opt.ref)
     if path.suffix == ".npz" and path.is_file():
         if stored := read_statistics(path):
-            fits = not network.standardised() and stored[0].shape == (2048,) and stored[1].shape == (2048, 2048)
+            fits = not network.standardised and stored[0].shape == (2048,) and stored[1].shape == (2048, 2048)
             engine.require(fits, f"{path}: statistics of 2,048 Inception features go with --features inception only")
             return [stored], None
         images, _ = read_npz(path)
@@ -227,8 +220,8 @@ def judge(network, images: Tensor, labels: Tensor, reference: list[tuple], opt: 
     score, fd = network.names
     mean, std = inception_score(probabilities, opt.splits)
     row = {"samples": what, "n": len(images), score: round(mean, 4), f"{score} std": round(std, 4)}
-    row[fd] = round(distance([statistics(b) for b in blocks], reference, network.standardised()), 4)
-    if network.standardised() and labels.min() >= 0 and labels.max() < probabilities.shape[1]:
+    row[fd] = round(distance([statistics(b) for b in blocks], reference, network.standardised), 4)
+    if network.standardised and labels.min() >= 0 and labels.max() < probabilities.shape[1]:
         row["wanted"] = round((probabilities.argmax(1) == labels).double().mean().item(), 4)
     return row
 

@@ -15,6 +15,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ import cem
 import engine
 from engine import option
 
+DISPLACEMENT = 3.0  # of 3x32x32 images: results/sweep-sup.json
 SAMPLERS = [*cem.PARAMETRIC_SAMPLERS, *cem.NON_PARAMETRIC_SAMPLERS, "seeds"]
 
 
@@ -44,8 +46,10 @@ class Options:
     n: int = option(100, "images to draw; image i is of class i modulo the number of classes")
     batch_size: int = option(250, "images at a time; for pgd and maxent part of the method: the batch that climbs together")
     steps: int = option(8, "steps of the ascent")
-    step_size: float = option(0.25, "length of a step")
-    noise: float = option(0.0, "standard deviation of the noise added at every step")
+    step_size: Optional[float] = option(
+        None, "length of a step (default: all steps together walk 3 on 3x32x32 images, else in proportion to their l2 size)"
+    )
+    noise: float = option(0.01, "standard deviation of the noise added at every step")
     norm: str = option("l2", "gradient: l2 scaled to unit length, linf its sign, none as it is", choices=[*cem.DIRECTIONS])
     init: str = option("gaussian", "start from the Gaussian seeds or from uniform noise", choices=["gaussian", "noise"])
     seed: int = option(0, "random seed")
@@ -57,8 +61,12 @@ class Options:
 
 
 def check(opt: Options) -> None:
-    for name in ("n", "batch_size", "steps", "step_size"):
-        engine.require(0 < getattr(opt, name) < math.inf, f"--{name.replace('_', '-')} must be positive")
+    for name in ("n", "batch_size", "steps"):
+        engine.require(getattr(opt, name) > 0, f"--{name.replace('_', '-')} must be positive")
+    engine.require(opt.step_size is None or 0 < opt.step_size < math.inf, "--step-size must be positive")
+    engine.require(
+        opt.norm != "none" or opt.step_size is not None, "--norm none needs a --step-size: gradients have any length"
+    )
     engine.require(0 <= opt.noise < math.inf, "--noise must not be negative")
     engine.require(
         opt.batch_size > 1 or opt.sampler not in cem.NON_PARAMETRIC_SAMPLERS,
@@ -101,6 +109,14 @@ def generators(seed: int, indices: range) -> list[torch.Generator]:
     return [torch.Generator().manual_seed((seed * 0x9E3779B1 + i) % 2**32) for i in indices]
 
 
+def step_size(opt: Options, shape: tuple[int, ...]) -> float:
+    """--step-size; by default the tuned displacement over all steps, an l2 norm in proportion to the square root of C H W."""
+    if opt.step_size is not None:
+        return opt.step_size
+    rms = DISPLACEMENT / math.sqrt(3 * 32 * 32) / opt.steps
+    return rms if opt.norm == "linf" else rms * math.sqrt(math.prod(shape))
+
+
 def draw(model, opt: Options, where: torch.device) -> tuple[Tensor, Tensor]:
     """-> images uint8 (N, C, H, W), labels (N,), -1 where one Gaussian for all images was the seed."""
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
@@ -119,7 +135,7 @@ def draw(model, opt: Options, where: torch.device) -> tuple[Tensor, Tensor]:
         x = x.to(where, memory_format=torch.channels_last)
         if opt.sampler != "seeds":
             with engine.autocast(where, opt.precision):
-                climb = dict(steps=opt.steps, step_size=opt.step_size, norm=opt.norm, noise=opt.noise)
+                climb = dict(steps=opt.steps, step_size=step_size(opt, seeds.shape), norm=opt.norm, noise=opt.noise)
                 potential = cem.potential(opt.sampler, model, x.clone() if coupled else y.to(where))
                 x = cem.ascend(potential, x, **climb, generator=random)
         images.append(x.mul(255).round().byte().cpu())
@@ -167,6 +183,7 @@ def main() -> None:
         "ckpt": str(path),
         "dataset": model.extra["dataset"],
         "classes": model.extra["classes"],
+        "step_size": step_size(opt, model.extra["seeds"]["shape"]),
     }
     record |= {"seconds": round(seconds, 2), "images_per_second": round(opt.n / seconds, 2)}
     write(folder, f"samples-{opt.sampler}{'-cond' * opt.cond}", images, labels, record)

@@ -2,9 +2,9 @@
 
     python sweep.py --ref cifar10 --ckpt runs/sup/ckpt.pt --judge runs/judge/ckpt.pt
 
-The judge is a standard classifier (train_sup.py --loss st) trained apart from the model that draws. One factor at a time: the
-displacement (steps x step size) for several numbers of steps; then, at the best of these, noise, other gradient directions
-and the weights without averaging. Writes every point to --out and prints the best of each sampler.
+The judge is a standard classifier (train_sup.py --loss st) trained apart from the model that draws. One factor at a time:
+the displacement (steps x step size) in 8 steps; then, at the best so far, the same in other numbers of steps; noise; other
+gradient directions; the weights without averaging. Writes every point to --out and prints the best of each sampler.
 """
 
 import json
@@ -17,7 +17,8 @@ import eval_is_fid
 import sample
 from engine import option
 
-DISPLACEMENTS, STEPS, NOISES, PLAIN_STEPS = (1.0, 2.0, 3.0, 4.0, 6.0), (4, 8, 16), (0.01, 0.02, 0.05), (0.03, 0.1, 0.3, 1.0)
+DISPLACEMENTS, STEPS, NOISES = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0), (2, 4, 16), (0.01, 0.03)
+OTHER_DIRECTIONS = [("none", 0.03), ("none", 0.1), ("none", 0.3), ("linf", 0.005), ("linf", 0.01)]  # norm, step size
 
 
 @dataclass
@@ -65,11 +66,12 @@ def main() -> None:
 
     point(sampler="seeds")
     for name in names:
-        points = [point(sampler=name, steps=s, step_size=d / s) for d in DISPLACEMENTS for s in STEPS]
+        points = [point(sampler=name, steps=8, step_size=d / 8, noise=0.0) for d in DISPLACEMENTS]
+        displacement = 8 * best(points)["step_size"]
+        points += [point(sampler=name, steps=s, step_size=displacement / s, noise=0.0) for s in STEPS]
         chosen = best(points)
         points += [point(**chosen | {"noise": noise}) for noise in NOISES]
-        points += [point(**chosen | {"norm": "none", "step_size": size}) for size in PLAIN_STEPS]
-        points += [point(**chosen | {"norm": "linf", "step_size": size}) for size in (0.005, 0.01, 0.02)]
+        points += [point(**chosen | {"norm": norm, "step_size": size}) for norm, size in OTHER_DIRECTIONS]
         if "training" in cem.load(opt.ckpt).extra:
             points += [point(**chosen | {"raw": True})]
         print("best:", best(points), flush=True)

@@ -7,7 +7,6 @@
 Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into --out.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import data
 import engine
 from engine import option
 
-DIGITS = dict(arch="resnet18", width=16, epochs=30, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97)
+DIGITS = dict(arch="resnet18", width=16, epochs=24, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97)
 DIGITS |= dict(attack_steps=5, attack_step_size=0.2)
 
 
@@ -33,21 +32,7 @@ class Options(engine.TrainOptions):
         choices=list(cem.SUPERVISED_LOSSES),
     )
     mle_weight: float = option(0.1, "lambda of --loss mle")
-    norm: str = option("l2", "norm of the attack's ball", choices=["l2", "linf"])
-    eps: float = option(0.5, "radius of the ball, pixels in [0, 1]; linf: 0.03137 is 8/255")
-    attack_steps: int = option(7, "PGD steps in training")
-    attack_step_size: float = option(0.1, "PGD step size in training")
-    seed_rank: int = option(64, "rank of the Gaussian seeds' covariances in the checkpoint")
     evaluate: bool = option(False, "do not train: clean and PGD-20 accuracy of --ckpt on the test images")
-    ckpt: str = option("", "checkpoint for --evaluate (default: OUT/ckpt.pt)")
-    n_eval: int = option(1000, "test images for the accuracies in the log (PGD-10); --evaluate takes all of them")
-
-
-def check(opt: Options) -> None:
-    engine.check(opt)
-    engine.require(opt.eps >= 0, "--eps must not be negative")
-    engine.require(opt.attack_steps >= 1 and opt.attack_step_size > 0, "--attack-steps and -step-size must be positive")
-    engine.require(opt.seed_rank >= 1 and opt.n_eval >= 1, "--seed-rank and --n-eval must be at least 1")
 
 
 def evaluate(opt: Options) -> None:
@@ -61,13 +46,7 @@ def evaluate(opt: Options) -> None:
         f"{path} was not trained on data like {opt.dataset}: channels or classes differ",
     )
     result = engine.accuracy(model, test, opt, steps=20)
-    print(f"{path} on {len(test)} test images of {test.name}, {opt.norm} eps {opt.eps:g}:")
-    print(f"clean {result['clean_accuracy']:.2%}  PGD-20 {result['adversarial_accuracy']:.2%}")
-    record = {"command": engine.command(), "ckpt": str(path), "dataset": test.name, "n": len(test)}
-    record |= {"attack": "PGD-20", "norm": opt.norm, "eps": opt.eps, "precision": opt.precision, **result}
-    out = engine.folder_beside(path) / "accuracy.json"
-    engine.write_text(out, json.dumps(record, indent=2) + "\n")
-    print(f"wrote {out}")
+    engine.record_accuracy("accuracy.json", path, test, opt, result)
 
 
 def train(opt: Options) -> None:
@@ -102,7 +81,7 @@ def train(opt: Options) -> None:
 
 def main() -> None:
     opt = engine.parse(Options, __doc__, {"digits": DIGITS})
-    check(opt)
+    engine.check(opt)
     evaluate(opt) if opt.evaluate else train(opt)
 
 

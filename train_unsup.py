@@ -8,7 +8,6 @@
 No label is used in training. Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into --out.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,25 +35,18 @@ class Options(engine.TrainOptions):
     temperature: float = option(0.3, "temperature tau of the similarities")
     embed_dim: int = option(128, "dimensions of the embedding")
     min_crop: float = option(0.2, "smallest share of the image that a view shows")
-    norm: str = option("l2", "norm of the attack's ball", choices=["l2", "linf"])
-    eps: float = option(0.5, "radius of the ball, pixels in [0, 1]; linf: 0.03137 is 8/255")
     attack_steps: int = option(5, "PGD steps in training")
     attack_step_size: float = option(0.2, "PGD step size in training")
-    seed_rank: int = option(64, "rank of the Gaussian seeds' covariances in the checkpoint")
     eval_every: int = option(5, "epochs between measurements of alignment, uniformity and k-NN accuracy")
-    n_eval: int = option(1000, "test images for these (k-NN among 10 times as many training images)")
+    n_eval: int = option(1000, "test images for these, k-NN among 10 times as many training images; --evaluate takes all")
     evaluate: bool = option(False, "do not train: linear probe (logistic regression), k-NN, PGD-20 through encoder and probe")
-    ckpt: str = option("", "checkpoint for --evaluate (default: OUT/ckpt.pt)")
 
 
 def check(opt: Options) -> None:
     engine.check(opt)
     engine.require(opt.temperature > 0, "--temperature must be positive")
-    engine.require(opt.eps >= 0, "--eps must not be negative")
-    engine.require(opt.attack_steps >= 1 and opt.attack_step_size > 0, "--attack-steps and -step-size must be positive")
     engine.require(0 < opt.min_crop <= 1, "--min-crop must lie in (0, 1]")
-    for name in ("embed_dim", "seed_rank", "eval_every", "n_eval"):
-        engine.require(getattr(opt, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+    engine.require(opt.embed_dim >= 1 and opt.eval_every >= 1, "--embed-dim and --eval-every must be at least 1")
 
 
 @torch.no_grad()
@@ -145,13 +137,7 @@ def evaluate(opt: Options) -> None:
     probe = fit_probe(model, known, train_set.labels)
     result = {"knn_accuracy": knn_accuracy(known, train_set.labels, asked, test_set.labels)}
     result |= engine.accuracy(probe, test_set, opt, steps=20)
-    print(f"{path}, linear probe on {len(test_set)} test images of {test_set.name}, {opt.norm} eps {opt.eps:g}:")
-    print("clean {clean_accuracy:.2%}  PGD-20 {adversarial_accuracy:.2%}  k-NN {knn_accuracy:.2%}".format(**result))
-    record = {"command": engine.command(), "ckpt": str(path), "dataset": test_set.name, "n": len(test_set)}
-    record |= {"attack": "PGD-20", "norm": opt.norm, "eps": opt.eps, "precision": opt.precision, **result}
-    out = engine.folder_beside(path) / "probe.json"
-    engine.write_text(out, json.dumps(record, indent=2) + "\n")
-    print(f"wrote {out}")
+    engine.record_accuracy("probe.json", path, test_set, opt, result)
 
 
 def train(opt: Options) -> None:

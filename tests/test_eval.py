@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import files, script
 from PIL import Image
 
 import cem
+import data
 import eval_is_fid
 
 
@@ -165,10 +167,31 @@ def test_damaged_files_are_refused(digits_run, tmp_path):
 
 def test_sweep_writes_every_point(digits_run, monkeypatch):
     monkeypatch.setattr("sweep.DISPLACEMENTS", (0.5, 1.0))
-    monkeypatch.setattr("sweep.STEPS", (2,))
     judge = ["--ref", "digits", "--ckpt", "runs/sup/ckpt.pt", "--judge", "runs/sup/ckpt.pt", "--n", 20, "--out", "sweep.json"]
     done = script("sweep.py", "--samplers", "cs", *judge, cwd=digits_run)
     assert done.returncode == 0 and "best:" in done.stdout, done.stderr
     rows = json.loads((digits_run / "sweep.json").read_text())["rows"]
-    assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * (2 + 3 + 4 + 3 + 1)
+    assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * (2 + 3 + 2 + 5 + 1)
     assert rows[-1]["raw"] and {row["norm"] for row in rows} == {"l2", "linf", "none"}
+
+
+def test_inception_features_are_pytorch_fids(tmp_path):
+    """On random weights in the published file's format, read from --weights."""
+    from pytorch_fid import fid_score, inception
+
+    torch.manual_seed(0)
+    with mock.patch.object(inception, "load_state_dict_from_url"), mock.patch.object(torch.nn.Module, "load_state_dict"):
+        full = inception.fid_inception_v3()
+    torch.save(full.state_dict(), tmp_path / "weights.pth")
+    paths = []
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    network = eval_is_fid.Inception(str(tmp_path / "weights.pth"), torch.device("cpu"))
+    (pool,), probabilities = eval_is_fid.extract(network, data.read_images(paths), 2, "test")
+    theirs = fid_score.get_activations(paths, network.net, 4, 2048, "cpu", num_workers=0)
+    np.testing.assert_allclose(pool.numpy(), theirs, rtol=1e-4, atol=1e-6)  # float32 convolutions in another batch size
+    logits = torch.nn.functional.linear(torch.from_numpy(theirs), full.fc.weight.double().detach())  # no bias
+    torch.testing.assert_close(probabilities, logits.softmax(1), rtol=1e-3, atol=1e-7)
+    assert probabilities.shape == (4, 1008)

@@ -92,7 +92,7 @@ def test_evaluate_agrees_with_the_accuracy_computed_here(digits_run):
     clean = (model(test.pixels()).argmax(1) == test.labels).float().mean().item()
     assert result["clean_accuracy"] == pytest.approx(clean, abs=1.5 / 360)  # rounding may turn an image over
     assert result["adversarial_accuracy"] < clean and result["n"] == 360
-    assert f"clean {result['clean_accuracy']:.2%}" in done.stdout
+    assert f"clean accuracy {result['clean_accuracy']:.2%}" in done.stdout
 
 
 def test_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path):
@@ -179,22 +179,27 @@ def test_image_i_depends_on_the_seed_and_i_alone(digits_run):
 
 
 def test_options_of_sample_do_something(digits_run):
-    default, labels = images(digits_run, "--sampler", "rcs", "--n", 20)
-    for option in (
-        ["--raw"],
-        ["--init", "noise"],
-        ["--steps", 2],
-        ["--step-size", 0.1],
-        ["--norm", "linf"],
-        ["--norm", "none"],
-    ):
-        assert np.abs(images(digits_run, "--sampler", "rcs", "--n", 20, *option)[0] - default).max() > 5, option
+    base = ["--sampler", "rcs", "--n", 20, "--step-size", 0.25]
+    default, _ = images(digits_run, *base)
+    changes = ["--raw"], ["--init", "noise"], ["--steps", 2], ["--step-size", 0.1], ["--norm", "linf"], ["--norm", "none"]
+    for option in (*changes, ["--noise", 0.1]):
+        assert np.abs(images(digits_run, *base, *option)[0] - default).max() > 5, option
     assert images(digits_run, "--sampler", "rcs", "--n", 5, "--classes", "7,2")[1].tolist() == [7, 2, 7, 2, 7]
+
+
+def test_default_step_walks_the_tuned_displacement_whatever_the_steps_and_the_size():
+    for steps in (4, 16):
+        options = sample.Options(steps=steps)
+        assert steps * sample.step_size(options, (3, 32, 32)) == pytest.approx(sample.DISPLACEMENT)
+        assert sample.step_size(options, (3, 64, 64)) == pytest.approx(2 * sample.step_size(options, (3, 32, 32)))
+        signs = sample.step_size(sample.Options(steps=steps, norm="linf"), (3, 32, 32))
+        assert signs * (3 * 32 * 32) ** 0.5 == pytest.approx(sample.step_size(options, (3, 32, 32)))
 
 
 def test_sampler_raises_the_share_of_the_wanted_class(digits_run):
     """From uniform noise the network calls few images by their label, after climbing log p(y | x) nearly all."""
-    drawn, labels = images(digits_run, "--sampler", "ta", "--init", "noise", "--n", 50, "--steps", 40)
+    climb = ["--init", "noise", "--steps", 40, "--step-size", 0.2]
+    drawn, labels = images(digits_run, "--sampler", "ta", *climb, "--n", 50)
     model = cem.load(digits_run / "runs/sup/ckpt.pt")
     said = model(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255).argmax(1)
     assert (said.numpy() == labels).mean() > 0.9
@@ -203,7 +208,7 @@ def test_sampler_raises_the_share_of_the_wanted_class(digits_run):
 # --------------------------------------------------------------------------------------------- what is shipped
 
 
-@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.parametrize("sampler", [*cem.PARAMETRIC_SAMPLERS, "seeds"])
 def test_shipped_checkpoint_draws_without_dataset_or_network(sampler, tmp_path):
     done = script("sample.py", "--sampler", sampler, "--n", 20, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -213,7 +218,7 @@ def test_shipped_checkpoint_draws_without_dataset_or_network(sampler, tmp_path):
 
 
 def test_shipped_checkpoints_are_small_and_name_no_machine():
-    for name in ("sup", "unsup", "judge"):
+    for name in ("sup", "judge"):
         path = ROOT / "checkpoints" / f"{name}.pt"
         assert path.stat().st_size < 10e6
         extra = cem.load(path).extra
@@ -258,6 +263,8 @@ def test_bad_image_folders(tmp_path):
         (["--steps", 0], "--steps"),
         (["--n", 0], "--n"),
         (["--step-size", "nan"], "--step-size"),
+        (["--step-size", 0], "--step-size"),
+        (["--norm", "none"], "--step-size"),
         (["--noise", -1], "--noise"),
         (["--cond", "--classes", "unicorn"], "unicorn"),
         (["--ckpt", "missing.pt"], "missing.pt"),
