@@ -17,8 +17,8 @@ import data
 import engine
 from engine import option
 
-DIGITS = dict(arch="resnet18", width=16, epochs=24, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97)
-DIGITS |= dict(attack_steps=5, attack_step_size=0.2)
+DIGITS = dict(arch="resnet18", width=16, epochs=30, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97)
+DIGITS |= dict(attack_steps=3, attack_step_size=0.3)
 
 
 @dataclass
