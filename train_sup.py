@@ -18,7 +18,7 @@ import engine
 from engine import option
 
 DIGITS = dict(arch="resnet18", width=16, epochs=30, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97)
-DIGITS |= dict(attack_steps=3, attack_step_size=0.3)
+DIGITS |= dict(attack_steps=3, attack_step_size=0.3, n_eval=100)
 
 
 @dataclass
