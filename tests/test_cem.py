@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import ROOT, perturb
 from torch import nn
 
@@ -31,7 +32,6 @@ def test_networks_take_any_channels_and_size(arch, channels, size):
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_resnets_carry_torchvisions_parameter_names_and_shapes(arch):
-    torchvision = pytest.importorskip("torchvision")
     theirs = getattr(torchvision.models, arch)(num_classes=10).state_dict()
     ours = cem.ParametricCEM(arch, 10).net.state_dict()
     assert ours.keys() == theirs.keys()
@@ -45,7 +45,6 @@ def test_networks_have_the_published_sizes(arch, millions):
 
 
 def test_resnet_equals_torchvisions_forward():
-    torchvision = pytest.importorskip("torchvision")
     ours = perturb(cem.ParametricCEM("resnet50", 10, mean=0.0, std=1.0)).eval()
     theirs = torchvision.models.resnet50(num_classes=10).eval()
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()

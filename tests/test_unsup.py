@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import files, perturb, script
 from test_scripts import assert_refused, images
+from torchvision import transforms
 
 import cem
 import data
@@ -145,7 +146,6 @@ def test_potentials_refuse_the_other_kind_of_model(encoder, model):
 # -------------------------------------------------------------------------------------------- augmentations
 
 
-transforms = pytest.importorskip("torchvision").transforms
 functional = transforms.functional
 
 
