@@ -40,12 +40,16 @@ class CEMError(ValueError):
 
 
 class ResNet(nn.Module):
-    """ResNet (He et al., 2016) for small images: 3x3 stem of stride 1, no max-pool; torchvision's parameter names."""
+    """ResNet (He et al., 2016) with torchvision's parameter names and a stem for small images: 3x3, stride 1, no max-pool.
 
-    def __init__(self, block: type, depths: Sequence[int], width: int, in_channels: int):
+    large: ImageNet's stem, 7x7 of stride 2 and a max-pool.
+    """
+
+    def __init__(self, block: type, depths: Sequence[int], width: int, in_channels: int, large: bool = False):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        kernel, stride = (7, 2) if large else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn1, self.large = nn.BatchNorm2d(width), large
         channels = width
         for i, depth in enumerate(depths):
             planes, stride, blocks = width * 2**i, 1 if i == 0 else 2, []
@@ -61,10 +65,8 @@ class ResNet(nn.Module):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         x = F.relu(self.bn1(self.conv1(x)))
-        outputs = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            outputs.append(x := layer(x))
-        return outputs
+        x = F.max_pool2d(x, 3, 2, padding=1) if self.large else x
+        return [x := layer(x) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)]
 
 
 class WideBlock(nn.Module):
@@ -97,16 +99,28 @@ class WideResNet(nn.Module):
         self.out_features = channels[-1]
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        outputs = [x := self.conv1(x)]
-        for block in (self.block1, self.block2, self.block3):
-            outputs.append(x := block(x))
-        return outputs[:-1] + [F.relu(self.bn1(x))]
+        outputs = [x := self.conv1(x), x := self.block1(x), x := self.block2(x)]
+        return outputs + [F.relu(self.bn1(self.block3(x)))]
+
+
+RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+WIDE_RESNETS = ((16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 20), (70, 16))  # depth, widening factor
+
+
+def _wide(depth: int, factor: int, width: int, in_channels: int) -> WideResNet:
+    return WideResNet((depth - 4) // 6, [16, *(width * factor // 4 * 2**i for i in range(3))], in_channels)
 
 
 ARCHS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> (width, in_channels) -> network
-    "resnet18": lambda width, c: ResNet(BasicBlock, (2, 2, 2, 2), width, c),
-    "resnet50": lambda width, c: ResNet(Bottleneck, (3, 4, 6, 3), width, c),
-    "wrn-28-10": lambda width, c: WideResNet(4, [16, *(width * 10 // 4 * 2**i for i in range(3))], c),
+    **{name: functools.partial(ResNet, *shape) for name, shape in RESNETS.items()},
+    **{f"{name}-imagenet": functools.partial(ResNet, *shape, large=True) for name, shape in RESNETS.items()},
+    **{f"wrn-{depth}-{factor}": functools.partial(_wide, depth, factor) for depth, factor in WIDE_RESNETS},
 }
 
 
@@ -280,35 +294,26 @@ def supervised_loss(name, model, x, y, x_adv=None, weight=0.1) -> tuple[Tensor, 
 # ------------------------------------------------------------------------------------------ attack and samplers
 
 PARAMETRIC_SAMPLERS = {  # (logits f(x, ·), y) -> U(x)
-    "ta": log_posterior,  # targeted attack: log p(y | x)
-    "langevin": lambda logits, y: log_marginal(logits),  # log p(x)
-    "cs": log_joint,  # conditional sampling: log p(x | y)
-    "rcs": lambda logits, y: log_joint(logits, y) + log_marginal(logits),  # log p(x | y) + log p(x)
+    "ta": log_posterior,  # f(x, y) - LSE_k f(x, k) = log p(y | x), the targeted attack
+    "langevin": lambda logits, y: log_marginal(logits),  # LSE_k f(x, k): log p(x)
+    "cs": log_joint,  # f(x, y): log p(x | y), conditional sampling
+    "rcs": lambda logits, y: log_joint(logits, y) + log_marginal(logits),  # log p(x | y) + log p(x), reinforced
 }
 PARAMETRIC_ATTACKS = {"ce": lambda logits, y: -log_posterior(logits, y)}  # untargeted PGD: the cross-entropy
 
 NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(y) if y was given, τ) -> U(x)
-    "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),
+    "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),  # InfoNCE(x_i, y_i; batch)
+    # -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j): the batch's entropy
     "maxent": lambda z, _, temperature: math.log(len(z) - 1) - log_marginal(_others(z, temperature)),
 }
 
 
 def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """The scalar potential U of a sampler or an attack, x (N, C, H, W) -> (N,), to be climbed by `ascend`.
+    """The scalar potential U of a sampler or an attack, x (N, C, H, W) -> (N,), to be climbed by `ascend` ([CEM] section 4).
 
-    P-CEM, with logits f(x, ·) = model(x) and labels y (N,):
-
-    ta        f(x, y) - LSE_k f(x, k)                    log p(y | x), the targeted attack
-    langevin  LSE_k f(x, k)                              log p(x); needs no y
-    cs        f(x, y)                                    log p(x | y)
-    rcs       f(x, y) + LSE_k f(x, k)                    log p(x | y) + log p(x)          ([CEM] section 4)
-    ce        LSE_k f(x, k) - f(x, y)                    the cross-entropy: the attack of adversarial training
-
-    NP-CEM, with f(x, x') = model(x) · model(x') / τ; the images of a batch are coupled:
-
-    pgd       InfoNCE(x_i, y_i; batch)                   y: the positives, images (N, C, H, W), held fixed
-    maxent    -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j)       the batch's entropy; needs no y
-
+    P-CEM, with f(x, ·) = model(x): "ta", "langevin", "cs", "rcs", "ce", the formulas of the tables above; y: labels (N,),
+    which "langevin" needs not. NP-CEM, with f(x, x') = model(x) · model(x') / τ: "pgd"; y: the positives, images
+    (N, C, H, W), held fixed; and "maxent", without y. These two couple the images of a batch.
     Raises CEMError for an unknown name, a missing y, or a model of the other kind.
     """
     parametric = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS
@@ -394,24 +399,13 @@ def _undisturbed():
 
 
 def ascend(
-    potential: Callable[[Tensor], Tensor],
-    x: Tensor,
-    *,
-    steps: int,
-    step_size: float,
-    norm: str = "l2",
-    noise: float = 0.0,
-    eps: float | None = None,
-    momentum: float = 0.0,
-    clip: tuple[float, float] | None = (0.0, 1.0),
-    generator: Generators = None,
-    start: Tensor | None = None,
+    potential, x, *, steps, step_size, norm="l2", noise=0.0, eps=None, momentum=0.0, clip=(0, 1), generator=None, start=None
 ) -> Tensor:
     """Gradient ascent on a potential: the one loop behind attack, Langevin dynamics and all samplers.
 
         v ← momentum v + d(∇ Σ_i U(x)_i);   x ← clip(project(x + step_size v + noise ξ)),   ξ ~ N(0, 1)
 
-    potential   x (N, ...) -> U (N,); images may be coupled. Networks in it run frozen and in eval mode meanwhile.
+    potential   callable x (N, ...) -> U (N,); images may be coupled. Networks in it run frozen and in eval mode meanwhile.
     norm        d: "none" the gradient itself, "l2" scaled to unit length, "linf" its sign.
     noise       standard deviation; √(2 step_size) with norm "none" is Langevin dynamics proper.
     eps         radius of the ball around x, in `norm` ("l2" or "linf"), in which the iterates stay. None: no ball.
@@ -446,17 +440,7 @@ def ascend(
     return x.detach()
 
 
-def pgd(
-    potential: Callable[[Tensor], Tensor],
-    x: Tensor,
-    *,
-    eps: float,
-    norm: str = "l2",
-    step_size: float | None = None,
-    steps: int = 7,
-    random_start: bool = True,
-    generator: Generators = None,
-) -> Tensor:
+def pgd(potential, x, *, eps, norm="l2", step_size=None, steps=7, random_start=True, generator=None) -> Tensor:
     """Projected gradient ascent inside the l2 or linf ball of radius eps (pixel units) around x, and inside [0, 1] ([PGD]).
 
     x (N, C, H, W) in [0, 1]. step_size defaults to 2.5 eps / steps. The random start is uniform in the ball, then clipped.
@@ -570,29 +554,44 @@ def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **ext
     replace(path, lambda file: torch.save(content, file))
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
+def load(path: str | os.PathLike, device: str | torch.device = "cpu", mean=None, std=None) -> nn.Module:
     """The model in `path`, in eval mode on `device`, with what `save` was given beside it as `model.extra`.
 
+    Other codebases' classifiers are read too, by foreign.py: MadryLab's robustness, RobustBench, torchvision. `mean` and
+    `std` then replace the file's channel normalisation, in [0, 1] units; where neither says one it is 0 and 1, and
+    `model.extra["normalised"]` is False.
+
     Reads tensors and plain values only: code in the file does not run. Raises CEMError for a file that is missing,
-    damaged or not a checkpoint.
+    damaged or no checkpoint, and for an architecture that cannot be told.
     """
     path = Path(path)
     if not path.is_file():
         raise CEMError(f"no checkpoint at {path}: train one, or name another with --ckpt")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # a damaged or hostile file can fail in any way
-        raise CEMError(f"{path} is not a whole checkpoint, or holds more than tensors: {_first_line(error)}") from error
-    if not isinstance(content, dict) or content.get("format") != "cem" or content.get("kind") not in KINDS:
-        raise CEMError(f"{path} is not a checkpoint of this project")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # damaged, hostile, or of a codebase that pickles more than tensors
+        content = None
+    if not isinstance(content, dict) or content.get("format") != "cem":
+        try:
+            import foreign  # here, so that this file works alone for its own checkpoints
+        except ImportError as error:
+            raise CEMError(f"{path} is no checkpoint of this project (foreign.py reads others, and is not here)") from error
+        return foreign.load(path, mean, std).to(device).eval()
     try:
         model = KINDS[content["kind"]](**content["config"])
         model.load_state_dict(content["state"])
         model.extra = dict(content["extra"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CEMError(f"{path} is a damaged checkpoint: {_first_line(error)}") from error
+        raise CEMError(f"{path} is a damaged checkpoint: {first_line(error)}") from error
     return model.to(device).eval()
 
 
-def _first_line(error: Exception) -> str:
+def export(path: str | os.PathLike, model: ParametricCEM, format: str = "torchvision") -> None:
+    """Write a classifier so that other codebases load it: "torchvision" or "robustness" (see foreign.export)."""
+    import foreign
+
+    foreign.export(path, model, format)
+
+
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

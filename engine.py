@@ -24,11 +24,18 @@ SHIPPED = Path(__file__).resolve().parent / "checkpoints"
 
 # ------------------------------------------------------------------------------------------ options and errors
 
+NORMALISATION = "of each channel, for a checkpoint from elsewhere (default: what the file says, else the dataset's)"
+
 
 def option(default, help: str, **metadata):
     """A dataclass field that becomes a command line option, its default stated in its help."""
     shown = "" if default in ("", None, False) else f" (default: {default})"
     return field(default=default, metadata={"help": (help + shown).replace("%", "%%"), **metadata})
+
+
+def options(kind: type, help: str):
+    """The same for an option of several values, separated by blanks; none by default."""
+    return field(default_factory=list, metadata={"help": help, "type": kind, "nargs": "+"})
 
 
 class _Parser(ArgumentParser):
@@ -47,6 +54,10 @@ def parse(options: type, description: str, presets: dict[str, dict] | None = Non
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise cem.CEMError(message)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def folder_beside(ckpt: Path) -> Path:
@@ -75,6 +86,23 @@ def run(main: Callable[[], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     cem.replace(path, lambda file: file.write(text.encode()))
+
+
+def load(path: Path, where: torch.device, opt) -> nn.Module:
+    """cem.load with the normalisation of --mean and --std."""
+    require(len(opt.mean) == len(opt.std) and all(s > 0 for s in opt.std), "--mean and --std go together; --std is positive")
+    return cem.load(path, where, opt.mean or None, opt.std or None)
+
+
+def normalise(model: nn.Module, path: Path, dataset) -> None:
+    """Give a checkpoint from elsewhere that does not say how pixels are normalised the dataset's normalisation, and say so."""
+    if model.extra.get("normalised", True):
+        return
+    for name, value in dataset.normalisation().items():
+        getattr(model, name).copy_(value.view(-1, 1, 1))
+    mean, std = (" ".join(f"{v:.4f}" for v in b.flatten().tolist()) for b in (model.mean, model.std))
+    print(f"{path} does not say how pixels are normalised: as {dataset.name}, --mean {mean} --std {std}")
+    print("(many of RobustBench's networks take them as they are: --mean 0 --std 1)")
 
 
 # -------------------------------------------------------------------------------------- device and precision

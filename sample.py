@@ -12,6 +12,8 @@ batch at a time: theirs depend on --batch-size too, which is the N of the entrop
 
 import json
 import math
+import os
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cem
+import data
 import engine
 from engine import option
 
+SEED_RANK = 64  # of the seeds of a checkpoint from elsewhere
 DISPLACEMENT = 3.0  # of 3x32x32 images: results/sweep-sup.json
 SAMPLERS = [*cem.PARAMETRIC_SAMPLERS, *cem.NON_PARAMETRIC_SAMPLERS, "seeds"]
 
@@ -55,6 +59,15 @@ class Options:
     seed: int = option(0, "random seed")
     ckpt: str = option("", "checkpoint (default: runs/{sup,unsup}/ckpt.pt if there is one, else the one in checkpoints/)")
     raw: bool = option(False, "the weights as the optimiser left them instead of their running average")
+    dataset: str = option("", "dataset of a checkpoint from elsewhere, whose images give seeds and class names: " + data.HELP)
+    data_dir: str = option("data", "where torchvision's datasets lie or go")
+    mean: list[float] = engine.options(float, f"mean {engine.NORMALISATION}")
+    std: list[float] = engine.options(float, f"standard deviation {engine.NORMALISATION}")
+    png: str = option(
+        "",
+        "folder for an image file a sample, that must not be there yet: class folders, and the same files "
+        "(hard links) beside them, since pytorch_fid and fidelity read no folders in folders",
+    )
     out: str = option("", "folder to write to (default: beside the checkpoint; runs/shipped for one in checkpoints/)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("float32", "arithmetic", choices=["float32", "bfloat16", "auto"])
@@ -67,6 +80,7 @@ def check(opt: Options) -> None:
     engine.require(
         opt.norm != "none" or opt.step_size is not None, "--norm none needs a --step-size: gradients have any length"
     )
+    engine.require(not opt.png or not Path(opt.png).exists(), f"--png {opt.png} is there already: name another folder")
     engine.require(0 <= opt.noise < math.inf, "--noise must not be negative")
     engine.require(
         opt.batch_size > 1 or opt.sampler not in cem.NON_PARAMETRIC_SAMPLERS,
@@ -83,14 +97,23 @@ def find_checkpoint(opt: Options) -> tuple[Path, Path]:
     return path, Path(opt.out) if opt.out else engine.folder_beside(path)
 
 
-def load_model(path: Path, where: torch.device, sampler: str, raw: bool = False) -> torch.nn.Module:
-    model = cem.load(path, where)
+def load_model(path: Path, where: torch.device, opt: Options) -> torch.nn.Module:
+    """The checkpoint, ready to sample, with seeds, class names and dataset as its extra."""
+    model, sampler = engine.load(path, where, opt), opt.sampler
     kind = "an encoder (train_unsup.py)" if isinstance(model, cem.NonParametricCEM) else "a classifier (train_sup.py)"
     fits = isinstance(model, cem.NonParametricCEM) == (sampler in cem.NON_PARAMETRIC_SAMPLERS)
     engine.require(fits or sampler == "seeds", f"--sampler {sampler} is not for {path}: that is {kind}")
-    if raw:
+    if opt.raw:
         engine.require("training" in model.extra, f"{path} carries one set of weights only: leave --raw out")
         model.load_state_dict(model.extra["training"]["model"])
+    if "foreign" in model.extra:
+        engine.require(opt.dataset, f"{path} comes from elsewhere and carries no seeds: name its --dataset to fit them")
+        dataset = data.load(opt.dataset, "train", opt.data_dir)
+        classes, channels = model.config["num_classes"], model.config["in_channels"]
+        fits = (classes, channels) == (len(dataset.classes), dataset.images.shape[1])
+        engine.require(fits, f"{path} is for {classes} classes and {channels} channels: {opt.dataset} is not its dataset")
+        engine.normalise(model, path, dataset)
+        model.extra |= dataset.card(SEED_RANK)
     whole = {"seeds", "classes", "dataset"} <= model.extra.keys()
     engine.require(whole, f"{path} carries no Gaussian seeds or class names: it was not made by a training script")
     return cem.folded(model).to(memory_format=torch.channels_last)
@@ -167,12 +190,29 @@ def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict)
     print(f"wrote {npz}, .png and .json")
 
 
+def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]) -> None:
+    """A PNG an image: folder/<class>/<index>.png, and the same file as folder/<index>.png; the folder whole or not at all."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        for i, (image, k) in enumerate(zip(images, labels.tolist())):
+            path = temporary / f"{i:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torchvision.transforms.functional.to_pil_image(image).save(path)
+            if k >= 0:
+                (inner := temporary / classes[k]).mkdir(exist_ok=True)
+                os.link(path, inner / path.name)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"wrote {len(images)} PNG files into {folder}")
+
+
 def main() -> None:
     opt = engine.parse(Options, __doc__)
     check(opt)
     where = engine.device(opt.device)
     path, folder = find_checkpoint(opt)
-    model = load_model(path, where, opt.sampler, opt.raw)
+    model = load_model(path, where, opt)
     print(f"{opt.sampler}: {opt.n} images from {path}")
     begin = time.monotonic()
     images, labels = draw(model, opt, where)
@@ -187,6 +227,8 @@ def main() -> None:
     }
     record |= {"seconds": round(seconds, 2), "images_per_second": round(opt.n / seconds, 2)}
     write(folder, f"samples-{opt.sampler}{'-cond' * opt.cond}", images, labels, record)
+    if opt.png:
+        write_files(Path(opt.png), images, labels, model.extra["classes"])
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def main() -> None:
     def point(**changes) -> dict:
         options = sample.Options(ckpt=opt.ckpt, n=opt.n, batch_size=opt.batch_size, cond=opt.cond, **changes)
         sample.check(options)
-        model = sample.load_model(Path(opt.ckpt), where, options.sampler, options.raw)
+        model = sample.load_model(Path(opt.ckpt), where, options)
         judging = eval_is_fid.Options(batch_size=opt.batch_size)
         images, labels = sample.draw(model, options, where)
         shown = {k: getattr(options, k) for k in ("sampler", "cond", "steps", "step_size", "noise", "norm", "raw")}

@@ -32,19 +32,22 @@ class Options(engine.TrainOptions):
         choices=list(cem.SUPERVISED_LOSSES),
     )
     mle_weight: float = option(0.1, "lambda of --loss mle")
+    mean: list[float] = engine.options(float, f"--evaluate: mean {engine.NORMALISATION}")
+    std: list[float] = engine.options(float, f"--evaluate: standard deviation {engine.NORMALISATION}")
     evaluate: bool = option(False, "do not train: clean and PGD-20 accuracy of --ckpt on the test images")
 
 
 def evaluate(opt: Options) -> None:
     where, path = engine.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
     opt.precision = opt.precision.replace("auto", "float32")  # figures to compare with others'
-    model = cem.load(path, where).to(memory_format=torch.channels_last)
+    model = engine.load(path, where, opt).to(memory_format=torch.channels_last)
     engine.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: train_sup.py makes one")
     test = data.load(opt.dataset, "test", opt.data_dir).to(where)
     engine.require(
         (model.config["in_channels"], model.config["num_classes"]) == (test.images.shape[1], len(test.classes)),
         f"{path} was not trained on data like {opt.dataset}: channels or classes differ",
     )
+    engine.normalise(model, path, test)
     result = engine.accuracy(model, test, opt, steps=20)
     engine.record_accuracy("accuracy.json", path, test, opt, result)
 

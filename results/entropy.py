@@ -35,7 +35,7 @@ def main() -> None:
     except ImportError as error:
         raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
     where = engine.device(opt.device)
-    model = sample.load_model(Path(opt.ckpt), where, "maxent")
+    model = sample.load_model(Path(opt.ckpt), where, sample.Options(sampler="maxent"))
     entropy = cem.potential("maxent", model)
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"], where)
     classes, curves = torch.arange(opt.n) % seeds.num_classes, {}

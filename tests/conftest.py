@@ -20,6 +20,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is a promise for the CPU
 import cem  # noqa: E402
 import engine  # noqa: E402
 
+KINDS_OF_ARCH = ["resnet18", "resnet50", "resnet34-imagenet", "wrn-28-10"]
+
 
 def process(name: str, *args, cwd: Path) -> subprocess.CompletedProcess:
     """A script in a process of its own."""

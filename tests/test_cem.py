@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, perturb
+from conftest import KINDS_OF_ARCH, ROOT, perturb
 from torch import nn
 
 import cem
@@ -18,7 +18,7 @@ import cem
 # ------------------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize("arch", cem.ARCHS)
+@pytest.mark.parametrize("arch", KINDS_OF_ARCH)
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, 32), (4, 20)])
 def test_networks_take_any_channels_and_size(arch, channels, size):
     model = cem.ParametricCEM(arch, 7, width=8, in_channels=channels).eval()
@@ -63,7 +63,7 @@ def test_normalisation_is_inside_the_model(batch):
     torch.testing.assert_close(ours(x), plain((x - mean) / std))
 
 
-@pytest.mark.parametrize("arch", cem.ARCHS)
+@pytest.mark.parametrize("arch", KINDS_OF_ARCH)
 def test_folded_is_the_same_function_and_leaves_the_model_alone(arch):
     model = perturb(cem.ParametricCEM(arch, 5, width=8).double()).train()
     before = copy.deepcopy(model.state_dict())
@@ -78,8 +78,8 @@ def test_folded_is_the_same_function_and_leaves_the_model_alone(arch):
 
 def test_cem_imports_torch_alone_and_works_when_copied(tmp_path):
     tree = ast.parse((ROOT / "cem.py").read_text())
-    names = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
-    names += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
+    names = [n.module for n in tree.body if isinstance(n, ast.ImportFrom)]
+    names += [alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names]
     assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"torch", "torchvision"}
     (tmp_path / "cem.py").write_bytes((ROOT / "cem.py").read_bytes())
     code = """

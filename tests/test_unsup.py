@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import files, perturb, script
+from conftest import KINDS_OF_ARCH, files, perturb, script
 from test_scripts import assert_refused, images
 from torchvision import transforms
 
@@ -34,7 +34,7 @@ def unit(n, d, seed):
     return F.normalize(z, dim=1)
 
 
-@pytest.mark.parametrize("arch", cem.ARCHS)
+@pytest.mark.parametrize("arch", KINDS_OF_ARCH)
 def test_encoder_gives_unit_vectors(arch):
     model = cem.NonParametricCEM(arch, embed_dim=11, width=8, in_channels=1)
     z = model(torch.rand(3, 1, 8, 8))
