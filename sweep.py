@@ -14,10 +14,11 @@ from pathlib import Path
 import cem
 import engine
 import eval_is_fid
+import metrics
 import sample
 from engine import option
 
-DISPLACEMENTS, STEPS, NOISES = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0), (2, 4, 16), (0.01, 0.03)
+DISPLACEMENTS, STEPS, NOISES = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 16.0), (2, 4, 16), (0.01, 0.03)
 OTHER_DIRECTIONS = [("none", 0.03), ("none", 0.1), ("none", 0.3), ("linf", 0.005), ("linf", 0.01)]  # norm, step size
 
 
@@ -39,8 +40,8 @@ class Options:
 def main() -> None:
     opt = engine.parse(Options, __doc__)
     where = engine.device(opt.device)
-    network = eval_is_fid.Classifier(opt.judge, where)
-    reference, _ = eval_is_fid.reference_statistics(network, opt)
+    network = metrics.Classifier(opt.judge, where)
+    reference = eval_is_fid.reference_of(eval_is_fid.reference_images(opt), network, opt)
     rows, out = [], Path(opt.out)
     names = opt.samplers.split(",")
     for name in names:
