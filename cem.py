@@ -40,10 +40,7 @@ class CEMError(ValueError):
 
 
 class ResNet(nn.Module):
-    """ResNet (He et al., 2016) with torchvision's parameter names and a stem for small images: 3x3, stride 1, no max-pool.
-
-    large: ImageNet's stem, 7x7 of stride 2 and a max-pool.
-    """
+    """ResNet (He et al., 2016), torchvision's names; stem 3x3 of stride 1; large: ImageNet's, 7x7 of stride 2 and max-pool."""
 
     def __init__(self, block: type, depths: Sequence[int], width: int, in_channels: int, large: bool = False):
         super().__init__()
@@ -110,7 +107,7 @@ RESNETS = {
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
-WIDE_RESNETS = ((16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 20), (70, 16))  # depth, widening factor
+WIDE_RESNETS = ((16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16))  # depth, factor
 
 
 def _wide(depth: int, factor: int, width: int, in_channels: int) -> WideResNet:
@@ -571,7 +568,10 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", mean=None,
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # damaged, hostile, or of a codebase that pickles more than tensors
         content = None
-    if not isinstance(content, dict) or content.get("format") != "cem":
+    foreigner = not isinstance(content, dict) or content.get("format") != "cem"
+    if (mean is None) != (std is None) or not (foreigner or mean is None):
+        raise CEMError("mean and std go together, and are for other codebases' checkpoints")
+    if foreigner:
         try:
             import foreign  # here, so that this file works alone for its own checkpoints
         except ImportError as error:

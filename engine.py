@@ -60,8 +60,11 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def folder_beside(ckpt: Path) -> Path:
-    """Where the outputs of a checkpoint go: beside it, or to runs/shipped for one that ships."""
+def folder_beside(ckpt: Path, foreign: bool = False) -> Path:
+    """Where the outputs of a checkpoint go: beside it; to runs/shipped for one that ships; to a folder of its name for
+    one from elsewhere, which may share its folder with others."""
+    if foreign:
+        return ckpt.with_suffix("")
     return Path("runs/shipped") if ckpt.resolve().parent == SHIPPED else ckpt.parent
 
 
@@ -90,19 +93,29 @@ def write_text(path: Path, text: str) -> None:
 
 def load(path: Path, where: torch.device, opt) -> nn.Module:
     """cem.load with the normalisation of --mean and --std."""
-    require(len(opt.mean) == len(opt.std) and all(s > 0 for s in opt.std), "--mean and --std go together; --std is positive")
     return cem.load(path, where, opt.mean or None, opt.std or None)
 
 
-def normalise(model: nn.Module, path: Path, dataset) -> None:
-    """Give a checkpoint from elsewhere that does not say how pixels are normalised the dataset's normalisation, and say so."""
-    if model.extra.get("normalised", True):
+@torch.no_grad()
+def adopt(model: nn.Module, path: Path, train_set) -> None:
+    """Make sure of a checkpoint from elsewhere: it has the dataset's classes and channels; where it does not say how pixels
+    are normalised it gets the training images' normalisation, aloud; its accuracy on some of them tells whether it fits."""
+    if "foreign" not in model.extra:
         return
-    for name, value in dataset.normalisation().items():
-        getattr(model, name).copy_(value.view(-1, 1, 1))
-    mean, std = (" ".join(f"{v:.4f}" for v in b.flatten().tolist()) for b in (model.mean, model.std))
-    print(f"{path} does not say how pixels are normalised: as {dataset.name}, --mean {mean} --std {std}")
-    print("(many of RobustBench's networks take them as they are: --mean 0 --std 1)")
+    classes, channels = model.config["num_classes"], model.config["in_channels"]
+    fits = (classes, channels) == (len(train_set.classes), train_set.images.shape[1])
+    require(fits, f"{path} is for {classes} classes and {channels} channels: {train_set.name} is not its dataset")
+    if not model.extra["normalised"]:
+        for name, value in train_set.normalisation().items():
+            getattr(model, name).copy_(value.view(-1, 1, 1))
+        mean, std = (" ".join(f"{v:.4f}" for v in b.flatten().tolist()) for b in (model.mean, model.std))
+        print(f"{path} does not say how pixels are normalised: as {train_set.name}, --mean {mean} --std {std}")
+        print("(many of RobustBench's networks take them as they are: --mean 0 --std 1)")
+    index = train_set.spread(500)
+    right = (model(train_set.pixels(index).to(model.mean.device)).argmax(1).cpu() == train_set.labels[index].cpu()).float()
+    print(f"{right.mean():.0%} of {len(index)} images of {train_set.name} are classified as labelled")
+    if right.mean() < 0.5:
+        warn("so few: are --mean and --std, the order of the classes and the forward pass those of its codebase?")
 
 
 # -------------------------------------------------------------------------------------- device and precision
@@ -122,14 +135,20 @@ def device(name: str) -> torch.device:
     return chosen
 
 
-def autocast(where: torch.device, precision: str):
-    """The autocast context of --precision; auto is bfloat16 where the device computes in it, else float32."""
-    native = precision == "bfloat16"
-    if precision == "auto" and where.type == "cuda":
+def settled(where: torch.device, precision: str) -> str:
+    """--precision without its auto, which is bfloat16 where the device computes in it, else float32."""
+    native = False
+    if where.type == "cuda":
         native = torch.cuda.get_device_capability(where) >= (8, 0)
-    elif precision == "auto" and where.type == "cpu":
+    elif where.type == "cpu":
         native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(where.type, torch.bfloat16) if native else contextlib.nullcontext()
+    return precision if precision != "auto" else "bfloat16" if native else "float32"
+
+
+def autocast(where: torch.device, precision: str):
+    """The autocast context of --precision."""
+    half = settled(where, precision) == "bfloat16"
+    return torch.autocast(where.type, torch.bfloat16) if half else contextlib.nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -290,9 +309,11 @@ def accuracy(model: nn.Module, dataset, opt, steps: int, n: int | None = None) -
     return {"clean_accuracy": clean, "adversarial_accuracy": adversarial}
 
 
-def record_accuracy(name: str, ckpt: Path, dataset, opt: TrainOptions, result: dict[str, float]) -> None:
+def record_accuracy(
+    name: str, ckpt: Path, dataset, opt: TrainOptions, result: dict[str, float], foreign: bool = False
+) -> None:
     """Print what --evaluate measured, and write it as a JSON file of that name beside the checkpoint."""
-    out, ball = folder_beside(ckpt) / name, {"norm": opt.norm, "eps": opt.eps}
+    out, ball = folder_beside(ckpt, foreign) / name, {"norm": opt.norm, "eps": opt.eps}
     print(f"{ckpt} on {len(dataset)} test images of {dataset.name}, PGD-20, {opt.norm} eps {opt.eps:g}, {opt.precision}:")
     print("  ".join(f"{key.replace('_', ' ')} {value:.2%}" for key, value in result.items()))
     record = {"command": command(), "ckpt": str(ckpt), "dataset": dataset.name, "n": len(dataset), "attack": "PGD-20"}

@@ -69,6 +69,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
     if images.dtype in (np.float16, np.float32, np.float64):
         engine.require(bool(((images >= 0) & (images <= 1)).all()), f"{path}: arr_0 is float, but does not lie in [0, 1]")
         images = (255 * images).round().astype(np.uint8)
+    engine.require(np.issubdtype(labels.dtype, np.integer), f"{path}: arr_1 must be integer labels")
     shape_fits = images.ndim == 4 and images.shape[3] in (1, 3) and len(images) and labels.shape == images.shape[:1]
     wanted = f"{path}: arr_0 must be uint8, or float in [0, 1], (N, H, W, C), C = 1 or 3, arr_1 (N,)"
     engine.require(images.dtype == np.uint8 and shape_fits, wanted)
@@ -92,22 +93,35 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------- reference
 
 
-def stored_moments(path: Path) -> metrics.Reference | None:
-    """The mu (2048,) and sigma (2048, 2048) of a pytorch-fid statistics npz, None where the file holds other things."""
+def stored_moments(path: Path, key: str) -> metrics.Reference | None:
+    """The mu (2048,) and sigma (2048, 2048) of an npz as pytorch-fid and --save-stats write it, None where there are none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if not {"mu", "sigma"} <= set(arrays):
                 return None
             mu, sigma = (torch.from_numpy(arrays[k]).double() for k in ("mu", "sigma"))
+            features = [torch.from_numpy(arrays["features"])] if "features" in arrays else None
+            made_by = str(arrays["key"]) if "key" in arrays else ""
     except Exception as error:  # a damaged archive can fail in any way
         raise cem.CEMError(f"cannot read the reference {path}: {error}") from error
-    engine.require(mu.shape == (2048,) and sigma.shape == (2048, 2048), f"{path}: mu and sigma are not of 2,048 features")
-    return metrics.Reference([(mu, sigma)], None)
+    fits = mu.shape == (2048,) and sigma.shape == (2048, 2048) and bool(mu.isfinite().all() and sigma.isfinite().all())
+    engine.require(fits, f"{path}: mu and sigma are not of 2,048 features, or not finite")
+    engine.require(key.startswith("inception"), f"{path}: statistics of Inception go with --features inception only")
+    engine.require(
+        made_by in ("", key), f"{path} was made by {made_by}, which is not {key}: see --preprocess, --precision, --weights"
+    )
+    return metrics.Reference([(mu, sigma)], features)
+
+
+FORMAT = 1  # of kept statistics: another number where features or blocks are defined anew
 
 
 def kept(path: Path, images: Tensor, compute: Callable[[], metrics.Reference]) -> metrics.Reference:
     """The statistics in `path` if they are of these very images, else computed, and kept there."""
-    fingerprint = hashlib.sha256(repr(tuple(images.shape)).encode() + images.contiguous().numpy().tobytes()).hexdigest()
+    sha = hashlib.sha256(f"{FORMAT} {tuple(images.shape)}".encode())
+    for part in images.split(1000):
+        sha.update(part.contiguous().numpy())
+    fingerprint = sha.hexdigest()
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if str(arrays["fingerprint"]) == fingerprint:
@@ -126,12 +140,12 @@ def kept(path: Path, images: Tensor, compute: Callable[[], metrics.Reference]) -
     return reference
 
 
-def reference_images(opt) -> Tensor | metrics.Reference:
-    """What --ref names: images, or the statistics in an npz of mu and sigma."""
+def reference_images(opt, key: str) -> Tensor | metrics.Reference:
+    """What --ref names: images, or the statistics in an npz of mu and sigma, which must be of the feature network `key`."""
     path = Path(opt.ref)
     if path.suffix == ".npz" and path.is_file():
-        return stored_moments(path) or read_npz(path)[0]
-    if path.is_dir() and not (path / "train").is_dir():
+        return stored_moments(path, key) or read_npz(path)[0]
+    if opt.ref not in data.NAMES and path.is_dir() and not (path / "train").is_dir():
         return read_samples(path)[0]
     return data.load(opt.ref, opt.split, opt.data_dir).images
 
@@ -143,7 +157,7 @@ def reference_of(images: Tensor, network, opt) -> metrics.Reference:
     def compute() -> metrics.Reference:
         return metrics.Reference.of(metrics.extract(network, images, opt.batch_size, opt.ref)[0])
 
-    beside = path if path.is_dir() else Path(opt.data_dir)
+    beside = path if path.is_dir() and opt.ref not in data.NAMES else Path(opt.data_dir)
     return compute() if path.is_file() else kept(beside / f"stats-{path.name}-{opt.split}-{network.key}.npz", images, compute)
 
 
@@ -171,6 +185,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     opt = engine.parse(Options, __doc__)
+    engine.require(not opt.out.endswith(".md"), "--out names the JSON file; the table goes beside it as .md")
     engine.require(opt.splits >= 1 and opt.batch_size >= 1, "--splits and --batch-size must be at least 1")
     where = engine.device(opt.device)
     newest = sorted(Path("runs").glob("*/samples-*.npz"), key=lambda p: p.stat().st_mtime)[-1:]
@@ -185,31 +200,31 @@ def main() -> None:
         network = metrics.Classifier(opt.features, where, opt.precision)
         fits = not opt.save_stats and opt.preprocess == "torch"
         engine.require(fits, "--save-stats and --preprocess go with --features inception only")
-    found = reference_images(opt)
+    found = reference_images(opt, network.key)
     if isinstance(found, Tensor):
         engine.require(len(found) > 1, f"--ref {opt.ref} has one image: no covariance can be had from that")
         for path, (images, _) in zip(paths, sets):
             shape, wanted = (" x ".join(map(str, t.shape[1:])) for t in (images, found))
             engine.require(shape == wanted, f"{path} has images of {shape}, the reference {wanted}: nothing is resized")
-    else:
-        fits = not network.standardised
-        engine.require(fits, f"{opt.ref}: statistics of Inception features go with --features inception only")
     reference = reference_of(found, network, opt) if isinstance(found, Tensor) else found
     if opt.save_stats:
         mu, sigma = (moment.numpy() for moment in reference.moments[0])
-        cem.replace(opt.save_stats, lambda file: np.savez(file, mu=mu, sigma=sigma))
+        cem.replace(opt.save_stats, lambda file: np.savez(file, mu=mu, sigma=sigma, key=np.array(network.key)))
         print(f"wrote {opt.save_stats}")
-    for path, (images, _) in zip(paths, sets):
+    for path, (images, labels) in zip(paths, sets):
+        if labels.unique().numel() > 1 and bool((labels.diff() >= 0).all()):
+            engine.warn(f"{path} is sorted by class: IS, a mean over {opt.splits} parts in order, comes out too low")
         if not network.standardised and len(images) < 2048:
             engine.warn(f"{path} has {len(images)} images: FID is biased upwards below 2,048 and more; KID is not")
     if not paths:
         return
-    rows = [judge(network, *images, reference, opt, str(path)) for path, images in zip(paths, sets)]
-    print(table := markdown(rows), end="")
-    out = Path(opt.out) if opt.out else (paths[0] if paths[0].is_dir() else paths[0].parent) / "metrics.json"
+    out, rows = Path(opt.out) if opt.out else (paths[0] if paths[0].is_dir() else paths[0].parent) / "metrics.json", []
     record = {"command": engine.command(), "network": network.key, "reference": opt.ref, "split": opt.split}
-    engine.write_text(out, json.dumps(record | {"splits": opt.splits, "rows": rows}, indent=2) + "\n")
-    engine.write_text(out.with_suffix(".md"), table)
+    for path, (images, labels) in zip(paths, sets):
+        rows.append(judge(network, images, labels, reference, opt, str(path)))
+        engine.write_text(out, json.dumps(record | {"splits": opt.splits, "rows": rows}, indent=2) + "\n")
+        engine.write_text(out.with_suffix(".md"), markdown(rows))
+    print(markdown(rows), end="")
     print(f"wrote {out} and {out.with_suffix('.md')}")
 
 

@@ -1,11 +1,12 @@
 """Classifiers of other codebases: read into a ParametricCEM (through cem.load), and written for them (cem.export).
 
     model = cem.load("cifar_l2_0_5.pt")                          # MadryLab's robustness
-    model = cem.load("Rice2020.pt", mean=0, std=1)               # RobustBench's: images as they are, most of the time
+    model = cem.load("Carmon2019.pt", mean=0, std=1)             # RobustBench's: images as they are, most of the time
     cem.export("net.pt", model, "torchvision")
 
-Known are ResNet-18, -34, -50, -101, -152, with a stem for small images or ImageNet's, of any width, and the Wide ResNets of
-Zagoruyko and Komodakis (2016) in cem.WIDE_RESNETS. Architecture and class count come from the tensors' shapes.
+Known are ResNet-18, -34, -50, -101, -152 of any width, with a 3x3 stem of stride 1 and no max-pool or with ImageNet's stem,
+and the Wide ResNets of Zagoruyko and Komodakis (2016) in cem.WIDE_RESNETS. Architecture and class count come from the tensors'
+shapes; what shapes do not tell (another activation, a max-pool behind a 3x3 stem) is not seen: check the accuracy.
 """
 
 import re
@@ -17,65 +18,78 @@ from torch import Tensor, nn
 
 import cem
 
-PREFIXES = re.compile(r"^(module\.|model\.|net\.|_orig_mod\.)+")
 NORMALISERS = {"mean": ("new_mean", "mean", "mu"), "std": ("new_std", "std", "sigma")}  # a buffer's own name
-
-
-class _Calls(type):
-    pass
-
-
-class _Inert(metaclass=_Calls):
-    """Stands for every foreign class and function in a pickle: made, called and filled, it does nothing and stays itself."""
-
-    def __new__(cls, *args, **kwargs):
-        return cls
-
-    @classmethod
-    def __setstate__(cls, state):
-        pass
+PREFERRED = ("state_dict", "model", "model_state_dict", "net", "last")  # where a file holds several state dicts
 
 
 def read(path: Path) -> object:
-    """torch.load(weights_only=True), for files that hold more than tensors too: what is no tensor and no plain value becomes
-    _Inert, and no code of the file runs. Raises CEMError for a file that even so cannot be read."""
-    known = [(_Calls, "foreign._Calls")]
-    while True:
+    """torch.load(weights_only=True), for files that hold more than tensors too: what is neither tensor nor plain value becomes
+    an inert class, and no code of the file runs. Raises CEMError for a file that even so cannot be read."""
+
+    class Meta(type):
+        pass
+
+    class Inert(metaclass=Meta):
+        """Stands for every foreign class and function: made, called and filled, it does nothing and stays itself."""
+
+        def __new__(cls, *args, **kwargs):
+            return cls
+
+        @classmethod
+        def __setstate__(cls, state):
+            pass
+
+    known = [(Meta, "\n")]  # by a name that no file can spell
+    for _ in range(1000):
         try:
             with torch.serialization.safe_globals(known):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged or hostile file can fail in any way
             name = re.search(r"Unsupported global: GLOBAL (\S+) was not", str(error))
-            if not name or (_Inert, name[1]) in known:
+            if not name or (Inert, name[1]) in known:
                 reason = f"PyTorch's safe reader cannot read it ({type(error).__name__})"
                 hint = "if you trust a file that it refuses, torch.save its state dict alone"
                 raise cem.CEMError(f"{path} is damaged, or no checkpoint: {reason}; {hint}") from error
-            known += [(_Inert, name[1]), (_Inert, f"builtins.{name[1]}")]
+            known += [(Inert, name[1]), (Inert, f"builtins.{name[1]}")]
+    raise cem.CEMError(f"{path} holds too many things that are no tensors")
 
 
-def state_dicts(content: object) -> Iterator[dict[str, Tensor]]:
-    """The dictionaries in a file's content that hold a network's tensors, outermost first."""
-    if isinstance(content, dict):
+def state_dicts(content: object, name: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """(name, dictionary) of those in a file's content that hold a network's tensors, to a depth of four."""
+    if isinstance(content, dict) and depth < 4:
         tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
         if any(key.endswith("conv1.weight") for key in tensors):
-            yield tensors
-        for value in content.values():
-            yield from state_dicts(value)
+            yield name, tensors
+        for key, value in content.items():
+            yield from state_dicts(value, str(key), depth + 1)
+
+
+def state_dict(content: object) -> dict[str, Tensor]:
+    """The one network in a file's content. Raises CEMError where there is none, or several and no telling which."""
+    found = list(state_dicts(content))
+    if len(found) > 1:
+        found = [row for name in PREFERRED for row in found if row[0] == name][:1] or found
+    if len(found) != 1:
+        names = ", ".join(repr(name) for name, _ in found)
+        several = f"holds several networks ({names}): torch.save the one"
+        raise cem.CEMError(several if found else "holds no state dict of a ResNet or Wide ResNet that is known here")
+    return found[0][1]
 
 
 def plain_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """-> the network's tensors under torchvision's names (Wide ResNet: its authors'), and mean and std where there are."""
-    network, normalisation = {}, {}
+    """-> the network's tensors under torchvision's names (Wide ResNet: its authors'), and mean and std where there are.
+
+    The network is what lies beside the outermost conv1: robustness stores a second one in its attacker.
+    """
+    stem = min((key for key in state if key.endswith("conv1.weight") and "attacker." not in key), key=len, default="")
+    prefix, network, normalisation = stem.removesuffix("conv1.weight"), {}, {}
     for key, value in state.items():
-        owner, _, name = key.rpartition(".")
-        kind = next((kind for kind, names in NORMALISERS.items() if name in names), None)
-        if "attacker." in key or "sub_block1." in key:  # robustness stores all twice, TRADES a block that it does not use
-            continue
+        kind = next((kind for kind, names in NORMALISERS.items() if key.rpartition(".")[2] in names), None)
         if kind:
             normalisation[kind] = value.float().flatten()
-        else:
-            key = PREFIXES.sub("", key).replace(".shortcut.", ".downsample.")
-            network[re.sub(r"^linear\.", "fc.", key)] = value
+        elif key.startswith(prefix) and not key.startswith(f"{prefix}sub_block1."):  # TRADES has a block that it does not use
+            name = key.removeprefix(prefix).replace(".shortcut.", ".downsample.")
+            network[re.sub(r"^linear\.", "fc.", name)] = value
     return network, normalisation
 
 
@@ -98,7 +112,7 @@ def architecture(state: dict[str, Tensor]) -> dict:
             config |= dict(arch=f"wrn-{depth}-{factor}", width=64)
         with torch.device("meta"):
             expected = cem.ParametricCEM(**config).net.state_dict()
-    except (KeyError, StopIteration, cem.CEMError) as error:
+    except (KeyError, IndexError, TypeError, RuntimeError, StopIteration, cem.CEMError) as error:
         raise cem.CEMError("its architecture cannot be told: it is no ResNet or Wide ResNet that is known here") from error
     for key in sorted(k for k in expected.keys() | state.keys() if not k.endswith("num_batches_tracked")):
         there, wanted = (tuple(s[key].shape) if key in s else "nothing" for s in (state, expected))
@@ -110,23 +124,21 @@ def architecture(state: dict[str, Tensor]) -> dict:
 
 def load(path: Path, mean=None, std=None) -> cem.ParametricCEM:
     """See cem.load."""
-    state = next(state_dicts(read(path)), None)
-    if state is None:
-        raise cem.CEMError(f"{path} is no checkpoint of this project, and holds no state dict of a ResNet or Wide ResNet")
-    network, found = plain_names(state)
-    if "fc.weight" in network:
-        network.setdefault("fc.bias", torch.zeros(len(network["fc.weight"])))
     try:
+        network, found = plain_names(state_dict(read(path)))
         config = architecture(network)
     except cem.CEMError as error:
-        raise cem.CEMError(f"{path}: {error}") from error
-    if mean is not None and std is not None:
-        found = {"mean": mean, "std": std}
+        raise cem.CEMError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    if mean is not None:
+        found = {kind: torch.as_tensor(value).float().flatten() for kind, value in (("mean", mean), ("std", std))}
     told = found.keys() == NORMALISERS.keys()
-    try:
-        model = cem.ParametricCEM(**config, **(found if told else {"mean": 0.0, "std": 1.0}))
-    except RuntimeError as error:  # from expanding the normalisation
-        raise cem.CEMError(f"mean and std must be one number, or one for each of {config['in_channels']} channels") from error
+    found = found if told else {"mean": torch.zeros(1), "std": torch.ones(1)}
+    fits = all(len(value) in (1, config["in_channels"]) for value in found.values())
+    if not fits or not (
+        0 <= found["mean"].min() and found["mean"].max() <= 1 and 0 < found["std"].min() <= found["std"].max() <= 1
+    ):
+        raise cem.CEMError(f"{path}: mean and std must be one number, or one a channel, in [0, 1]; std not 0")
+    model = cem.ParametricCEM(**config, **found)
     model.net.load_state_dict(network)
     model.extra = {"foreign": True, "normalised": told}
     return model

@@ -74,7 +74,7 @@ class Inception:
 
     def __init__(self, weights: str, where: torch.device, preprocess: str = "torch", precision: str = "float32"):
         state, sha = inception_weights(weights)
-        self.where, self.preprocess, self.precision = where, preprocess, precision
+        self.where, self.preprocess, self.precision = where, preprocess, (precision := engine.settled(where, precision))
         self.key = f"inception-{sha[:8]}-{preprocess}-{precision}"
         try:
             self.net = (torch_fidelity if preprocess == "tf1" else pytorch_fid)(state)
@@ -103,7 +103,8 @@ class Classifier:
         model = cem.load(path, where)
         engine.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: --features needs train_sup.py's")
         engine.require(model.extra.get("normalised", True), f"{path} does not say how pixels are normalised: no --features")
-        self.model, self.where, self.precision = cem.folded(model).to(memory_format=torch.channels_last), where, precision
+        self.model, self.where = cem.folded(model).to(memory_format=torch.channels_last), where
+        self.precision = precision = engine.settled(where, precision)
         self.key = f"{Path(path).stem}-{digest(path)[:8]}-{precision}"
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -13,6 +13,7 @@ batch at a time: theirs depend on --batch-size too, which is the N of the entrop
 import json
 import math
 import os
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -109,10 +110,7 @@ def load_model(path: Path, where: torch.device, opt: Options) -> torch.nn.Module
     if "foreign" in model.extra:
         engine.require(opt.dataset, f"{path} comes from elsewhere and carries no seeds: name its --dataset to fit them")
         dataset = data.load(opt.dataset, "train", opt.data_dir)
-        classes, channels = model.config["num_classes"], model.config["in_channels"]
-        fits = (classes, channels) == (len(dataset.classes), dataset.images.shape[1])
-        engine.require(fits, f"{path} is for {classes} classes and {channels} channels: {opt.dataset} is not its dataset")
-        engine.normalise(model, path, dataset)
+        engine.adopt(model, path, dataset)
         model.extra |= dataset.card(SEED_RANK)
     whole = {"seeds", "classes", "dataset"} <= model.extra.keys()
     engine.require(whole, f"{path} carries no Gaussian seeds or class names: it was not made by a training script")
@@ -122,7 +120,7 @@ def load_model(path: Path, where: torch.device, opt: Options) -> torch.nn.Module
 def wanted_classes(names: str, classes: list[str]) -> list[int]:
     wanted = [name.strip() for name in names.split(",") if name.strip()] or classes
     for name in wanted:
-        known = name in classes or (name.isdigit() and int(name) < len(classes))
+        known = name in classes or (name.isdecimal() and int(name) < len(classes))
         engine.require(known, f"--classes: there is no class {name!r}; there are {', '.join(classes)}")
     return [classes.index(name) if name in classes else int(name) for name in wanted]
 
@@ -194,13 +192,16 @@ def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]
     """A PNG an image: folder/<class>/<index>.png, and the same file as folder/<index>.png; the folder whole or not at all."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
+        temporary.mkdir(parents=True)
         for i, (image, k) in enumerate(zip(images, labels.tolist())):
-            path = temporary / f"{i:05d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = temporary / f"{i:0{len(str(len(images)))}d}.png"
             torchvision.transforms.functional.to_pil_image(image).save(path)
-            if k >= 0:
-                (inner := temporary / classes[k]).mkdir(exist_ok=True)
-                os.link(path, inner / path.name)
+            if k >= 0:  # names from a file: no paths
+                (inner := temporary / (re.sub(r"[^\w -]", "_", classes[k]) or str(k))).mkdir(exist_ok=True)
+                try:
+                    os.link(path, inner / path.name)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(path, inner / path.name)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -213,6 +214,7 @@ def main() -> None:
     where = engine.device(opt.device)
     path, folder = find_checkpoint(opt)
     model = load_model(path, where, opt)
+    folder = folder if opt.out else engine.folder_beside(path, "foreign" in model.extra)
     print(f"{opt.sampler}: {opt.n} images from {path}")
     begin = time.monotonic()
     images, labels = draw(model, opt, where)
@@ -223,6 +225,8 @@ def main() -> None:
         "ckpt": str(path),
         "dataset": model.extra["dataset"],
         "classes": model.extra["classes"],
+        "mean": model.mean.flatten().tolist(),
+        "std": model.std.flatten().tolist(),
         "step_size": step_size(opt, model.extra["seeds"]["shape"]),
     }
     record |= {"seconds": round(seconds, 2), "images_per_second": round(opt.n / seconds, 2)}

@@ -41,7 +41,8 @@ def main() -> None:
     opt = engine.parse(Options, __doc__)
     where = engine.device(opt.device)
     network = metrics.Classifier(opt.judge, where)
-    reference = eval_is_fid.reference_of(eval_is_fid.reference_images(opt), network, opt)
+    images = eval_is_fid.reference_images(opt, network.key)
+    reference = eval_is_fid.reference_of(images, network, opt)
     rows, out = [], Path(opt.out)
     names = opt.samplers.split(",")
     for name in names:

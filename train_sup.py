@@ -42,14 +42,15 @@ def evaluate(opt: Options) -> None:
     opt.precision = opt.precision.replace("auto", "float32")  # figures to compare with others'
     model = engine.load(path, where, opt).to(memory_format=torch.channels_last)
     engine.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: train_sup.py makes one")
-    test = data.load(opt.dataset, "test", opt.data_dir).to(where)
+    test, foreign = data.load(opt.dataset, "test", opt.data_dir).to(where), "foreign" in model.extra
+    if foreign:
+        engine.adopt(model, path, data.load(opt.dataset, "train", opt.data_dir))
     engine.require(
         (model.config["in_channels"], model.config["num_classes"]) == (test.images.shape[1], len(test.classes)),
         f"{path} was not trained on data like {opt.dataset}: channels or classes differ",
     )
-    engine.normalise(model, path, test)
     result = engine.accuracy(model, test, opt, steps=20)
-    engine.record_accuracy("accuracy.json", path, test, opt, result)
+    engine.record_accuracy("accuracy.json", path, test, opt, result, foreign)
 
 
 def train(opt: Options) -> None:

@@ -12,6 +12,7 @@ from conftest import files, script
 from PIL import Image
 
 import cem
+import eval_is_fid
 import metrics
 
 
@@ -170,7 +171,8 @@ def test_inception_weights_that_cannot_be_had_name_both_ways_out(digits_run, mon
         ({"arr_0": np.zeros((30, 8, 8), np.uint8)}, "must be uint8"),
         ({"arr_0": np.zeros((30, 9, 9, 1), np.uint8)}, "nothing is resized"),
         ({"arr_0": np.zeros((5, 8, 8, 1), np.uint8)}, "more than --splits"),
-        ({"arr_0": np.zeros((30, 8, 8, 1), np.uint8), "arr_1": np.zeros(4)}, "arr_1 (N,)"),
+        ({"arr_0": np.zeros((30, 8, 8, 1), np.uint8), "arr_1": np.zeros(4, int)}, "arr_1 (N,)"),
+        ({"arr_0": np.zeros((30, 8, 8, 1), np.uint8), "arr_1": np.full(30, "cat")}, "integer labels"),
     ],
 )
 def test_bad_samples(arrays, message, digits_run, tmp_path):
@@ -362,6 +364,26 @@ def test_statistics_that_cannot_be_kept_are_only_a_warning(digits_run, tmp_path,
     assert done.returncode == 0 and "are not kept" in done.stderr
     table = (tmp_path / "metrics.md").read_text()
     assert table.startswith("| samples | n | C-IS |") and table in done.stdout and len(table.splitlines()) == 3
+
+
+def test_statistics_of_another_network_and_sorted_samples(digits_run, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "s.npz", arr_0=images, arr_1=np.arange(30) // 3)
+    moments = dict(mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "tf1.npz", **moments, key=np.array("inception-6726825d-tf1-float32"))
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=moments["sigma"])
+    with pytest.raises(cem.CEMError, match="tf1-float32, which is not inception-6726825d-torch-float32"):
+        eval_is_fid.stored_moments(tmp_path / "tf1.npz", "inception-6726825d-torch-float32")
+    assert eval_is_fid.stored_moments(tmp_path / "tf1.npz", "inception-6726825d-tf1-float32").features is None
+    with pytest.raises(cem.CEMError, match="not finite"):
+        eval_is_fid.stored_moments(tmp_path / "nan.npz", "inception-6726825d-torch-float32")
+    features = ["--features", digits_run / "runs/sup/ckpt.pt"]
+    done = script("eval_is_fid.py", "--samples", "s.npz", "--ref", "digits", *features, cwd=tmp_path)
+    assert done.returncode == 0 and "sorted by class" in done.stderr
+    done = script("eval_is_fid.py", "--samples", "s.npz", "--ref", "tf1.npz", *features, cwd=tmp_path)
+    assert done.returncode == 2 and "--features inception only" in done.stderr
+    (tmp_path / "digits").mkdir()  # a folder does not stand in for the dataset of its name
+    assert len(eval_is_fid.reference_images(eval_is_fid.Options(ref="digits"), "x")) > 1000
 
 
 def test_float_images_are_those_in_0_to_1(digits_run, tmp_path):

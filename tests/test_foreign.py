@@ -15,6 +15,7 @@ from torch import nn
 
 import cem
 import foreign
+import sample
 
 MEAN, STD = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.20, 0.21, 0.22])
 RTOL, ATOL = 1e-5, 1e-5  # the same float32 operations in the same order, but for the kernels of a memory layout
@@ -65,9 +66,8 @@ def test_robustness_checkpoints_give_the_logits_that_robustness_gives(name, dept
 
 
 @pytest.mark.parametrize("depth, factor", [(28, 4), (34, 10)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_robustbench_wide_resnets(depth, factor, bias, x, tmp_path):
-    net = robustbench("wide_resnet").WideResNet(depth, widen_factor=factor, sub_block1=True, bias_last=bias)
+def test_robustbench_wide_resnets(depth, factor, x, tmp_path):
+    net = robustbench("wide_resnet").WideResNet(depth, widen_factor=factor, sub_block1=True)
     perturb(net).eval()
     torch.save({"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}}, tmp_path / "w.pt")
     model = cem.load(tmp_path / "w.pt", mean=0.0, std=1.0)
@@ -146,7 +146,7 @@ def test_foreign_objects_in_a_file_become_nothing(zipped, tmp_path):
     content["best"] = np.float64(0.5)
     torch.save(content, tmp_path / "f.pt", _use_new_zipfile_serialization=zipped)
     assert cem.load(tmp_path / "f.pt").config["num_classes"] == 3
-    assert foreign.read(tmp_path / "f.pt")["schedule"] is foreign._Inert
+    assert foreign.read(tmp_path / "f.pt")["schedule"].__name__ == "Inert"
 
 
 def test_functions_that_dill_wrote_become_nothing(tmp_path):
@@ -177,6 +177,8 @@ def test_code_in_a_file_does_not_run(zipped, tmp_path):
 
 
 WIDE = "block1.layer.0.conv1.weight"
+SMALL, LOOP = state_dict(), {}
+LOOP["again"] = LOOP
 
 
 @pytest.mark.parametrize(
@@ -184,6 +186,11 @@ WIDE = "block1.layer.0.conv1.weight"
     [
         ({"state_dict": {"a.weight": torch.ones(2)}}, "no state dict"),
         ([1, 2], "no state dict"),
+        ({"teacher": SMALL, "student": SMALL}, "several networks ('teacher', 'student')"),
+        (SMALL | {"mu": torch.tensor(125.3), "sigma": torch.tensor(63.0)}, "in [0, 1]"),
+        ({k: v for k, v in SMALL.items() if k != "fc.bias"}, "nothing"),  # as where the last layer is normalised
+        ({"conv1.weight": torch.ones(()), "fc.weight": torch.ones(())}, "cannot be told"),
+        (LOOP, "no state dict"),
         (torchvision.models.resnext50_32x4d().state_dict(), "nearest to resnet50-imagenet"),
         ({"features.conv1.weight": torch.ones(4, 3, 3, 3)}, "cannot be told"),
         ({"conv1.weight": torch.ones(64, 3, 3, 3), "fc.weight": torch.ones(5, 9), WIDE: torch.ones(7, 1)}, "cannot be told"),
@@ -204,20 +211,31 @@ def test_a_foreign_checkpoint_is_sampled_evaluated_and_its_png_files_are_read(tm
     arguments = ["--ckpt", "f.pt", "--dataset", "digits", "--n", 20, "--sampler", "rcs", "--png", "pictures"]
     done = script("sample.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0 and "does not say how pixels are normalised: as digits" in done.stdout, done.stderr
-    record = json.loads((tmp_path / "samples-rcs.json").read_text())
+    record = json.loads((tmp_path / "f/samples-rcs.json").read_text())
     assert record["dataset"] == "digits" and len(record["classes"]) == 10
-    with np.load(tmp_path / "samples-rcs.npz") as arrays:
+    assert "of 500 images of digits are classified as labelled" in done.stdout and "warning" in done.stderr
+    with np.load(tmp_path / "f/samples-rcs.npz") as arrays:
+        assert record["mean"] and record["std"]
         for i, (image, label) in enumerate(zip(arrays["arr_0"], arrays["arr_1"])):
-            for path in (tmp_path / f"pictures/{i:05d}.png", tmp_path / f"pictures/{label}/{i:05d}.png"):
+            for path in (tmp_path / f"pictures/{i:02d}.png", tmp_path / f"pictures/{label}/{i:02d}.png"):
                 np.testing.assert_array_equal(np.asarray(Image.open(path)), image[:, :, 0])
     again = script("sample.py", *arguments, cwd=tmp_path)
     assert again.returncode == 2 and "is there already" in again.stderr
     told = ["--mean", 0.3, "--std", 0.4]
     done = script("train_sup.py", "--evaluate", "--dataset", "digits", "--ckpt", "f.pt", *told, cwd=tmp_path)
     assert done.returncode == 0 and "normalised" not in done.stdout, done.stderr
-    for bad in (["--mean", 0.3], ["--mean", 0.3, "--std", 0], ["--mean", 1, 2, "--std", 1, 2]):
+    for bad in (["--mean", 0.3], ["--mean", 0.3, "--std", 0], ["--mean", 1, 2, "--std", 1, 2], ["--mean", 99, "--std", 60]):
         done = script("sample.py", "--ckpt", "f.pt", "--dataset", "digits", *bad, cwd=tmp_path)
-        assert done.returncode == 2 and "--mean" in done.stderr or "mean and std" in done.stderr
+        assert done.returncode == 2 and "mean and std" in done.stderr
+    cem.save(tmp_path / "own.pt", cem.ParametricCEM("resnet18", 10, 4, 1))
+    with pytest.raises(cem.CEMError, match="other codebases"):
+        cem.load(tmp_path / "own.pt", mean=0.0, std=1.0)
+
+
+def test_class_names_of_a_file_lead_nowhere(tmp_path):
+    images, labels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3)
+    sample.write_files(tmp_path / "out", images, labels, ["../up", "/tmp/absolute", ".."])
+    assert len(files(tmp_path)) == 6 and all(name.startswith("out/") for name in files(tmp_path))
 
 
 def test_exports_that_cannot_be(tmp_path):
