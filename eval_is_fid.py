@@ -9,7 +9,7 @@ their bias, in the order of the samples; FID (Heusel et al., 2017) and KID (Biń
 features, through pytorch-fid's network and image handling (bilinear to 299x299, not antialiased), or with --preprocess tf1
 through torch-fidelity's, which is the original code's. With a classifier checkpoint of this project: C-IS from its softmax;
 C-FD and C-KD are the means over its four stages of Fréchet and kernel distance between the spatial means and standard
-deviations of the stage's output, each standardised by the reference set's; `wanted` is the share of labelled samples that it
+deviations of the stage's output, each standardised by the reference set; `wanted` is the share of labelled samples that it
 gives their class. These are no IS, FID and KID, and compare only under one and the same checkpoint.
 
 Statistics of a reference dataset are kept beside it, in stats-*.npz. Writes the table as .md and .json beside the samples.

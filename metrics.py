@@ -192,23 +192,27 @@ class Reference:
         spread = torch.arange(min(n, KEPT)) * n // min(n, KEPT)
         return cls([statistics(block) for block in blocks], [block[spread] for block in blocks])
 
-    def scales(self, standardised: bool) -> list[Tensor]:
-        """What each block's features are divided by."""
-        return [sigma.diagonal().sqrt().clamp_min(1e-6) if standardised else torch.ones_like(mu) for mu, sigma in self.moments]
+    def standardise(self, blocks: list[Tensor], standardised: bool) -> list[Tensor]:
+        """Each block with the reference's mean subtracted and divided by its standard deviations, or as it is."""
+        if not standardised:
+            return blocks
+        return [(x - mu) / sigma.diagonal().sqrt().clamp_min(1e-6) for x, (mu, sigma) in zip(blocks, self.moments)]
 
     def frechet(self, blocks: list[Tensor], standardised: bool) -> float:
         """The mean Fréchet distance over the blocks."""
         total = 0.0
-        for block, (mu, sigma), scale in zip(blocks, self.moments, self.scales(standardised)):
-            own_mu, own_sigma = statistics(block / scale)
-            total += frechet_distance(own_mu, own_sigma, mu / scale, sigma / scale / scale[:, None])
+        for block, (mu, sigma) in zip(self.standardise(blocks, standardised), self.moments):
+            if standardised:
+                scale = sigma.diagonal().sqrt().clamp_min(1e-6)
+                mu, sigma = torch.zeros_like(mu), sigma / scale / scale[:, None]
+            total += frechet_distance(*statistics(block), mu, sigma)
         return total / len(self.moments)
 
     def kernel(self, blocks: list[Tensor], standardised: bool, where: torch.device) -> tuple[float, float]:
         """The mean kernel distance over the blocks, and the mean of its standard deviations over subsets."""
         where = where if where.type == "cuda" else torch.device("cpu")  # float64
-        rows = zip(blocks, self.features, self.scales(standardised))
-        values = [kernel_distance((x / s).to(where), (y / s).to(where)) for x, y, s in rows]
+        pairs = zip(*(self.standardise(side, standardised) for side in (blocks, self.features)))
+        values = [kernel_distance(x.to(where), y.to(where)) for x, y in pairs]
         return tuple(sum(column) / len(values) for column in zip(*values))
 
     def arrays(self) -> dict[str, np.ndarray]:

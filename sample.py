@@ -32,7 +32,8 @@ import engine
 from engine import option
 
 SEED_RANK = 64  # of the seeds of a checkpoint from elsewhere
-DISPLACEMENT = 3.0  # of 3x32x32 images: results/sweep-sup.json
+# how far all steps together walk on 3x32x32 images, in l2: results/sweep-*.json
+DISPLACEMENT = dict.fromkeys(cem.PARAMETRIC_SAMPLERS, 3.0) | dict.fromkeys(cem.NON_PARAMETRIC_SAMPLERS, 24.0) | {"seeds": 0.0}
 SAMPLERS = [*cem.PARAMETRIC_SAMPLERS, *cem.NON_PARAMETRIC_SAMPLERS, "seeds"]
 
 
@@ -52,7 +53,8 @@ class Options:
     batch_size: int = option(250, "images at a time; for pgd and maxent part of the method: the batch that climbs together")
     steps: int = option(8, "steps of the ascent")
     step_size: Optional[float] = option(
-        None, "length of a step (default: all steps together walk 3 on 3x32x32 images, else in proportion to their l2 size)"
+        None,
+        "length of a step (default: all steps together walk 3, or 24 for pgd and maxent, on 3x32x32 images, else by size)",
     )
     noise: float = option(0.01, "standard deviation of the noise added at every step")
     norm: str = option("l2", "gradient: l2 scaled to unit length, linf its sign, none as it is", choices=[*cem.DIRECTIONS])
@@ -134,7 +136,7 @@ def step_size(opt: Options, shape: tuple[int, ...]) -> float:
     """--step-size; by default the tuned displacement over all steps, an l2 norm in proportion to the square root of C H W."""
     if opt.step_size is not None:
         return opt.step_size
-    rms = DISPLACEMENT / math.sqrt(3 * 32 * 32) / opt.steps
+    rms = DISPLACEMENT[opt.sampler] / math.sqrt(3 * 32 * 32) / opt.steps
     return rms if opt.norm == "linf" else rms * math.sqrt(math.prod(shape))
 
 

@@ -18,7 +18,7 @@ import metrics
 import sample
 from engine import option
 
-DISPLACEMENTS, STEPS, NOISES = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 16.0), (2, 4, 16), (0.01, 0.03)
+DISPLACEMENTS, STEPS, NOISES = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 16.0, 24.0, 32.0), (2, 4, 16), (0.01, 0.03)
 OTHER_DIRECTIONS = [("none", 0.03), ("none", 0.1), ("none", 0.3), ("linf", 0.005), ("linf", 0.01)]  # norm, step size
 
 

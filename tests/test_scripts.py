@@ -190,7 +190,7 @@ def test_options_of_sample_do_something(digits_run):
 def test_default_step_walks_the_tuned_displacement_whatever_the_steps_and_the_size():
     for steps in (4, 16):
         options = sample.Options(steps=steps)
-        assert steps * sample.step_size(options, (3, 32, 32)) == pytest.approx(sample.DISPLACEMENT)
+        assert steps * sample.step_size(options, (3, 32, 32)) == pytest.approx(sample.DISPLACEMENT[options.sampler])
         assert sample.step_size(options, (3, 64, 64)) == pytest.approx(2 * sample.step_size(options, (3, 32, 32)))
         signs = sample.step_size(sample.Options(steps=steps, norm="linf"), (3, 32, 32))
         assert signs * (3 * 32 * 32) ** 0.5 == pytest.approx(sample.step_size(options, (3, 32, 32)))
@@ -208,9 +208,9 @@ def test_sampler_raises_the_share_of_the_wanted_class(digits_run):
 # --------------------------------------------------------------------------------------------- what is shipped
 
 
-@pytest.mark.parametrize("sampler", [*cem.PARAMETRIC_SAMPLERS, "seeds"])
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_shipped_checkpoint_draws_without_dataset_or_network(sampler, tmp_path):
-    done = script("sample.py", "--sampler", sampler, "--n", 20, cwd=tmp_path)
+    done = script("sample.py", "--sampler", sampler, "--n", 20, "--batch-size", 20, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(ROOT / "checkpoints") in done.stdout
     with np.load(tmp_path / f"runs/shipped/samples-{sampler}.npz") as z:
@@ -218,11 +218,26 @@ def test_shipped_checkpoint_draws_without_dataset_or_network(sampler, tmp_path):
 
 
 def test_shipped_checkpoints_are_small_and_name_no_machine():
-    for name in ("sup", "judge"):
+    for name in ("sup", "unsup", "judge"):
         path = ROOT / "checkpoints" / f"{name}.pt"
         assert path.stat().st_size < 10e6
         extra = cem.load(path).extra
         assert "training" not in extra and not str(extra["options"]["out"]).startswith("/") and "/" not in extra["dataset"]
+
+
+def test_maxent_raises_the_entropy_of_the_shipped_encoders_batch_and_pgd_lowers_it():
+    model = cem.folded(cem.load(ROOT / "checkpoints/unsup.pt"))
+    x = cem.GaussianSeeds.from_state_dict(model.extra["seeds"]).sample(24, torch.Generator().manual_seed(0))
+    entropy, climb = cem.potential("maxent", model), dict(steps=5, step_size=0.25)
+    curves = {"maxent": [], "pgd": []}
+    for name, curve in curves.items():
+        potential, images = cem.potential(name, model, x), x
+        for _ in range(4):
+            with torch.no_grad():
+                curve.append(entropy(images).mean().item())
+            images = cem.ascend(potential, images, **climb)
+    assert curves["maxent"] == sorted(curves["maxent"]) and curves["maxent"][-1] > curves["maxent"][0] + 0.3
+    assert max(curves["pgd"][1:]) < curves["pgd"][0] - 0.3
 
 
 # --------------------------------------------------------------------------------------------------- bad input
