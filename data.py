@@ -86,8 +86,7 @@ def _digits(split: str) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    rows = train_test_split(np.arange(1797), test_size=360, stratify=digits.target, random_state=0)
-    rows = rows[split == "test"]
+    rows = train_test_split(np.arange(1797), test_size=360, stratify=digits.target, random_state=0)[split == "test"]
     images = torch.from_numpy((digits.images[rows] * (255 / 16)).round().astype(np.uint8))
     return Dataset("digits", images[:, None], torch.from_numpy(digits.target[rows]), list("0123456789"), flip=False)
 
