@@ -81,7 +81,7 @@ def plain_names(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
     The network is what lies beside the outermost conv1: robustness stores a second one in its attacker.
     """
-    stem = min((key for key in state if key.endswith("conv1.weight") and "attacker." not in key), key=len, default="")
+    stem = min((key for key in state if key.endswith("conv1.weight")), key=len, default="")
     prefix, network, normalisation = stem.removesuffix("conv1.weight"), {}, {}
     for key, value in state.items():
         kind = next((kind for kind, names in NORMALISERS.items() if key.rpartition(".")[2] in names), None)
