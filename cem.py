@@ -9,7 +9,8 @@ Images are float tensors (N, C, H, W) in [0, 1]; the channel normalisation is a 
 log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k). This file needs torch and torchvision alone: copy it.
 
 Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455; [JEAT] Zhu et al., ICCV 2021, arXiv:2108.09093;
-[JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263; [PGD] Madry et al., ICLR 2018, arXiv:1706.06083.
+[JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263; [PGD] Madry et al., ICLR 2018, arXiv:1706.06083;
+[CW] Carlini and Wagner, S&P 2017, arXiv:1608.04644.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +73,7 @@ class WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        same = in_channels == channels
-        self.convShortcut = None if same else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+        self.convShortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if in_channels != channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
@@ -85,12 +84,13 @@ class WideBlock(nn.Module):
 class WideResNet(nn.Module):
     """Wide ResNet (Zagoruyko and Komodakis, 2016) with their parameter names; its stages: the stem and the three groups."""
 
-    def __init__(self, blocks_per_group: int, channels: Sequence[int], in_channels: int):
+    def __init__(self, depth: int, factor: int, width: int, in_channels: int):
         super().__init__()
+        channels = [16, *(width * factor // 4 * 2**i for i in range(3))]
         self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         for i in range(3):
             wide = [WideBlock(channels[i], channels[i + 1], 1 if i == 0 else 2)]
-            wide += [WideBlock(channels[i + 1], channels[i + 1], 1) for _ in range(blocks_per_group - 1)]
+            wide += [WideBlock(channels[i + 1], channels[i + 1], 1) for _ in range((depth - 4) // 6 - 1)]
             self.add_module(f"block{i + 1}", nn.Sequential(OrderedDict(layer=nn.Sequential(*wide))))
         self.bn1 = nn.BatchNorm2d(channels[-1])
         self.out_features = channels[-1]
@@ -100,24 +100,14 @@ class WideResNet(nn.Module):
         return outputs + [F.relu(self.bn1(self.block3(x)))]
 
 
-RESNETS = {
-    "resnet18": (BasicBlock, (2, 2, 2, 2)),
-    "resnet34": (BasicBlock, (3, 4, 6, 3)),
-    "resnet50": (Bottleneck, (3, 4, 6, 3)),
-    "resnet101": (Bottleneck, (3, 4, 23, 3)),
-    "resnet152": (Bottleneck, (3, 8, 36, 3)),
-}
+RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3))}
+RESNETS |= {"resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3))}
+RESNETS |= {"resnet152": (Bottleneck, (3, 8, 36, 3))}
 WIDE_RESNETS = ((16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16))  # depth, factor
-
-
-def _wide(depth: int, factor: int, width: int, in_channels: int) -> WideResNet:
-    return WideResNet((depth - 4) // 6, [16, *(width * factor // 4 * 2**i for i in range(3))], in_channels)
-
-
 ARCHS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> (width, in_channels) -> network
     **{name: functools.partial(ResNet, *shape) for name, shape in RESNETS.items()},
     **{f"{name}-imagenet": functools.partial(ResNet, *shape, large=True) for name, shape in RESNETS.items()},
-    **{f"wrn-{depth}-{factor}": functools.partial(_wide, depth, factor) for depth, factor in WIDE_RESNETS},
+    **{f"wrn-{depth}-{factor}": functools.partial(WideResNet, depth, factor) for depth, factor in WIDE_RESNETS},
 }
 
 
@@ -128,8 +118,6 @@ class _CEM(nn.Module):
         super().__init__()
         if arch not in ARCHS:
             raise CEMError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
-        if width < 1 or in_channels < 1:
-            raise CEMError("width and in_channels must be at least 1")
         self.config = dict(arch=arch, width=width, in_channels=in_channels, **config)
         self.net = ARCHS[arch](width, in_channels)
         for module in self.net.modules():
@@ -151,9 +139,8 @@ class _CEM(nn.Module):
 class ParametricCEM(_CEM):
     """p(x, y) = exp f(x, y) / Z with f(x, y) = g(x)ᵀ w_y + b_y: a classifier read as an energy model ([JEM], [CEM] eq. 3).
 
-    `model(x)` maps x (N, C, H, W) in [0, 1], H and W at least 8, to logits f(x, ·) (N, num_classes) of x's dtype, also
-    under autocast. `width` is the stem's channel count (64 is the standard network); `mean` and `std` are the channel
-    normalisation, in [0, 1] units. Raises CEMError for an unknown arch.
+    `model(x)` maps x (N, C, H, W) in [0, 1], H, W at least 8, to logits f(x, ·) (N, num_classes) of x's dtype, also under
+    autocast. `width`: the stem's channels (the standard: 64); `mean`, `std`: the channel normalisation, in [0, 1] units.
     """
 
     def __init__(self, arch="resnet18", num_classes=10, width=64, in_channels=3, mean=0.5, std=0.25):
@@ -168,8 +155,7 @@ class NonParametricCEM(_CEM):
     """p(x, x') = exp f(x, x') / Z with f(x, x') = g(x)ᵀ g(x') / τ: a contrastive encoder as an energy model ([CEM] eq. 4).
 
     `model(x)` maps x (N, C, H, W) in [0, 1], H and W at least 8, to g(x) (N, embed_dim) of unit length, through a two-layer
-    projection head; `features(x)` is what lies before the head. Other arguments as ParametricCEM's. Raises CEMError for an
-    unknown arch or a temperature that is not positive.
+    projection head; `features(x)` is what lies before it. Other arguments as ParametricCEM's; the temperature is positive.
     """
 
     def __init__(self, arch="resnet18", embed_dim=128, temperature=0.3, width=64, in_channels=3, mean=0.5, std=0.25):
@@ -229,18 +215,14 @@ def consistency(logits: Tensor, logits_hat: Tensor, y: Tensor) -> Tensor:
 
 
 def contrastive(logits_hat: Tensor, y: Tensor) -> Tensor:
-    """f(x̂, y) - E_ŷ f(x̂, ŷ), ŷ ~ p(y | x̂) held fixed: the second half of the likelihood gradient. -> (N,).
-
-    Its θ-gradient is that of log p(y | x̂): adversarial training's.
-    """
+    """f(x̂, y) - E_ŷ f(x̂, ŷ), ŷ ~ p(y | x̂) held fixed: the other half; its θ-gradient is that of log p(y | x̂). -> (N,)."""
     return log_joint(logits_hat, y) - (logits_hat.softmax(1).detach() * logits_hat).sum(1)
 
 
 def similarity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """f(x_i, x'_j) = z1_i · z2_j / τ, (N, D), (M, D) -> (N, M): an NP-CEM's logits, the candidates x' in the place of classes.
 
-    log_joint, log_posterior, consistency and contrastive apply to it as they stand. Importance sampling of the partition
-    function with the data as proposal is what restricts x' to the candidates ([CEM] section 3.2).
+    log_joint, log_posterior, consistency, contrastive apply to it: data are the partition function's proposals ([CEM] 3.2).
     """
     with torch.autocast(z1.device.type, enabled=False):  # three digits of bfloat16 are too few for a cosine over τ
         return z1 @ z2.T / temperature
@@ -263,25 +245,38 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean"
         raise CEMError(f"unknown reduction {reduction!r}: choose 'mean' or 'none'")
     n = len(z1)
     if len(z2) != n or n < 2:
-        raise CEMError("InfoNCE needs two views of the same two or more images: without others there is no negative")
+        raise CEMError("InfoNCE needs two views of the same two or more images")
     positives = torch.arange(2 * n, device=z1.device).roll(n)
     losses = -log_posterior(_others(torch.cat([z1, z2]), temperature), positives).view(2, n).mean(0)
     return losses.mean() if reduction == "mean" else losses
 
 
-SUPERVISED_LOSSES = ("st", "at", "mle")
+SUPERVISED_LOSSES = ("st", "at", "mle", "jem", "jeat")
 
 
-def supervised_loss(name, model, x, y, x_adv=None, weight=0.1) -> tuple[Tensor, Tensor]:
-    """The outer minimisation of adversarial training -> (mean loss, the logits that the cross-entropy saw).
+def supervised_loss(name, model, x, y, x_adv=None, weight=0.1, x_s=None) -> tuple[Tensor, Tensor]:
+    """The outer minimisation of adversarial and of energy-based training -> (mean loss, logits that the cross-entropy saw).
 
-    st   CE(x, y)
-    at   CE(x̂, y), x̂ = x_adv
-    mle  CE(x̂, y) + λ [f(x̂, y) - f(x, y)], λ = weight: both halves of the likelihood gradient ([CEM] section 3)
+    st    CE(x, y)
+    at    CE(x̂, y), x̂ = x_adv
+    mle   CE(x̂, y) + λ [f(x̂, y) - f(x, y)], λ = weight: both halves of the likelihood gradient ([CEM] section 3)
+    jem   CE(x, y) + λ [LSE f(x_s) - LSE f(x)], x_s from a ReplayBuffer or, without its term, None; λ = 1 in [JEM]
+    jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)], likewise; λ = 1 in [JEAT]
+
+    The last two see the network in eval mode, as SGLD does: by batch statistics BatchNorm would tell x_s from x whatever the
+    sampler does. A pass aside, in the model's own mode, moves the running statistics.
     """
     if name not in SUPERVISED_LOSSES:
         raise CEMError(f"unknown loss {name!r}: choose one of {', '.join(SUPERVISED_LOSSES)}")
-    logits = model(x if name == "st" else x_adv)
+    seen = x if name in ("st", "jem") else x_adv
+    if name in ("jem", "jeat"):
+        with torch.no_grad():
+            model(seen)
+        with _undisturbed(freeze=False):
+            logits, logits_s = model(seen if x_s is None else torch.cat([seen, x_s])).tensor_split([len(x)])
+        gap = log_marginal(logits).mean() - (0 if x_s is None else log_marginal(logits_s).mean())
+        return F.cross_entropy(logits, y) - weight * gap, logits
+    logits = model(seen)
     loss = F.cross_entropy(logits, y)
     if name == "mle" and weight:  # with weight 0 the clean images are not even seen by BatchNorm: exactly `at`
         loss = loss - weight * consistency(model(x), logits, y).mean()
@@ -296,7 +291,11 @@ PARAMETRIC_SAMPLERS = {  # (logits f(x, ·), y) -> U(x)
     "cs": log_joint,  # f(x, y): log p(x | y), conditional sampling
     "rcs": lambda logits, y: log_joint(logits, y) + log_marginal(logits),  # log p(x | y) + log p(x), reinforced
 }
-PARAMETRIC_ATTACKS = {"ce": lambda logits, y: -log_posterior(logits, y)}  # untargeted PGD: the cross-entropy
+PARAMETRIC_ATTACKS = {
+    "ce": lambda logits, y: -log_posterior(logits, y),  # untargeted PGD: the cross-entropy
+    "joint": lambda logits, y: -log_joint(logits, y),  # the joint energy E(x, y) ([JEAT])
+    "margin": lambda logits, y: logits.scatter(1, y[:, None], -torch.inf).amax(1) - log_joint(logits, y),  # of [CW]
+}
 
 NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(y) if y was given, τ) -> U(x)
     "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),  # InfoNCE(x_i, y_i; batch)
@@ -308,34 +307,31 @@ NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(y) if y was given, τ) -> U(x
 def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """The scalar potential U of a sampler or an attack, x (N, C, H, W) -> (N,), to be climbed by `ascend` ([CEM] section 4).
 
-    P-CEM, with f(x, ·) = model(x): "ta", "langevin", "cs", "rcs", "ce", the formulas of the tables above; y: labels (N,),
-    which "langevin" needs not. NP-CEM, with f(x, x') = model(x) · model(x') / τ: "pgd"; y: the positives, images
-    (N, C, H, W), held fixed; and "maxent", without y. These two couple the images of a batch.
+    P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs", and the attacks "ce", "joint", "margin", the formulas of the
+    tables above; y: labels (N,), which "langevin" needs not. NP-CEM, f(x, x') = model(x) · model(x') / τ: "pgd"; y: the
+    positives, images (N, C, H, W), held fixed; and "maxent", without y. These two couple the images of a batch.
     Raises CEMError for an unknown name, a missing y, or a model of the other kind.
     """
-    parametric = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS
-    if name not in parametric and name not in NON_PARAMETRIC_SAMPLERS:
-        raise CEMError(f"unknown potential {name!r}: choose one of {', '.join((*parametric, *NON_PARAMETRIC_SAMPLERS))}")
+    formulas = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS | NON_PARAMETRIC_SAMPLERS
+    if name not in formulas:
+        raise CEMError(f"unknown potential {name!r}: choose one of {', '.join(formulas)}")
     other = ParametricCEM if name in NON_PARAMETRIC_SAMPLERS else NonParametricCEM
     if isinstance(model, other):
         raise CEMError(f"potential {name!r} is not for a {other.__name__}")
     if y is None and name not in ("langevin", "maxent"):
         raise CEMError(f"potential {name!r} needs {'the positives' if name == 'pgd' else 'the labels'} y")
-    if name in parametric:
-        return lambda x: parametric[name](model(x), y)
+    if other is NonParametricCEM:
+        return lambda x: formulas[name](model(x), y)
 
     @functools.cache
     def positives() -> Tensor | None:  # embedded at the first call, when `ascend` has put the model into eval mode
         with torch.no_grad():
             return None if y is None else model(y)
 
-    return lambda x: NON_PARAMETRIC_SAMPLERS[name](model(x), positives(), model.temperature)
+    return lambda x: formulas[name](model(x), positives(), model.temperature)
 
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-def _draw(random: Callable, shape: Sequence[int], generator: Generators, like: Tensor) -> Tensor:
+def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Tensor:
     """random(shape) on like's device, from one generator or, row i from generator i, from one an image."""
     if generator is None or isinstance(generator, torch.Generator):
         where = like.device if generator is None else generator.device
@@ -344,20 +340,14 @@ def _draw(random: Callable, shape: Sequence[int], generator: Generators, like: T
     return torch.stack(rows).to(like.device)
 
 
-def _per_image(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.dim() - 1))
-
-
 def _l2(x: Tensor) -> Tensor:
     """The l2 norm of each image, shaped to multiply with x."""
-    return _per_image(torch.linalg.vector_norm(x.flatten(1), dim=1), x)
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
 
 
 def project(delta: Tensor, eps: float, norm: str) -> Tensor:
     """The nearest point to delta (N, ...) in the l2 or linf ball of radius eps around 0, image by image."""
-    if norm == "linf":
-        return delta.clamp(-eps, eps)
-    return delta * (eps / _l2(delta).clamp_min(1e-12)).clamp(max=1)
+    return delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / _l2(delta).clamp_min(1e-12)).clamp(max=1)
 
 
 DIRECTIONS = {  # d(∇U): the gradient itself, scaled to unit length, or its sign
@@ -368,23 +358,22 @@ DIRECTIONS = {  # d(∇U): the gradient itself, scaled to unit length, or its si
 
 
 @contextmanager
-def _undisturbed():
-    """Modules called inside are frozen and in eval mode; on exit, by exception too, they are as they were.
+def _undisturbed(freeze: bool = True):
+    """Modules called inside are in eval mode and frozen; on exit, by exception too, they are as they were.
 
-    A forward hook finds them, so that any callable can be a potential, a lambda over a foreign network included.
-    Freezing spares the weight gradients; eval mode keeps BatchNorm's statistics.
+    A forward hook finds them, so that any callable can be a potential. Freezing spares the weight gradients.
     """
     modes, frozen = [], []
 
-    def freeze(module, _inputs):
+    def settle(module, _inputs):
         if module.training:
             modes.append(module)
             module.training = False
-        for parameter in module.parameters(recurse=False):
+        for parameter in module.parameters(recurse=False) if freeze else ():
             if parameter.requires_grad:
                 frozen.append(parameter.requires_grad_(False))
 
-    hook = register_module_forward_pre_hook(freeze)
+    hook = register_module_forward_pre_hook(settle)
     try:
         yield
     finally:
@@ -419,9 +408,8 @@ def ascend(
         raise CEMError("steps, step_size, noise and eps must not be negative")
     if eps is not None and norm == "none":
         raise CEMError("a ball (eps) needs norm 'l2' or 'linf'")
-    center = x.detach()
+    center, velocity = x.detach(), 0
     x = center.clone() if start is None else start.detach()
-    velocity = torch.zeros_like(x)
     with _undisturbed(), torch.enable_grad():
         for _ in range(steps):
             x.requires_grad_(True)
@@ -446,14 +434,13 @@ def pgd(potential, x, *, eps, norm="l2", step_size=None, steps=7, random_start=T
         raise CEMError(f"pgd needs norm 'l2' or 'linf', not {norm!r}")
     if steps < 1:
         raise CEMError("pgd needs at least one step")
-    start = x.detach().clone()
+    start = x.detach()
     if random_start and eps > 0:
         if norm == "linf":
             delta = 2 * _draw(torch.rand, x.shape, generator, x) - 1
         else:
             delta = DIRECTIONS["l2"](_draw(torch.randn, x.shape, generator, x))
-            radius = _draw(torch.rand, x.shape[:1] + (1,), generator, x) ** (1 / x[0].numel())
-            delta = delta * _per_image(radius.squeeze(1), x)
+            delta = delta * _draw(torch.rand, (len(x), *[1] * (x.dim() - 1)), generator, x) ** (1 / x[0].numel())
         start = (start + eps * delta).clamp(0, 1)
     step_size = 2.5 * eps / steps if step_size is None else step_size
     return ascend(potential, x, steps=steps, step_size=step_size, norm=norm, eps=eps, start=start)
@@ -468,23 +455,21 @@ class GaussianSeeds:
 
     def __init__(self, mean: Tensor, factor: Tensor, shape: Sequence[int]):
         self.mean, self.factor, self.shape = mean, factor, tuple(shape)
+        self.num_classes = len(mean) - 1
 
     @classmethod
     def fit(cls, images: Tensor, labels: Tensor, rank: int | None = None, num_classes: int | None = None):
         """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, every class with at least two images."""
-        flat = images.flatten(1)
-        scale = 255 if images.dtype == torch.uint8 else 1
+        flat, scale = images.flatten(1), 255 if images.dtype == torch.uint8 else 1
         num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-        limit = min(flat.shape[1], len(flat) - 1)
-        rank = limit if rank is None else min(rank, limit)
-        mean = torch.zeros(num_classes + 1, flat.shape[1], device=images.device)
-        factor = torch.zeros(num_classes + 1, flat.shape[1], rank, device=images.device)
+        rank = min(rank or flat.shape[1], flat.shape[1], len(flat) - 1)
+        means, factors = [], []
         for k in range(num_classes + 1):
             rows = (flat if k == num_classes else flat[labels == k]).to(torch.get_default_dtype()) / scale
             if len(rows) < 2:
                 raise CEMError(f"class {k} has {len(rows)} images: its Gaussian seeds need at least two")
-            mean[k] = rows.mean(0)
-            centered = (rows - mean[k]) / (len(rows) - 1) ** 0.5
+            means.append(rows.mean(0))
+            centered = (rows - means[k]) / (len(rows) - 1) ** 0.5
             if 4 * rank < min(centered.shape):  # randomised: seconds instead of minutes for 3 x 32 x 32
                 with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
                     torch.manual_seed(k)
@@ -492,15 +477,10 @@ class GaussianSeeds:
             else:
                 _, s, vt = torch.linalg.svd(centered, full_matrices=False)
                 v = vt.T
-            r = min(rank, len(s))
-            factor[k, :, :r] = v[:, :r] * s[:r]
-        return cls(mean, factor, images.shape[1:])
+            factors.append(F.pad(v * s, (0, max(rank - len(s), 0)))[:, :rank])
+        return cls(torch.stack(means), torch.stack(factors), images.shape[1:])
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.mean) - 1
-
-    def sample(self, labels: int | Tensor, generator: Generators = None) -> Tensor:
+    def sample(self, labels: int | Tensor, generator=None) -> Tensor:
         """labels (N,): x₀ of those classes; an int n: n unconditional ones. -> (N, C, H, W) in [0, 1]."""
         if isinstance(labels, int):
             labels = torch.full((labels,), self.num_classes)
@@ -522,15 +502,38 @@ class GaussianSeeds:
         return cls(state["mean"].to(device).float(), state["factor"].to(device).float(), state["shape"])
 
 
+class ReplayBuffer(nn.Module):
+    """Persistent chains of SGLD: images that a training step takes up where an earlier one left them ([JEM] section 4).
+
+    fresh(n, generator) -> (n, C, H, W): where chains begin, and begin anew with probability `reinit` when drawn; by default
+    uniform noise; GaussianSeeds.sample is another. `images` (size, C, H, W), in half precision, is a buffer of the module.
+    """
+
+    def __init__(self, size: int, shape: Sequence[int], reinit: float = 0.05, fresh: Callable | None = None):
+        super().__init__()
+        self.reinit = reinit
+        self.fresh = fresh or (lambda n, generator: _draw(torch.rand, (n, *shape), generator, self.images).float())
+        self.register_buffer("images", torch.empty(0, dtype=torch.float16))
+        self.images = self.fresh(size, None).half()
+
+    def sample(self, potential: Callable, n: int, generator: torch.Generator | None = None, **climb) -> Tensor:
+        """n chains, distinct ones, climb a potential (`ascend`'s options) and are kept -> x_s (n, C, H, W), detached."""
+        index = torch.randperm(len(self.images), generator=generator, device=self.images.device)[:n]
+        anew = _draw(torch.rand, (len(index), 1, 1, 1), generator, self.images) < self.reinit
+        x = torch.where(anew, self.fresh(len(index), generator), self.images[index].float())
+        x = ascend(potential, x, norm="none", generator=generator, **climb)
+        self.images[index] = x.half()
+        return x
+
+
 # --------------------------------------------------------------------------------------------------- checkpoints
 
 KINDS = {"ParametricCEM": ParametricCEM, "NonParametricCEM": NonParametricCEM}
 
 
-def replace(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+def replace(path: str | os.PathLike, write: Callable) -> None:
     """Write a file whole or not at all: `write` fills a temporary one beside it, which then takes its name."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
+    (temporary := Path(f"{path}.{os.getpid()}.tmp")).parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -542,10 +545,7 @@ def replace(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> Non
 
 
 def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **extra) -> None:
-    """Write model and `extra` (tensors, numbers, strings, and lists and dicts of them) to `path`, whole or not at all.
-
-    half: store the weights in half precision; `load` gives float32 again.
-    """
+    """Write model and `extra` (tensors, plain values, lists, dicts), whole or not at all; half: weights in half precision."""
     state = {k: v.half() if half and v.is_floating_point() else v for k, v in model.state_dict().items()}
     content = {"format": "cem", "kind": type(model).__name__, "config": model.config, "state": state, "extra": extra}
     replace(path, lambda file: torch.save(content, file))
@@ -588,7 +588,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", mean=None,
 
 def export(path: str | os.PathLike, model: ParametricCEM, format: str = "torchvision") -> None:
     """Write a classifier so that other codebases load it: "torchvision" or "robustness" (see foreign.export)."""
-    import foreign
+    import foreign  # see load
 
     foreign.export(path, model, format)
 

@@ -27,15 +27,15 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import cem
+import cli
 import data
-import engine
 import metrics
-from engine import option
+from cli import option
 
 
 @dataclass
 class Options:
-    samples: list[str] = engine.options(str, "npz files of sample.py, or image folders (default: the newest npz in runs/*/)")
+    samples: list[str] = cli.options(str, "npz files of sample.py, or image folders (default: the newest npz in runs/*/)")
     ref: str = option("cifar10", "reference: a dataset or folder as for training, a samples npz, or an npz of mu and sigma")
     split: str = option("train", "split of the reference dataset", choices=["train", "test"])
     features: str = option("inception", "inception, or a classifier checkpoint of this project (C-IS, C-FD and C-KD)")
@@ -59,7 +59,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
     """-> images uint8 (N, C, H, W), labels (N,), -1 where the file has none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            engine.require("arr_0" in arrays, f"{path} holds no images (arr_0)")
+            cli.require("arr_0" in arrays, f"{path} holds no images (arr_0)")
             images = arrays["arr_0"]
             labels = arrays["arr_1"] if "arr_1" in arrays else np.full(len(images), -1)
     except cem.CEMError:
@@ -67,23 +67,23 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
     except Exception as error:  # a damaged archive can fail in any way
         raise cem.CEMError(f"cannot read the samples {path}: {error}") from error
     if images.dtype in (np.float16, np.float32, np.float64):
-        engine.require(bool(((images >= 0) & (images <= 1)).all()), f"{path}: arr_0 is float, but does not lie in [0, 1]")
+        cli.require(bool(((images >= 0) & (images <= 1)).all()), f"{path}: arr_0 is float, but does not lie in [0, 1]")
         images = (255 * images).round().astype(np.uint8)
-    engine.require(np.issubdtype(labels.dtype, np.integer), f"{path}: arr_1 must be integer labels")
+    cli.require(np.issubdtype(labels.dtype, np.integer), f"{path}: arr_1 must be integer labels")
     shape_fits = images.ndim == 4 and images.shape[3] in (1, 3) and len(images) and labels.shape == images.shape[:1]
     wanted = f"{path}: arr_0 must be uint8, or float in [0, 1], (N, H, W, C), C = 1 or 3, arr_1 (N,)"
-    engine.require(images.dtype == np.uint8 and shape_fits, wanted)
+    cli.require(images.dtype == np.uint8 and shape_fits, wanted)
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
 
 
 def read_samples(path: Path) -> tuple[Tensor, Tensor]:
     """The same for a folder too: the images in it in the order of their names, or else those in its folders, shuffled."""
     if not path.is_dir():
-        engine.require(path.is_file(), f"no samples at {path}: python sample.py makes some")
+        cli.require(path.is_file(), f"no samples at {path}: python sample.py makes some")
         return read_npz(path)
     found = path.iterdir(), path.rglob("*")
     files, deep = (sorted(str(p) for p in ps if p.suffix.lower() in IMG_EXTENSIONS) for ps in found)
-    engine.require(bool(deep), f"{path} holds no images")
+    cli.require(bool(deep), f"{path} holds no images")
     if not files:
         order = torch.randperm(len(deep), generator=torch.Generator().manual_seed(0))  # else a split of IS is one class
         files = [deep[i] for i in order]
@@ -105,9 +105,9 @@ def stored_moments(path: Path, key: str) -> metrics.Reference | None:
     except Exception as error:  # a damaged archive can fail in any way
         raise cem.CEMError(f"cannot read the reference {path}: {error}") from error
     fits = mu.shape == (2048,) and sigma.shape == (2048, 2048) and bool(mu.isfinite().all() and sigma.isfinite().all())
-    engine.require(fits, f"{path}: mu and sigma are not of 2,048 features, or not finite")
-    engine.require(key.startswith("inception"), f"{path}: statistics of Inception go with --features inception only")
-    engine.require(
+    cli.require(fits, f"{path}: mu and sigma are not of 2,048 features, or not finite")
+    cli.require(key.startswith("inception"), f"{path}: statistics of Inception go with --features inception only")
+    cli.require(
         made_by in ("", key), f"{path} was made by {made_by}, which is not {key}: see --preprocess, --precision, --weights"
     )
     return metrics.Reference([(mu, sigma)], features)
@@ -136,7 +136,7 @@ def kept(path: Path, images: Tensor, compute: Callable[[], metrics.Reference]) -
         cem.replace(path, lambda file: np.savez(file, fingerprint=np.array(fingerprint), **reference.arrays()))
         print(f"kept the reference's statistics in {path}")
     except OSError as error:  # a folder of somebody else's
-        engine.warn(f"the reference's statistics are not kept: {error}")
+        cli.warn(f"the reference's statistics are not kept: {error}")
     return reference
 
 
@@ -184,28 +184,28 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    opt = engine.parse(Options, __doc__)
-    engine.require(not opt.out.endswith(".md"), "--out names the JSON file; the table goes beside it as .md")
-    engine.require(opt.splits >= 1 and opt.batch_size >= 1, "--splits and --batch-size must be at least 1")
-    where = engine.device(opt.device)
+    opt = cli.parse(Options, __doc__)
+    cli.require(not opt.out.endswith(".md"), "--out names the JSON file; the table goes beside it as .md")
+    cli.require(opt.splits >= 1 and opt.batch_size >= 1, "--splits and --batch-size must be at least 1")
+    where = cli.device(opt.device)
     newest = sorted(Path("runs").glob("*/samples-*.npz"), key=lambda p: p.stat().st_mtime)[-1:]
     paths = [Path(p) for p in opt.samples] or (newest if not opt.save_stats else [])
-    engine.require(paths or opt.save_stats, "no samples in runs/: python sample.py makes some, or name them with --samples")
+    cli.require(paths or opt.save_stats, "no samples in runs/: python sample.py makes some, or name them with --samples")
     sets = [read_samples(path) for path in paths]
     for path, (images, _) in zip(paths, sets):
-        engine.require(len(images) > opt.splits, f"{path} has {len(images)} images: more than --splits {opt.splits}, please")
+        cli.require(len(images) > opt.splits, f"{path} has {len(images)} images: more than --splits {opt.splits}, please")
     if opt.features == "inception":
         network = metrics.Inception(opt.weights, where, opt.preprocess, opt.precision)
     else:
         network = metrics.Classifier(opt.features, where, opt.precision)
         fits = not opt.save_stats and opt.preprocess == "torch"
-        engine.require(fits, "--save-stats and --preprocess go with --features inception only")
+        cli.require(fits, "--save-stats and --preprocess go with --features inception only")
     found = reference_images(opt, network.key)
     if isinstance(found, Tensor):
-        engine.require(len(found) > 1, f"--ref {opt.ref} has one image: no covariance can be had from that")
+        cli.require(len(found) > 1, f"--ref {opt.ref} has one image: no covariance can be had from that")
         for path, (images, _) in zip(paths, sets):
             shape, wanted = (" x ".join(map(str, t.shape[1:])) for t in (images, found))
-            engine.require(shape == wanted, f"{path} has images of {shape}, the reference {wanted}: nothing is resized")
+            cli.require(shape == wanted, f"{path} has images of {shape}, the reference {wanted}: nothing is resized")
     reference = reference_of(found, network, opt) if isinstance(found, Tensor) else found
     if opt.save_stats:
         mu, sigma = (moment.numpy() for moment in reference.moments[0])
@@ -213,20 +213,20 @@ def main() -> None:
         print(f"wrote {opt.save_stats}")
     for path, (images, labels) in zip(paths, sets):
         if labels.unique().numel() > 1 and bool((labels.diff() >= 0).all()):
-            engine.warn(f"{path} is sorted by class: IS, a mean over {opt.splits} parts in order, comes out too low")
+            cli.warn(f"{path} is sorted by class: IS, a mean over {opt.splits} parts in order, comes out too low")
         if not network.standardised and len(images) < 2048:
-            engine.warn(f"{path} has {len(images)} images: FID is biased upwards below 2,048 and more; KID is not")
+            cli.warn(f"{path} has {len(images)} images: FID is biased upwards below 2,048 and more; KID is not")
     if not paths:
         return
     out, rows = Path(opt.out) if opt.out else (paths[0] if paths[0].is_dir() else paths[0].parent) / "metrics.json", []
-    record = {"command": engine.command(), "network": network.key, "reference": opt.ref, "split": opt.split}
+    record = {"command": cli.command(), "network": network.key, "reference": opt.ref, "split": opt.split}
     for path, (images, labels) in zip(paths, sets):
         rows.append(judge(network, images, labels, reference, opt, str(path)))
-        engine.write_text(out, json.dumps(record | {"splits": opt.splits, "rows": rows}, indent=2) + "\n")
-        engine.write_text(out.with_suffix(".md"), markdown(rows))
+        cli.write_text(out, json.dumps(record | {"splits": opt.splits, "rows": rows}, indent=2) + "\n")
+        cli.write_text(out.with_suffix(".md"), markdown(rows))
     print(markdown(rows), end="")
     print(f"wrote {out} and {out.with_suffix('.md')}")
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.run(main)

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import cem
-import engine
+import cli
 
 # ----------------------------------------------------------------------------------------------------- networks
 
@@ -43,7 +43,7 @@ def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
         ways = f"fetch {FID_WEIGHTS_URL} and name it with --weights, or use --features CHECKPOINT of a classifier"
         raise cem.CEMError(f"no Inception weights ({' '.join(str(error).split())[:200]}): {ways}") from error
     if not sha.startswith(prefix):
-        engine.warn(f"{path} has SHA-256 {sha[:8]}…, the published weights {prefix}…: the figures compare with nobody else's")
+        cli.warn(f"{path} has SHA-256 {sha[:8]}…, the published weights {prefix}…: the figures compare with nobody else's")
     return state, sha
 
 
@@ -74,7 +74,7 @@ class Inception:
 
     def __init__(self, weights: str, where: torch.device, preprocess: str = "torch", precision: str = "float32"):
         state, sha = inception_weights(weights)
-        self.where, self.preprocess, self.precision = where, preprocess, (precision := engine.settled(where, precision))
+        self.where, self.preprocess, self.precision = where, preprocess, (precision := cli.settled(where, precision))
         self.key = f"inception-{sha[:8]}-{preprocess}-{precision}"
         try:
             self.net = (torch_fidelity if preprocess == "tf1" else pytorch_fid)(state)
@@ -88,7 +88,7 @@ class Inception:
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         images = images.to(self.where, memory_format=torch.channels_last).expand(-1, 3, -1, -1)
-        with engine.autocast(self.where, self.precision):
+        with cli.autocast(self.where, self.precision):
             pool = self.net(images if self.preprocess == "tf1" else images.float().div(255))[0].flatten(1).float()
         return [pool], pool @ self.fc.T
 
@@ -99,19 +99,19 @@ class Classifier:
     names, standardised = {"IS": "C-IS", "FD": "C-FD", "KD": "C-KD"}, True
 
     def __init__(self, path: str, where: torch.device, precision: str = "float32"):
-        engine.require(Path(path).is_file(), f"--features {path}: neither 'inception' nor a checkpoint that is there")
+        cli.require(Path(path).is_file(), f"--features {path}: neither 'inception' nor a checkpoint that is there")
         model = cem.load(path, where)
-        engine.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: --features needs train_sup.py's")
-        engine.require(model.extra.get("normalised", True), f"{path} does not say how pixels are normalised: no --features")
+        cli.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: --features needs train_sup.py's")
+        cli.require(model.extra.get("normalised", True), f"{path} does not say how pixels are normalised: no --features")
         self.model, self.where = cem.folded(model).to(memory_format=torch.channels_last), where
-        self.precision = precision = engine.settled(where, precision)
+        self.precision = precision = cli.settled(where, precision)
         self.key = f"{Path(path).stem}-{digest(path)[:8]}-{precision}"
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         channels = self.model.config["in_channels"]
-        engine.require(images.shape[1] == channels, f"--features is for images of {channels} channels")
+        cli.require(images.shape[1] == channels, f"--features is for images of {channels} channels")
         x = images.to(self.where, memory_format=torch.channels_last).float().div(255)
-        with engine.autocast(self.where, self.precision):
+        with cli.autocast(self.where, self.precision):
             stages = [stage.float() for stage in self.model.stages(x)]
         pooled = [torch.cat([s.mean((2, 3)), s.flatten(2).std(2, unbiased=False)], 1) for s in stages]
         return pooled, self.model.net.fc(stages[-1].mean((2, 3)))
@@ -125,7 +125,7 @@ def extract(network, images: Tensor, batch_size: int, what: str) -> tuple[list[T
         blocks, logits = network(batch)
         parts.append([t.cpu() for t in (*blocks, logits)])
     *blocks, logits = (torch.cat(part) for part in zip(*parts))
-    engine.require(all(t.isfinite().all() for t in (*blocks, logits)), f"{what}: the features are not finite")
+    cli.require(all(t.isfinite().all() for t in (*blocks, logits)), f"{what}: the features are not finite")
     return blocks, logits
 
 

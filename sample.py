@@ -27,9 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cem
+import cli
 import data
-import engine
-from engine import option
+from cli import option
 
 SEED_RANK = 64  # of the seeds of a checkpoint from elsewhere
 # how far all steps together walk on 3x32x32 images, in l2: results/sweep-*.json
@@ -64,8 +64,8 @@ class Options:
     raw: bool = option(False, "the weights as the optimiser left them instead of their running average")
     dataset: str = option("", "dataset of a checkpoint from elsewhere, whose images give seeds and class names: " + data.HELP)
     data_dir: str = option("data", "where torchvision's datasets lie or go")
-    mean: list[float] = engine.options(float, f"mean {engine.NORMALISATION}")
-    std: list[float] = engine.options(float, f"standard deviation {engine.NORMALISATION}")
+    mean: list[float] = cli.options(float, f"mean {cli.NORMALISATION}")
+    std: list[float] = cli.options(float, f"standard deviation {cli.NORMALISATION}")
     png: str = option(
         "",
         "folder for an image file a sample, that must not be there yet: class folders, and the same files "
@@ -78,14 +78,12 @@ class Options:
 
 def check(opt: Options) -> None:
     for name in ("n", "batch_size", "steps"):
-        engine.require(getattr(opt, name) > 0, f"--{name.replace('_', '-')} must be positive")
-    engine.require(opt.step_size is None or 0 < opt.step_size < math.inf, "--step-size must be positive")
-    engine.require(
-        opt.norm != "none" or opt.step_size is not None, "--norm none needs a --step-size: gradients have any length"
-    )
-    engine.require(not opt.png or not Path(opt.png).exists(), f"--png {opt.png} is there already: name another folder")
-    engine.require(0 <= opt.noise < math.inf, "--noise must not be negative")
-    engine.require(
+        cli.require(getattr(opt, name) > 0, f"--{name.replace('_', '-')} must be positive")
+    cli.require(opt.step_size is None or 0 < opt.step_size < math.inf, "--step-size must be positive")
+    cli.require(opt.norm != "none" or opt.step_size is not None, "--norm none needs a --step-size: gradients have any length")
+    cli.require(not opt.png or not Path(opt.png).exists(), f"--png {opt.png} is there already: name another folder")
+    cli.require(0 <= opt.noise < math.inf, "--noise must not be negative")
+    cli.require(
         opt.batch_size > 1 or opt.sampler not in cem.NON_PARAMETRIC_SAMPLERS,
         f"--sampler {opt.sampler} needs a --batch-size of at least 2: the images of a batch repel each other",
     )
@@ -96,26 +94,26 @@ def find_checkpoint(opt: Options) -> tuple[Path, Path]:
     kind = "unsup" if opt.sampler in cem.NON_PARAMETRIC_SAMPLERS else "sup"
     path = Path(opt.ckpt or f"runs/{kind}/ckpt.pt")
     if not opt.ckpt and not path.exists():
-        path = engine.SHIPPED / f"{kind}.pt"
-    return path, Path(opt.out) if opt.out else engine.folder_beside(path)
+        path = cli.SHIPPED / f"{kind}.pt"
+    return path, Path(opt.out) if opt.out else cli.folder_beside(path)
 
 
 def load_model(path: Path, where: torch.device, opt: Options) -> torch.nn.Module:
     """The checkpoint, ready to sample, with seeds, class names and dataset as its extra."""
-    model, sampler = engine.load(path, where, opt), opt.sampler
+    model, sampler = cli.load(path, where, opt), opt.sampler
     kind = "an encoder (train_unsup.py)" if isinstance(model, cem.NonParametricCEM) else "a classifier (train_sup.py)"
     fits = isinstance(model, cem.NonParametricCEM) == (sampler in cem.NON_PARAMETRIC_SAMPLERS)
-    engine.require(fits or sampler == "seeds", f"--sampler {sampler} is not for {path}: that is {kind}")
+    cli.require(fits or sampler == "seeds", f"--sampler {sampler} is not for {path}: that is {kind}")
     if opt.raw:
-        engine.require("training" in model.extra, f"{path} carries one set of weights only: leave --raw out")
+        cli.require("training" in model.extra, f"{path} carries one set of weights only: leave --raw out")
         model.load_state_dict(model.extra["training"]["model"])
     if "foreign" in model.extra:
-        engine.require(opt.dataset, f"{path} comes from elsewhere and carries no seeds: name its --dataset to fit them")
+        cli.require(opt.dataset, f"{path} comes from elsewhere and carries no seeds: name its --dataset to fit them")
         dataset = data.load(opt.dataset, "train", opt.data_dir)
-        engine.adopt(model, path, dataset)
+        cli.adopt(model, path, dataset)
         model.extra |= dataset.card(SEED_RANK)
     whole = {"seeds", "classes", "dataset"} <= model.extra.keys()
-    engine.require(whole, f"{path} carries no Gaussian seeds or class names: it was not made by a training script")
+    cli.require(whole, f"{path} carries no Gaussian seeds or class names: it was not made by a training script")
     return cem.folded(model).to(memory_format=torch.channels_last)
 
 
@@ -123,7 +121,7 @@ def wanted_classes(names: str, classes: list[str]) -> list[int]:
     wanted = [name.strip() for name in names.split(",") if name.strip()] or classes
     for name in wanted:
         known = name in classes or (name.isdecimal() and int(name) < len(classes))
-        engine.require(known, f"--classes: there is no class {name!r}; there are {', '.join(classes)}")
+        cli.require(known, f"--classes: there is no class {name!r}; there are {', '.join(classes)}")
     return [classes.index(name) if name in classes else int(name) for name in wanted]
 
 
@@ -157,7 +155,7 @@ def draw(model, opt: Options, where: torch.device) -> tuple[Tensor, Tensor]:
             x = seeds.sample(y if conditional else len(index), random)
         x = x.to(where, memory_format=torch.channels_last)
         if opt.sampler != "seeds":
-            with engine.autocast(where, opt.precision):
+            with cli.autocast(where, opt.precision):
                 climb = dict(steps=opt.steps, step_size=step_size(opt, seeds.shape), norm=opt.norm, noise=opt.noise)
                 potential = cem.potential(opt.sampler, model, x.clone() if coupled else y.to(where))
                 x = cem.ascend(potential, x, **climb, generator=random)
@@ -186,7 +184,7 @@ def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict)
     cem.replace(npz, lambda file: np.savez_compressed(file, **arrays))
     picture = torchvision.transforms.functional.to_pil_image(grid(images, labels))
     cem.replace(png, lambda file: picture.save(file, "PNG"))
-    engine.write_text(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+    cli.write_text(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
     print(f"wrote {npz}, .png and .json")
 
 
@@ -211,18 +209,18 @@ def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]
 
 
 def main() -> None:
-    opt = engine.parse(Options, __doc__)
+    opt = cli.parse(Options, __doc__)
     check(opt)
-    where = engine.device(opt.device)
+    where = cli.device(opt.device)
     path, folder = find_checkpoint(opt)
     model = load_model(path, where, opt)
-    folder = folder if opt.out else engine.folder_beside(path, "foreign" in model.extra)
+    folder = folder if opt.out else cli.folder_beside(path, "foreign" in model.extra)
     print(f"{opt.sampler}: {opt.n} images from {path}")
     begin = time.monotonic()
     images, labels = draw(model, opt, where)
     seconds = time.monotonic() - begin
     record = {
-        "command": engine.command(),
+        "command": cli.command(),
         **asdict(opt),
         "ckpt": str(path),
         "dataset": model.extra["dataset"],
@@ -238,4 +236,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.run(main)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cem
-import engine
+import cli
 import eval_is_fid
 import metrics
 import sample
-from engine import option
+from cli import option
 
 DISPLACEMENTS, STEPS, NOISES = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 16.0, 24.0, 32.0), (2, 4, 16), (0.01, 0.03)
 OTHER_DIRECTIONS = [("none", 0.03), ("none", 0.1), ("none", 0.3), ("linf", 0.005), ("linf", 0.01)]  # norm, step size
@@ -26,7 +26,7 @@ OTHER_DIRECTIONS = [("none", 0.03), ("none", 0.1), ("none", 0.3), ("linf", 0.005
 class Options:
     samplers: str = option(",".join(cem.PARAMETRIC_SAMPLERS), "samplers to tune, comma-separated")
     ckpt: str = option("", "checkpoint that draws (default: as sample.py)")
-    judge: str = option(str(engine.SHIPPED / "judge.pt"), "classifier checkpoint that judges")
+    judge: str = option(str(cli.SHIPPED / "judge.pt"), "classifier checkpoint that judges")
     ref: str = option("cifar10", "reference dataset, as for eval_is_fid.py")
     split: str = option("train", "split of the reference dataset", choices=["train", "test"])
     data_dir: str = option("data", "where torchvision's datasets lie or go")
@@ -38,15 +38,15 @@ class Options:
 
 
 def main() -> None:
-    opt = engine.parse(Options, __doc__)
-    where = engine.device(opt.device)
+    opt = cli.parse(Options, __doc__)
+    where = cli.device(opt.device)
     network = metrics.Classifier(opt.judge, where)
     images = eval_is_fid.reference_images(opt, network.key)
     reference = eval_is_fid.reference_of(images, network, opt)
     rows, out = [], Path(opt.out)
     names = opt.samplers.split(",")
     for name in names:
-        engine.require(name in sample.SAMPLERS, f"--samplers: unknown {name!r}; there are {', '.join(sample.SAMPLERS)}")
+        cli.require(name in sample.SAMPLERS, f"--samplers: unknown {name!r}; there are {', '.join(sample.SAMPLERS)}")
     opt.ckpt = str(sample.find_checkpoint(sample.Options(ckpt=opt.ckpt, sampler=names[0]))[0])
 
     def point(**changes) -> dict:
@@ -59,7 +59,7 @@ def main() -> None:
         row = eval_is_fid.judge(network, images, labels, reference, judging, options.sampler)
         rows.append(shown | {k: v for k, v in row.items() if k != "samples"})
         print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
-        engine.write_text(out, json.dumps({"command": engine.command(), "rows": rows}, indent=1) + "\n")
+        cli.write_text(out, json.dumps({"command": cli.command(), "rows": rows}, indent=1) + "\n")
         return rows[-1]
 
     def best(points: list[dict]) -> dict:
@@ -81,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.run(main)

@@ -2,6 +2,7 @@
 
     python train_sup.py                                  # CIFAR-10, ResNet-50, l2 PGD-7, eps 0.5: the paper's recipe
     python train_sup.py --dataset digits                 # seconds on a laptop
+    python train_sup.py --dataset digits --loss jeat     # joint energy adversarial training
     python train_sup.py --dataset digits --evaluate      # clean and PGD-20 accuracy of runs/sup/ckpt.pt
 
 Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into --out.
@@ -11,14 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import cem
+import cli
 import data
 import engine
-from engine import option
+import robust
+from cli import option
 
 DIGITS = dict(arch="resnet18", width=16, epochs=30, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97)
 DIGITS |= dict(attack_steps=3, attack_step_size=0.3, n_eval=100)
+ENERGY_BASED = ("jem", "jeat")
+ENERGY_BASED_DIGITS = dict(epochs=40, lr=0.05, sgld_steps=10, sgld_step_size=0.1, buffer=1000)
 
 
 @dataclass
@@ -27,50 +33,123 @@ class Options(engine.TrainOptions):
     out: str = option("runs/sup", "folder of the run: ckpt.pt, log.jsonl, options.json, TensorBoard events")
     loss: str = option(
         "at",
-        "st: cross-entropy of the images; at: of the attacked images; mle: at + --mle-weight x [f(x_adv, y) - f(x, y)], "
-        "both halves of the likelihood gradient",
+        "st: cross-entropy of the images; at: of the attacked images; mle: at + lambda [f(x_adv, y) - f(x, y)], both halves "
+        "of the likelihood gradient; jem: st + lambda [log p(x_s) - log p(x)], x_s drawn by SGLD from a replay buffer; "
+        "jeat: jem of images attacked in their joint energy",
         choices=list(cem.SUPERVISED_LOSSES),
     )
-    mle_weight: float = option(0.1, "lambda of --loss mle")
-    mean: list[float] = engine.options(float, f"--evaluate: mean {engine.NORMALISATION}")
-    std: list[float] = engine.options(float, f"--evaluate: standard deviation {engine.NORMALISATION}")
-    evaluate: bool = option(False, "do not train: clean and PGD-20 accuracy of --ckpt on the test images")
+    likelihood_weight: float = option(0.1, "lambda, weight of the terms beside the cross-entropy in mle, jem and jeat")
+    sgld_steps: int = option(20, "SGLD steps on log p(x) a training step, jem and jeat")
+    sgld_step_size: float = option(1.0, "SGLD step size, times the plain gradient")
+    sgld_noise: float = option(0.01, "standard deviation of SGLD's noise")
+    buffer: int = option(10_000, "images in the replay buffer")
+    reinit: float = option(0.05, "probability that a chain begins anew when it is drawn from the buffer")
+    reinit_from: str = option("noise", "where chains begin: uniform noise or Gaussian seeds", choices=["noise", "gaussian"])
+    max_energy_gap: float = option(100.0, "jem and jeat: largest |E(x_s) - E(x)| before a run counts as diverged")
+    diagnose: bool = option(
+        False, "log energies, likelihood gradients and calibration every epoch (results/energies.py plots)"
+    )
+    evaluate: bool = option(
+        False, "do not train: accuracy under attack, calibration and OOD scores of --ckpt on the test images"
+    )
+    attacks: list[str] = cli.options(
+        str, f"--evaluate: any of {', '.join(robust.ATTACKS)}, {robust.AUTOATTACK} (needs pyautoattack) (default: pgd-20)"
+    )
+    ood: list[str] = cli.options(str, "--evaluate: datasets or folders to tell from the test set, besides noise and constant")
+    mean: list[float] = cli.options(float, f"--evaluate: mean {cli.NORMALISATION}")
+    std: list[float] = cli.options(float, f"--evaluate: standard deviation {cli.NORMALISATION}")
+
+
+def preset(opt: Options) -> dict:
+    if opt.dataset != "digits":
+        return {}
+    return DIGITS | (ENERGY_BASED_DIGITS if opt.loss in ENERGY_BASED else {})
+
+
+def check(opt: Options) -> None:
+    engine.check(opt)
+    cli.require(opt.likelihood_weight > 0 or opt.loss == "mle", "--likelihood-weight must be positive")
+    cli.require(opt.sgld_steps >= 1 and opt.sgld_step_size > 0, "--sgld-steps and --sgld-step-size must be positive")
+    cli.require(
+        opt.sgld_noise >= 0 and 0 <= opt.reinit <= 1, "--sgld-noise and --reinit must not be negative, --reinit at most 1"
+    )
+    cli.require(
+        opt.loss not in ENERGY_BASED or opt.buffer >= opt.batch_size,
+        f"--buffer {opt.buffer} is smaller than --batch-size {opt.batch_size}: a step takes as many chains as images",
+    )
+    cli.require(opt.max_energy_gap > 0, "--max-energy-gap must be positive")
+    known = [*robust.ATTACKS, robust.AUTOATTACK]
+    for name in opt.attacks:
+        cli.require(name in known, f"--attacks: unknown {name!r}; there are {', '.join(known)}")
 
 
 def evaluate(opt: Options) -> None:
-    where, path = engine.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
+    where, path = cli.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
     opt.precision = opt.precision.replace("auto", "float32")  # figures to compare with others'
-    model = engine.load(path, where, opt).to(memory_format=torch.channels_last)
-    engine.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: train_sup.py makes one")
+    model = cli.load(path, where, opt).to(memory_format=torch.channels_last)
+    cli.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: train_sup.py makes one")
     test, foreign = data.load(opt.dataset, "test", opt.data_dir).to(where), "foreign" in model.extra
     if foreign:
-        engine.adopt(model, path, data.load(opt.dataset, "train", opt.data_dir))
-    engine.require(
+        cli.adopt(model, path, data.load(opt.dataset, "train", opt.data_dir))
+    cli.require(
         (model.config["in_channels"], model.config["num_classes"]) == (test.images.shape[1], len(test.classes)),
         f"{path} was not trained on data like {opt.dataset}: channels or classes differ",
     )
-    result = engine.accuracy(model, test, opt, steps=20)
-    engine.record_accuracy("accuracy.json", path, test, opt, result, foreign)
+    chosen = test.spread(opt.n or len(test))
+    logits = robust.logits_of(model, (test.pixels(index) for index in chosen.split(opt.batch_size)), opt)
+    result = {"calibration_error": robust.calibration_error(logits, test.labels[chosen])}
+    result |= robust.out_of_distribution(model, logits, test, ("noise", "constant", *opt.ood), opt)
+    result = robust.accuracy(model, test, opt, opt.attacks or ["pgd-20"], opt.n) | result
+    robust.record("accuracy.json", path, test, opt, result, foreign)
 
 
 def train(opt: Options) -> None:
-    where = engine.device(opt.device)
+    where = cli.device(opt.device)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     model = cem.ParametricCEM(opt.arch, len(train_set.classes), **shape, **train_set.normalisation())
     model = model.to(where, memory_format=torch.channels_last)
+    card = train_set.card(opt.seed_rank)
+    seeds = cem.GaussianSeeds.from_state_dict(card["seeds"], where)
+    sgld = dict(steps=opt.sgld_steps, step_size=opt.sgld_step_size, noise=opt.sgld_noise)
+    ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
+    buffer = None
+    if opt.loss in ENERGY_BASED:
+        fresh = seeds.sample if opt.reinit_from == "gaussian" else None
+        buffer = cem.ReplayBuffer(opt.buffer, train_set.images.shape[1:], opt.reinit, fresh).to(where)
 
     def batch_loss(model, index, draws, generator):
         x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip), train_set.labels[index]
-        with engine.autocast(where, opt.precision):
-            x_adv = None
-            if opt.loss != "st":
-                attack = cem.potential("ce", cem.folded(model), y)
-                ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
+        x_adv = x_s = None
+        with cli.autocast(where, opt.precision):
+            frozen = None if opt.loss == "st" else cem.folded(model)
+            if opt.loss in ("at", "mle", "jeat"):
+                attack = cem.potential("joint" if opt.loss == "jeat" else "ce", frozen, y)
                 x_adv = cem.pgd(attack, x, **ball, generator=generator)
-            loss, logits = cem.supervised_loss(opt.loss, model, x, y, x_adv, opt.mle_weight)
-        return loss, {"train_accuracy": (logits.argmax(1) == y).float().mean()}
+            if buffer is not None:
+                x_s = buffer.sample(cem.potential("langevin", frozen), len(x), generator, **sgld)
+            loss, logits = cem.supervised_loss(opt.loss, model, x, y, x_adv, opt.likelihood_weight, x_s)
+        metrics = {"train_accuracy": (logits.argmax(1) == y).float().mean()}
+        if buffer is not None:
+            metrics["energy"] = -cem.log_marginal(logits).mean()
+            metrics["energy_gap"] = (F.cross_entropy(logits, y) - loss) / opt.likelihood_weight  # E(x_s) - E(x)
+        return loss, metrics
+
+    def measure(model, epoch):
+        result = robust.accuracy(model, test_set, opt, ["pgd-10"], n=opt.n_eval)
+        del result["pgd-10"]  # which is the adversarial accuracy
+        if opt.diagnose:
+            index, generator = test_set.spread(min(opt.n_eval, 256)), torch.Generator(where).manual_seed(opt.seed)
+            x, y = test_set.pixels(index), test_set.labels[index]
+            x_adv = cem.pgd(cem.potential("ce", model, y), x, **ball, generator=generator)
+            if buffer is not None:
+                x_s = buffer.images[: len(x)].float()
+            else:
+                start = seeds.sample(len(x), generator)
+                x_s = cem.ascend(cem.potential("langevin", model), start, norm="none", **sgld, generator=generator)
+            result |= robust.diagnose(model, x, y, x_adv, x_s)
+        return result
 
     engine.fit(
         opt,
@@ -78,16 +157,18 @@ def train(opt: Options) -> None:
         len(train_set),
         shuffle=lambda epoch: data.draws(len(train_set), 3, opt.seed, epoch, where),
         batch_loss=batch_loss,
-        evaluate=lambda model, epoch: engine.accuracy(model, test_set, opt, steps=10, n=opt.n_eval),
-        **train_set.card(opt.seed_rank),
+        evaluate=measure,
+        state=buffer,
+        bounds={"energy_gap": opt.max_energy_gap},
+        **card,
     )
 
 
 def main() -> None:
-    opt = engine.parse(Options, __doc__, {"digits": DIGITS})
-    engine.check(opt)
+    opt = cli.parse(Options, __doc__, preset)
+    check(opt)
     evaluate(opt) if opt.evaluate else train(opt)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.run(main)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import cem
+import cli
 import data
 import engine
-from engine import option
+import robust
+from cli import option
 
 DIGITS = dict(width=16, epochs=40, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97, attack_steps=3)
 DIGITS |= dict(attack_step_size=0.25, eval_every=10, min_crop=0.6)
@@ -44,9 +46,9 @@ class Options(engine.TrainOptions):
 
 def check(opt: Options) -> None:
     engine.check(opt)
-    engine.require(opt.temperature > 0, "--temperature must be positive")
-    engine.require(0 < opt.min_crop <= 1, "--min-crop must lie in (0, 1]")
-    engine.require(opt.embed_dim >= 1 and opt.eval_every >= 1, "--embed-dim and --eval-every must be at least 1")
+    cli.require(opt.temperature > 0, "--temperature must be positive")
+    cli.require(0 < opt.min_crop <= 1, "--min-crop must lie in (0, 1]")
+    cli.require(opt.embed_dim >= 1 and opt.eval_every >= 1, "--embed-dim and --eval-every must be at least 1")
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ def features(model: nn.Module, dataset: data.Dataset, index: Tensor, opt: Option
     """g(x) before the projection head, (N, D), of the dataset's images at index."""
     parts = []
     for batch in tqdm(index.split(500), "features", leave=False):
-        with engine.autocast(index.device, opt.precision):
+        with cli.autocast(index.device, opt.precision):
             parts.append(model.features(dataset.pixels(batch)))
     return torch.cat(parts)
 
@@ -87,7 +89,7 @@ def measure(model: nn.Module, train_set: data.Dataset, test_set: data.Dataset, o
     knn = knn_accuracy(known, train_set.labels[bank], asked, test_set.labels[query])
     _, u = data.draws(len(query), 2 * data.SIMCLR_DRAWS, opt.seed, 0, where)
     x = test_set.pixels(query)
-    with torch.no_grad(), engine.autocast(where, opt.precision):
+    with torch.no_grad(), cli.autocast(where, opt.precision):
         z1, z2 = (model(view) for view in views(x, u, test_set, opt))
     return {"alignment": alignment(z1, z2), "uniformity": uniformity(z1), "knn_accuracy": knn}
 
@@ -125,23 +127,23 @@ def fit_probe(model: nn.Module, known: Tensor, labels: Tensor) -> Probe:
 
 
 def evaluate(opt: Options) -> None:
-    where, path = engine.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
+    where, path = cli.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
     opt.precision = opt.precision.replace("auto", "float32")  # figures to compare with others'
     model = cem.load(path, where)
-    engine.require(isinstance(model, cem.NonParametricCEM), f"{path} is no encoder: train_unsup.py makes one")
+    cli.require(isinstance(model, cem.NonParametricCEM), f"{path} is no encoder: train_unsup.py makes one")
     model = cem.folded(model).to(memory_format=torch.channels_last)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
     channels = model.config["in_channels"]
-    engine.require(train_set.images.shape[1] == channels, f"{path} was trained on images of {channels} channels")
+    cli.require(train_set.images.shape[1] == channels, f"{path} was trained on images of {channels} channels")
     known, asked = (features(model, s, torch.arange(len(s), device=where), opt) for s in (train_set, test_set))
     probe = fit_probe(model, known, train_set.labels)
     result = {"knn_accuracy": knn_accuracy(known, train_set.labels, asked, test_set.labels)}
-    result |= engine.accuracy(probe, test_set, opt, steps=20)
-    engine.record_accuracy("probe.json", path, test_set, opt, result)
+    result |= robust.accuracy(probe, test_set, opt, ["pgd-20"])
+    robust.record("probe.json", path, test_set, opt, result)
 
 
 def train(opt: Options) -> None:
-    where = engine.device(opt.device)
+    where = cli.device(opt.device)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
@@ -150,7 +152,7 @@ def train(opt: Options) -> None:
 
     def batch_loss(model, index, draws, generator):
         x, x_plus = views(train_set.pixels(index), draws, train_set, opt)
-        with engine.autocast(where, opt.precision):
+        with cli.autocast(where, opt.precision):
             if opt.loss == "at":
                 attack = cem.potential("pgd", cem.folded(model), x_plus)
                 ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
@@ -174,10 +176,10 @@ def train(opt: Options) -> None:
 
 
 def main() -> None:
-    opt = engine.parse(Options, __doc__, {"digits": DIGITS})
+    opt = cli.parse(Options, __doc__, lambda opt: DIGITS if opt.dataset == "digits" else {})
     check(opt)
     evaluate(opt) if opt.evaluate else train(opt)
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.run(main)

@@ -14,27 +14,27 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
-import engine  # noqa: E402
+import cli  # noqa: E402
 import sample  # noqa: E402
 
 
 @dataclass
 class Options:
-    ckpt: str = engine.option(str(engine.SHIPPED / "unsup.pt"), "encoder checkpoint")
-    n: int = engine.option(250, "images in the batch")
-    steps: int = engine.option(50, "steps of the ascent")
-    step_size: float = engine.option(0.25, "l2 length of a step")
-    out: str = engine.option("results/entropy", "PNG and JSON file to write, without their endings")
-    device: str = engine.option("auto", "auto, cpu, cuda, cuda:1, mps")
+    ckpt: str = cli.option(str(cli.SHIPPED / "unsup.pt"), "encoder checkpoint")
+    n: int = cli.option(250, "images in the batch")
+    steps: int = cli.option(50, "steps of the ascent")
+    step_size: float = cli.option(0.25, "l2 length of a step")
+    out: str = cli.option("results/entropy", "PNG and JSON file to write, without their endings")
+    device: str = cli.option("auto", "auto, cpu, cuda, cuda:1, mps")
 
 
 def main() -> None:
-    opt = engine.parse(Options, __doc__)
+    opt = cli.parse(Options, __doc__)
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
-    where = engine.device(opt.device)
+    where = cli.device(opt.device)
     model = sample.load_model(Path(opt.ckpt), where, sample.Options(sampler="maxent"))
     entropy = cem.potential("maxent", model)
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"], where)
@@ -59,9 +59,9 @@ def main() -> None:
     plt.legend()
     out = Path(opt.out)
     cem.replace(out.with_suffix(".png"), lambda file: plt.savefig(file, dpi=120, bbox_inches="tight"))
-    engine.write_text(out.with_suffix(".json"), json.dumps(curves) + "\n")
+    cli.write_text(out.with_suffix(".json"), json.dumps(curves) + "\n")
     print(f"wrote {out.with_suffix('.png')} and .json")
 
 
 if __name__ == "__main__":
-    engine.run(main)
+    cli.run(main)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is a promise for the CPU
 
 import cem  # noqa: E402
-import engine  # noqa: E402
+import cli  # noqa: E402
 
 KINDS_OF_ARCH = ["resnet18", "resnet50", "resnet34-imagenet", "wrn-28-10"]
 
@@ -38,7 +38,7 @@ def script(name: str, *args, cwd: Path, **env) -> SimpleNamespace:
     with argv, mock.patch.dict(os.environ, env), redirected[0], redirected[1]:
         try:
             os.chdir(cwd)
-            engine.run(main)
+            cli.run(main)
         except SystemExit as end:
             returncode = end.code
         finally:

@@ -97,7 +97,7 @@ print(tuple(x.shape))
 
 def definitions(logits, y):
     """Every potential from its definition, by explicit loops over images and classes."""
-    out = {name: [] for name in ("ta", "langevin", "cs", "rcs", "ce")}
+    out = {name: [] for name in ("ta", "langevin", "cs", "rcs", "ce", "joint", "margin")}
     for row, label in zip(logits.tolist(), y.tolist()):
         lse = math.log(sum(math.exp(v) for v in row))
         out["ta"].append(row[label] - lse)
@@ -105,10 +105,12 @@ def definitions(logits, y):
         out["cs"].append(row[label])
         out["rcs"].append(row[label] + lse)
         out["ce"].append(lse - row[label])
+        out["joint"].append(-row[label])
+        out["margin"].append(max(v for k, v in enumerate(row) if k != label) - row[label])
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in out.items()}
 
 
-@pytest.mark.parametrize("name", ["ta", "langevin", "cs", "rcs", "ce"])
+@pytest.mark.parametrize("name", ["ta", "langevin", "cs", "rcs", "ce", "joint", "margin"])
 def test_potential_equals_its_definition_and_its_gradient_finite_differences(name, model64, batch):
     x, y = batch[0].double(), batch[1]
     with torch.no_grad():

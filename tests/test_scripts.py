@@ -10,6 +10,7 @@ from PIL import Image
 from test_data import bad_folders, write_folder
 
 import cem
+import cli
 import engine
 import sample
 import train_sup
@@ -31,9 +32,9 @@ def assert_refused(done, *parts):
 
 
 def test_digits_bring_their_own_defaults_which_explicit_options_override():
-    paper = engine.parse(train_sup.Options, "x", {"digits": train_sup.DIGITS}, argv=[])
+    paper = cli.parse(train_sup.Options, "x", train_sup.preset, argv=[])
     assert (paper.arch, paper.width, paper.eps, paper.attack_steps, paper.attack_step_size) == ("resnet50", 64, 0.5, 7, 0.1)
-    digits = engine.parse(train_sup.Options, "x", {"digits": train_sup.DIGITS}, argv=["--dataset", "digits", "--width", "64"])
+    digits = cli.parse(train_sup.Options, "x", train_sup.preset, argv=["--dataset", "digits", "--width", "64"])
     assert digits.width == 64 and digits.epochs == train_sup.DIGITS["epochs"] and digits.arch == "resnet18"
 
 
@@ -92,7 +93,7 @@ def test_evaluate_agrees_with_the_accuracy_computed_here(digits_run):
     clean = (model(test.pixels()).argmax(1) == test.labels).float().mean().item()
     assert result["clean_accuracy"] == pytest.approx(clean, abs=1.5 / 360)  # rounding may turn an image over
     assert result["adversarial_accuracy"] < clean and result["n"] == 360
-    assert f"clean accuracy {result['clean_accuracy']:.2%}" in done.stdout
+    assert f"clean accuracy: {result['clean_accuracy']:.2%}" in done.stdout
 
 
 def test_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path):
