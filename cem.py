@@ -181,7 +181,7 @@ def folded(model: nn.Module) -> nn.Module:
             pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(module, f"conv{i}")]
         elif isinstance(module, WideBlock):
             pairs = [("conv1", "bn2")]
-        elif isinstance(module, nn.Sequential) and [type(m) for m in module] == [nn.Conv2d, nn.BatchNorm2d]:
+        elif isinstance(module, nn.Sequential) and isinstance(module[-1], nn.modules.batchnorm._BatchNorm):  # a shortcut
             pairs = [("0", "1")]
         for conv, bn in pairs:
             if isinstance(getattr(module, bn), nn.Identity):  # folded before
@@ -332,7 +332,9 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Callable[
 
 
 def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Tensor:
-    """random(shape) on like's device, from one generator or, row i from generator i, from one an image."""
+    """random(shape) on like's device, from one generator or, row i from generator i, from one an image, or by its `draw`."""
+    if hasattr(generator, "draw"):
+        return generator.draw(random, shape, like)
     if generator is None or isinstance(generator, torch.Generator):
         where = like.device if generator is None else generator.device
         return random(shape, generator=generator, dtype=like.dtype, device=where).to(like.device)

@@ -1,6 +1,7 @@
 """What all scripts share: options and errors, device and precision, checkpoints from elsewhere."""
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -14,6 +15,7 @@ from argparse_dataclass import ArgumentParser
 from torch import nn
 
 import cem
+import parallel
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints"
 
@@ -77,7 +79,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (cem.CEMError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        who = f" (process {parallel.rank()})" if parallel.rank() else ""
+        print(f"error{who}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(3 if isinstance(error, Diverged) else 2)
     except torch.cuda.OutOfMemoryError:
         print("error: the device's memory is too small for this: try a smaller --batch-size", file=sys.stderr)
@@ -149,9 +152,11 @@ def adopt(model: nn.Module, path: Path, train_set) -> None:
 
 
 def device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU."""
+    """auto: CUDA, else Apple's MPS, else the CPU. Under torchrun each process of a machine takes a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and parallel.size() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)
@@ -159,6 +164,7 @@ def device(name: str) -> torch.device:
         raise cem.CEMError(f"--device {name} is not to be had here: {str(error).splitlines()[0]}") from error
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; bfloat16 is the fast one
     torch.backends.cudnn.benchmark = True
+    parallel.join(chosen)
     return chosen
 
 

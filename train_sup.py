@@ -18,6 +18,7 @@ import cem
 import cli
 import data
 import engine
+import parallel
 import robust
 from cli import option
 
@@ -118,17 +119,18 @@ def train(opt: Options) -> None:
     if opt.loss in ENERGY_BASED:
         fresh = seeds.sample if opt.reinit_from == "gaussian" else None
         buffer = cem.ReplayBuffer(opt.buffer, train_set.images.shape[1:], opt.reinit, fresh).to(where)
+        buffer.images = parallel.share(buffer.images).clone()  # every process keeps chains of its own
 
     def batch_loss(model, index, draws, generator):
         x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip), train_set.labels[index]
         x_adv = x_s = None
         with cli.autocast(where, opt.precision):
-            frozen = None if opt.loss == "st" else cem.folded(model)
+            frozen = None if opt.loss == "st" else cem.folded(parallel.bare(model))
             if opt.loss in ("at", "mle", "jeat"):
                 attack = cem.potential("joint" if opt.loss == "jeat" else "ce", frozen, y)
                 x_adv = cem.pgd(attack, x, **ball, generator=generator)
             if buffer is not None:
-                x_s = buffer.sample(cem.potential("langevin", frozen), len(x), generator, **sgld)
+                x_s = buffer.sample(cem.potential("langevin", frozen), len(x), generator.own, **sgld)
             loss, logits = cem.supervised_loss(opt.loss, model, x, y, x_adv, opt.likelihood_weight, x_s)
         metrics = {"train_accuracy": (logits.argmax(1) == y).float().mean()}
         if buffer is not None:

@@ -20,6 +20,7 @@ import cem
 import cli
 import data
 import engine
+import parallel
 import robust
 from cli import option
 
@@ -154,10 +155,10 @@ def train(opt: Options) -> None:
         x, x_plus = views(train_set.pixels(index), draws, train_set, opt)
         with cli.autocast(where, opt.precision):
             if opt.loss == "at":
-                attack = cem.potential("pgd", cem.folded(model), x_plus)
+                attack = cem.potential("pgd", parallel.Gathered(cem.folded(parallel.bare(model))), x_plus)
                 ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
                 x = cem.pgd(attack, x, **ball, generator=generator)
-            z, z_plus = model(torch.cat([x, x_plus])).chunk(2)
+            z, z_plus = (parallel.gather_embeddings(part) for part in model(torch.cat([x, x_plus])).chunk(2))
             loss = cem.info_nce(z, z_plus, opt.temperature)
         return loss, {}
 

@@ -1,0 +1,184 @@
+"""Runs that are killed, interrupted, damaged or short of space; runs of several processes. On digits, as a user would."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, files, script
+from test_scripts import assert_refused
+
+import cem
+
+TINY = ["--dataset", "digits", "--width", "4", "--n-eval", "36", "--epochs", "3", "--ema", "0.9", "--seed-rank", "4"]
+
+
+def start(*args, cwd: Path) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train_sup.py"), *args]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def log_of(run: Path) -> list[dict]:
+    """The lines of a log without what a clock says."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path):
+    one, other = (cem.load(run / "ckpt.pt") for run in (a, b))
+    raw = [model.extra["training"]["model"] for model in (one, other)]
+    for states in ((one.state_dict(), other.state_dict()), raw):
+        assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    assert log_of(a) == log_of(b)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    with start(*TINY, cwd=folder) as process:
+        assert process.wait() == 0, process.stderr.read()
+    return folder / "runs/sup"
+
+
+# ----------------------------------------------------------------------------------------------------- survival
+
+
+def test_killed_at_twenty_random_times_a_run_resumes_to_the_same_bits(tmp_path):
+    options, chance, killed_at = [*TINY, "--epochs", "30"], random.Random(0), []
+    run, whole = tmp_path / "parts", tmp_path / "whole"
+    with start(*options, "--out", "whole", cwd=tmp_path) as process:
+        assert process.wait() == 0, process.stderr.read()
+    for life in range(20):
+        began = (run / "options.json").stat().st_mtime_ns if life else 0
+        process = start(*options, "--out", "parts", *(["--resume"] if life else []), cwd=tmp_path)
+        while not (run / "options.json").exists() or (run / "options.json").stat().st_mtime_ns == began:
+            time.sleep(0.01)
+            assert process.poll() is None, process.stderr.read()
+        time.sleep(chance.uniform(0.0 if life else 0.3, 0.6))  # an epoch takes about as long
+        process.kill()
+        process.communicate()
+        killed_at.append(cem.load(run / "ckpt.pt").extra["training"]["step"])
+    assert killed_at == sorted(killed_at) and killed_at[-1] > killed_at[0]
+    with start(*options, "--out", "parts", "--resume", cwd=tmp_path) as process:
+        assert process.wait() == 0, process.stderr.read()
+    assert_same_run(run, whole)
+    assert [line["epoch"] for line in log_of(run)] == [*range(1, 31)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_how_to_resume_and_loses_no_step(number, whole, tmp_path):
+    process = start(*TINY, cwd=tmp_path)
+    run = tmp_path / "runs/sup"
+    while not (run / "ckpt.pt").exists():  # it is saved when training begins
+        time.sleep(0.02)
+        assert process.poll() is None, process.stderr.read()
+    time.sleep(0.5)
+    process.send_signal(number)
+    output, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert f"stopped by {number.name} at step" in output and "--resume" in output and "Traceback" not in errors
+    step = cem.load(run / "ckpt.pt").extra["training"]["step"]
+    assert f"at step {step} of 33" in output and step > 0
+    with start(*TINY, "--resume", cwd=tmp_path) as process:
+        assert process.wait() == 0, process.stderr.read()
+    assert_same_run(run, whole)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_aloud(whole, tmp_path):
+    shutil.copytree(whole, run := tmp_path / "runs/sup")
+    steps = [cem.load(run / f"{name}.pt").extra["training"]["step"] for name in ("ckpt-previous", "ckpt")]
+    assert steps == [22, 33]
+    content = (run / "ckpt.pt").read_bytes()
+    (run / "ckpt.pt").write_bytes(content[: len(content) // 2])
+    done = script("train_sup.py", *TINY, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ckpt.pt is damaged" in done.stderr and "going on from" in done.stderr and "step 22" in done.stderr
+    assert_same_run(run, whole)
+    for name in ("ckpt-previous.pt", "ckpt.pt"):
+        (run / name).write_bytes(b"")
+    assert_refused(script("train_sup.py", *TINY, "--resume", cwd=tmp_path), "ckpt-previous.pt")
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_the_checkpoint_whole(whole, tmp_path):
+    shutil.copytree(whole, run := tmp_path / "runs/sup")
+    before = (run / "ckpt.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # no file may grow beyond that
+    try:
+        done = script("train_sup.py", *TINY, "--resume", "--epochs", 4, cwd=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert_refused(done, "ckpt.pt")
+    assert (run / "ckpt.pt").read_bytes() == before and not [n for n in files(run) if n.endswith(".tmp")]
+
+
+def test_a_folder_without_permission_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(script("train_sup.py", *TINY, "--out", "file/run", cwd=tmp_path), "file")
+
+
+def test_epochs_may_grow_and_other_options_may_not(whole, tmp_path):
+    shutil.copytree(whole, run := tmp_path / "runs/sup")
+    done = script("train_sup.py", *TINY, "--resume", "--epochs", 4, cwd=tmp_path)
+    assert done.returncode == 0 and [line["epoch"] for line in log_of(run)] == [1, 2, 3, 4]
+    assert_refused(script("train_sup.py", *TINY, "--resume", cwd=tmp_path), "--epochs 4, not 3")
+    assert_refused(script("train_sup.py", *TINY, "--resume", "--epochs", 5, "--lr", 0.3, cwd=tmp_path), "--lr 0.1, not 0.3")
+
+
+# ------------------------------------------------------------------------------------------------- many processes
+
+
+def torchrun(n: int, *args, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *(str(a) for a in args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+DOUBLE = """
+import runpy, sys, torch
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+sys.argv = sys.argv[1:]
+sys.path.insert(0, {root!r})
+runpy.run_path({root!r} + "/" + sys.argv[0], run_name="__main__")
+"""
+TRAINING = {
+    "train_sup.py": ["--loss", "mle", "--attack-steps", 2],
+    "train_unsup.py": ["--attack-steps", 2, "--eval-every", 1],
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_two_processes_train_as_one_does(name, tmp_path):
+    """The same global batch and seed: after three steps the weights differ by rounding alone.
+
+    In float64: in float32 an attack turns rounding into 1e-4 of a gradient, and so does PyTorch's BatchNorm on the CPU.
+    """
+    options = ["--dataset", "digits", "--width", 4, "--epochs", 1, "--n-eval", 36, "--seed-rank", 4, "--ema", 0, "--lr", 0.01]
+    options += ["--precision", "float32", "--batch-size", 478, *TRAINING[name]]
+    (tmp_path / "double.py").write_text(DOUBLE.format(root=str(ROOT)))
+    one = torchrun(1, "double.py", name, *options, "--out", "one", cwd=tmp_path)
+    two = torchrun(2, "double.py", name, *options, "--out", "two", cwd=tmp_path)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
+    assert two.stdout.count("wrote two/ckpt.pt") == 1
+    assert cem.load(tmp_path / "two/ckpt.pt").extra["training"]["step"] == 3
+    states = [cem.load(tmp_path / run / "ckpt.pt").extra["training"]["model"] for run in ("one", "two")]
+    assert states[0]["net.conv1.weight"].dtype == torch.float64
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-9, atol=1e-9)
+    logs = [log_of(tmp_path / run)[0] for run in ("one", "two")]
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)  # the log's last digit
+    assert logs[0]["gradient_norm"] == pytest.approx(logs[1]["gradient_norm"], abs=1e-5)
