@@ -82,7 +82,7 @@ def run(main: Callable[[], None]) -> None:
         who = f" (process {parallel.rank()})" if parallel.rank() else ""
         print(f"error{who}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(3 if isinstance(error, Diverged) else 2)
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         print("error: the device's memory is too small for this: try a smaller --batch-size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -115,6 +115,29 @@ class Stop:
         print(message, flush=True)
         if self.signal:
             sys.exit(128 + self.signal)
+
+
+@contextlib.contextmanager
+def memory(batch_size: int, attempt: Callable[[int], object]):
+    """Where the block runs out of memory: a CEMError that names the largest batch n for which attempt(n) does not."""
+    try:
+        yield
+        return
+    except torch.OutOfMemoryError:
+        pass  # outside of this block the exception no longer holds the tensors of its frames
+    if parallel.size() > 1:  # the others may not have run out, and an attempt is made together
+        raise cem.CEMError(f"--batch-size {batch_size} does not fit into the device's memory: try half of it")
+    fits, too_large = 0, batch_size
+    while too_large - fits > max(fits // 50, 1):  # to 2 %
+        n = (fits + too_large) // 2
+        torch.cuda.empty_cache()
+        try:
+            attempt(n)
+            fits = n
+        except torch.OutOfMemoryError:
+            too_large = n
+    advice = f"the largest that does is about {fits}" if fits else "not even 1 does"
+    raise cem.CEMError(f"--batch-size {batch_size} does not fit into the device's memory: {advice}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -148,6 +148,10 @@ def fit(
         order, draws = shuffle(epoch)
         batches = order[: per_epoch * opt.batch_size].split(opt.batch_size)[done:]
         epoch_begin, unread = time.monotonic(), []
+
+        def attempt(n: int) -> None:
+            batch_loss(model, order[:n], draws[order[:n]], parallel.Share(0, where))[0].backward()
+
         shown = dict(total=per_epoch, initial=done, leave=False, disable=not first)
         bar = tqdm(batches, f"epoch {epoch + 1}/{opt.epochs}", **shown)
         model.train()
@@ -157,9 +161,10 @@ def fit(
             index = parallel.share(index)
             seed = opt.seed * 100_003 + progress["step"] + 7_919_000 * progress["restarts"]  # not the same trouble again
             generator = parallel.Share(seed, where)
-            loss, metrics = batch_loss(wrapped, index, draws[index], generator)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            with cli.memory(opt.batch_size, attempt):
+                loss, metrics = batch_loss(wrapped, index, draws[index], generator)
+                loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
             optimizer.step()
             if average is not None:

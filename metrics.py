@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import cem
 import cli
+import parallel
 
 # ----------------------------------------------------------------------------------------------------- networks
 
@@ -119,12 +120,16 @@ class Classifier:
 
 @torch.no_grad()
 def extract(network, images: Tensor, batch_size: int, what: str) -> tuple[list[Tensor], Tensor]:
-    """Images uint8 (N, C, H, W) -> a list of feature blocks (N, D) and the logits (N, K), float32, on the CPU."""
+    """Images uint8 (N, C, H, W) -> a list of feature blocks (N, D) and the logits (N, K), float32, on the CPU.
+
+    torchrun's processes share out the batches, and all of them get the whole.
+    """
     parts = []
-    for batch in tqdm(images.split(batch_size), what, unit="batch", leave=False):
+    batches = images.split(min(batch_size, max(len(images) // parallel.size(), 1)))
+    for batch in tqdm(parallel.share(batches), what, unit="batch", leave=False, disable=parallel.rank() > 0):
         blocks, logits = network(batch)
         parts.append([t.cpu() for t in (*blocks, logits)])
-    *blocks, logits = (torch.cat(part) for part in zip(*parts))
+    *blocks, logits = (parallel.gather(torch.cat(part)) for part in zip(*parts))
     cli.require(all(t.isfinite().all() for t in (*blocks, logits)), f"{what}: the features are not finite")
     return blocks, logits
 

@@ -1,6 +1,6 @@
 """Several processes, as torchrun starts them: who is who, sharing out and gathering, synchronised BatchNorm.
 
-    torchrun --nproc_per_node=8 train_sup.py             # and likewise train_unsup.py, sample.py, eval_is_fid.py
+    torchrun --nproc_per_node=8 -- train_sup.py          # and likewise train_unsup.py, sample.py, eval_is_fid.py
 
 Without torchrun every function here is the one process's identity.
 """

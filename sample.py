@@ -5,16 +5,18 @@
     python sample.py --sampler ta --init noise           # from uniform noise: nothing but the network draws
     python sample.py --sampler maxent --cond             # from runs/unsup/ckpt.pt or the encoder that ships
 
+    torchrun --nproc_per_node=8 -- sample.py --n 50000   # shared out; after an interruption the same command goes on
+
 Writes samples-<sampler>[-cond].npz (arr_0: uint8 (N, H, W, C), arr_1: int64 labels), .png (a row a class) and .json beside
 the checkpoint. Image i depends on --seed and i, not on --n or --batch-size; the images of pgd and maxent climb together, a
 batch at a time: theirs depend on --batch-size too, which is the N of the entropy estimate.
 """
 
+import hashlib
 import json
 import math
-import os
-import re
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +24,15 @@ from typing import Optional
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
 import cem
 import cli
 import data
+import metrics
+import parallel
+import pictures
 from cli import option
 
 SEED_RANK = 64  # of the seeds of a checkpoint from elsewhere
@@ -138,74 +142,62 @@ def step_size(opt: Options, shape: tuple[int, ...]) -> float:
     return rms if opt.norm == "linf" else rms * math.sqrt(math.prod(shape))
 
 
-def draw(model, opt: Options, where: torch.device) -> tuple[Tensor, Tensor]:
-    """-> images uint8 (N, C, H, W), labels (N,), -1 where one Gaussian for all images was the seed."""
-    seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
+def draw_batch(model, seeds, opt: Options, where: torch.device, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """The images uint8 (size, C, H, W) from number `first` on; labels (size,), -1 where one Gaussian for all was the seed."""
     classes = torch.tensor(wanted_classes(opt.classes, model.extra["classes"]))
     conditional = opt.cond or isinstance(model, cem.ParametricCEM)
-    coupled = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
-    images, labels = [], []
-    for first in tqdm(range(0, opt.n, opt.batch_size), opt.sampler, unit="batch", leave=False):
-        # images that climb together do so in whole batches: the surplus of the last one is dropped below
-        index = torch.arange(first, first + opt.batch_size if coupled else min(first + opt.batch_size, opt.n))
-        y, random = classes[index % len(classes)], generators(opt.seed, index.tolist())
-        if opt.init == "noise":
-            x = torch.stack([torch.rand(seeds.shape, generator=g) for g in random])
-        else:
-            x = seeds.sample(y if conditional else len(index), random)
-        x = x.to(where, memory_format=torch.channels_last)
-        if opt.sampler != "seeds":
-            with cli.autocast(where, opt.precision):
-                climb = dict(steps=opt.steps, step_size=step_size(opt, seeds.shape), norm=opt.norm, noise=opt.noise)
-                potential = cem.potential(opt.sampler, model, x.clone() if coupled else y.to(where))
-                x = cem.ascend(potential, x, **climb, generator=random)
-        images.append(x.mul(255).round().byte().cpu())
-        labels.append(y if conditional else torch.full_like(y, -1))
-    return torch.cat(images)[: opt.n], torch.cat(labels)[: opt.n]
-
-
-def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Tensor:
-    """A picture with a row a class, enlarged to at least 64 pixels an image; without labels, the first images."""
-    if labels.max() >= 0:
-        rows = [images[labels == k][:columns] for k in labels.unique()]
-        columns = max(len(row) for row in rows)
-        blank = torch.zeros_like(images[:1])
-        images = torch.cat([torch.cat([row, blank.expand(columns - len(row), -1, -1, -1)]) for row in rows])
+    index = torch.arange(first, first + size)
+    y, random = classes[index % len(classes)], generators(opt.seed, index.tolist())
+    if opt.init == "noise":
+        x = torch.stack([torch.rand(seeds.shape, generator=g) for g in random])
     else:
-        images = images[: columns**2]
-    scale = -(-64 // images.shape[-1])
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return torchvision.utils.make_grid(images, nrow=columns, padding=2)
+        x = seeds.sample(y if conditional else size, random)
+    x = x.to(where, memory_format=torch.channels_last)
+    if opt.sampler != "seeds":
+        with cli.autocast(where, opt.precision):
+            climb = dict(steps=opt.steps, step_size=step_size(opt, seeds.shape), norm=opt.norm, noise=opt.noise)
+            coupled = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
+            potential = cem.potential(opt.sampler, model, x.clone() if coupled else y.to(where))
+            x = cem.ascend(potential, x, **climb, generator=random)
+    return x.mul(255).round().byte().cpu(), y if conditional else torch.full_like(y, -1)
 
 
-def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict) -> None:
-    npz, png = folder / f"{name}.npz", folder / f"{name}.png"
-    arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
-    cem.replace(npz, lambda file: np.savez_compressed(file, **arrays))
-    picture = torchvision.transforms.functional.to_pil_image(grid(images, labels))
-    cem.replace(png, lambda file: picture.save(file, "PNG"))
-    cli.write_text(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
-    print(f"wrote {npz}, .png and .json")
+def draw(model, opt: Options, where: torch.device, parts: Path | None = None) -> tuple[Tensor, Tensor]:
+    """-> images uint8 (N, C, H, W), labels (N,). Finished batches are kept in the folder `parts`, and found there again.
+
+    torchrun's processes share out the batches, and need that folder: the first one collects them from it.
+    """
+    seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
+    drawn, whole = {}, opt.sampler in cem.NON_PARAMETRIC_SAMPLERS  # what climbs together does so in whole batches
+    begins = range(0, opt.n, opt.batch_size)
+    bar = tqdm(parallel.share(begins), opt.sampler, unit="batch", leave=False, disable=parallel.rank() > 0)
+    for first in bar:
+        if parts is None or not part_of(parts, first).exists():
+            size = opt.batch_size if whole else min(opt.batch_size, opt.n - first)
+            with cli.memory(opt.batch_size, lambda n: draw_batch(model, seeds, opt, where, 0, n)):
+                drawn[first] = draw_batch(model, seeds, opt, where, first, size)
+            if parts is not None:
+                images, labels = drawn.pop(first)
+                arrays = dict(images=images.numpy(), labels=labels.numpy())
+                cem.replace(part_of(parts, first), lambda file, arrays=arrays: np.savez(file, **arrays))
+    parallel.barrier()
+    if parts is not None:
+        for first in begins:
+            with np.load(part_of(parts, first), allow_pickle=False) as arrays:
+                drawn[first] = tuple(torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+    images, labels = (torch.cat([drawn[first][i] for first in begins])[: opt.n] for i in (0, 1))
+    return images, labels
 
 
-def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]) -> None:
-    """A PNG an image: folder/<class>/<index>.png, and the same file as folder/<index>.png; the folder whole or not at all."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        for i, (image, k) in enumerate(zip(images, labels.tolist())):
-            path = temporary / f"{i:0{len(str(len(images)))}d}.png"
-            torchvision.transforms.functional.to_pil_image(image).save(path)
-            if k >= 0:  # names from a file: no paths
-                (inner := temporary / (re.sub(r"[^\w -]", "_", classes[k]) or str(k))).mkdir(exist_ok=True)
-                try:
-                    os.link(path, inner / path.name)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(path, inner / path.name)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    print(f"wrote {len(images)} PNG files into {folder}")
+def part_of(parts: Path, first: int) -> Path:
+    return parts / f"{first:09d}.npz"
+
+
+def parts_of(folder: Path, name: str, opt: Options, path: Path) -> Path:
+    """A folder for the finished batches of these very options and weights."""
+    what = {k: v for k, v in asdict(opt).items() if k not in ("out", "png", "device", "data_dir", "ckpt")}
+    key = hashlib.sha256(json.dumps([what, metrics.digest(path)]).encode()).hexdigest()[:12]
+    return folder / f"{name}-{key}.parts"
 
 
 def main() -> None:
@@ -217,7 +209,17 @@ def main() -> None:
     folder = folder if opt.out else cli.folder_beside(path, "foreign" in model.extra)
     print(f"{opt.sampler}: {opt.n} images from {path}")
     begin = time.monotonic()
-    images, labels = draw(model, opt, where)
+    name = f"samples-{opt.sampler}{'-cond' * opt.cond}"
+    parts = parts_of(folder, name, opt, path)
+    if found := len(list(parts.glob("*.npz"))):
+        print(f"going on with {found} finished batches in {parts}")
+    try:
+        images, labels = draw(model, opt, where, parts)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with the finished batches in {parts}", file=sys.stderr)
+        raise
+    if parallel.rank():
+        return
     seconds = time.monotonic() - begin
     record = {
         "command": cli.command(),
@@ -230,9 +232,10 @@ def main() -> None:
         "step_size": step_size(opt, model.extra["seeds"]["shape"]),
     }
     record |= {"seconds": round(seconds, 2), "images_per_second": round(opt.n / seconds, 2)}
-    write(folder, f"samples-{opt.sampler}{'-cond' * opt.cond}", images, labels, record)
+    pictures.write(folder, name, images, labels, record)
+    shutil.rmtree(parts)
     if opt.png:
-        write_files(Path(opt.png), images, labels, model.extra["classes"])
+        pictures.write_files(Path(opt.png), images, labels, model.extra["classes"])
 
 
 if __name__ == "__main__":

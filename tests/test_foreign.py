@@ -15,7 +15,7 @@ from torch import nn
 
 import cem
 import foreign
-import sample
+import pictures
 
 MEAN, STD = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.20, 0.21, 0.22])
 RTOL, ATOL = 1e-5, 1e-5  # the same float32 operations in the same order, but for the kernels of a memory layout
@@ -234,7 +234,7 @@ def test_a_foreign_checkpoint_is_sampled_evaluated_and_its_png_files_are_read(tm
 
 def test_class_names_of_a_file_lead_nowhere(tmp_path):
     images, labels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3)
-    sample.write_files(tmp_path / "out", images, labels, ["../up", "/tmp/absolute", ".."])
+    pictures.write_files(tmp_path / "out", images, labels, ["../up", "/tmp/absolute", ".."])
     assert len(files(tmp_path)) == 6 and all(name.startswith("out/") for name in files(tmp_path))
 
 

@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, files, script
 from test_scripts import assert_refused
 
 import cem
+import sample
 
 TINY = ["--dataset", "digits", "--width", "4", "--n-eval", "36", "--epochs", "3", "--ema", "0.9", "--seed-rank", "4"]
 
@@ -143,7 +145,7 @@ def test_epochs_may_grow_and_other_options_may_not(whole, tmp_path):
 def torchrun(n: int, *args, cwd: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *(str(a) for a in args)]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--", *(str(a) for a in args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
@@ -182,3 +184,73 @@ def test_two_processes_train_as_one_does(name, tmp_path):
     logs = [log_of(tmp_path / run)[0] for run in ("one", "two")]
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)  # the log's last digit
     assert logs[0]["gradient_norm"] == pytest.approx(logs[1]["gradient_norm"], abs=1e-5)
+
+
+def test_processes_share_out_sampling_and_metrics_and_get_the_same(whole, tmp_path):
+    """The union of the samples is the one process's set; the figures are equal to the last digit printed."""
+    shutil.copy(whole / "ckpt.pt", tmp_path / "ckpt.pt")
+    options = ["--ckpt", "ckpt.pt", "--n", 90, "--batch-size", 20, "--steps", 3]
+    judge = ["--ref", "digits", "--features", "ckpt.pt", "--batch-size", 40]
+    for n in (1, 2):
+        done = torchrun(n, ROOT / "sample.py", *options, "--out", f"out{n}", cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
+        assert files(tmp_path / f"out{n}") == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
+        samples = ["--samples", "out1/samples-rcs.npz", "--out", f"out{n}/metrics.json"]
+        done = torchrun(n, ROOT / "eval_is_fid.py", *samples, *judge, "--data-dir", f"data{n}", cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
+    drawn, rows = [], []
+    for n in (1, 2):
+        with np.load(tmp_path / f"out{n}/samples-rcs.npz") as z:
+            drawn.append((z["arr_0"].astype(int), z["arr_1"]))
+        rows.append(json.loads((tmp_path / f"out{n}/metrics.json").read_text())["rows"][0])
+    assert np.array_equal(drawn[0][1], drawn[1][1]) and np.array_equal(drawn[0][0], drawn[1][0])
+    for key, value in rows[0].items():
+        assert rows[1][key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), key
+
+
+# ------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_sampling_goes_on_with_the_batches_that_were_finished(whole, tmp_path, monkeypatch):
+    options = ["--ckpt", whole / "ckpt.pt", "--n", 50, "--batch-size", 10, "--steps", 2]
+    assert script("sample.py", *options, "--out", "one", cwd=tmp_path).returncode == 0
+    draw_batch, drawn = sample.draw_batch, []
+
+    def killed_at_the_third(*args):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(args[-2])
+        return draw_batch(*args)
+
+    monkeypatch.setattr(sample, "draw_batch", killed_at_the_third)
+    done = script("sample.py", *options, "--out", "two", cwd=tmp_path)
+    assert done.returncode == 130 and "the same command goes on" in done.stderr
+    assert [Path(name).suffix for name in files(tmp_path / "two")] == [".npz"] * 2  # two parts and nothing half-written
+    monkeypatch.setattr(sample, "draw_batch", lambda *args: drawn.append(args[-2]) or draw_batch(*args))
+    other = script("sample.py", *options, "--seed", 1, "--out", "two", cwd=tmp_path)  # its batches are not taken for ours
+    assert other.returncode == 0 and "going on" not in other.stdout and len(drawn) == 7
+    done = script("sample.py", *options, "--out", "two", cwd=tmp_path)
+    assert done.returncode == 0 and "going on with 2 finished batches" in done.stdout, done.stderr
+    assert drawn[7:] == [20, 30, 40]
+    assert files(tmp_path / "two") == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
+    with np.load(tmp_path / "one/samples-rcs.npz") as one, np.load(tmp_path / "two/samples-rcs.npz") as two:
+        assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def test_out_of_memory_names_the_largest_batch_that_fits(whole, tmp_path, monkeypatch):
+    forward = cem.ParametricCEM.forward
+
+    def small(self, x):
+        if len(x) > 37:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, x)
+
+    monkeypatch.setattr(cem.ParametricCEM, "forward", small)
+    done = script("train_sup.py", *TINY, "--out", "run", cwd=tmp_path)
+    assert_refused(done, "--batch-size 128 does not fit", "the largest that does is about 37")
+    done = script("sample.py", "--ckpt", whole / "ckpt.pt", "--n", 100, "--out", "out", cwd=tmp_path)
+    assert_refused(done, "--batch-size 250 does not fit", "about 37")
+    assert not (tmp_path / "out").exists()
