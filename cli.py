@@ -67,7 +67,9 @@ def folder_beside(ckpt: Path, foreign: bool = False) -> Path:
 
 def command() -> str:
     """The command line that is running, for the record beside its figures."""
-    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    script, root = Path(sys.argv[0]).resolve(), SHIPPED.parent
+    name = script.relative_to(root) if script.is_relative_to(root) else script.name
+    return shlex.join(["python", str(name), *sys.argv[1:]])
 
 
 class Diverged(cem.CEMError):
@@ -185,10 +187,12 @@ def device(name: str) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise cem.CEMError(f"--device {name} is not to be had here: {str(error).splitlines()[0]}") from error
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; bfloat16 is the fast one
     torch.backends.cudnn.benchmark = True
     parallel.join(chosen)
     return chosen
+
+
+PRECISIONS = ["auto", "float32", "tf32", "bfloat16"]
 
 
 def settled(where: torch.device, precision: str) -> str:
@@ -202,6 +206,8 @@ def settled(where: torch.device, precision: str) -> str:
 
 
 def autocast(where: torch.device, precision: str):
-    """The autocast context of --precision."""
-    half = settled(where, precision) == "bfloat16"
-    return torch.autocast(where.type, torch.bfloat16) if half else contextlib.nullcontext()
+    """The context of --precision: autocast for bfloat16; with tf32, float32's products in 19 bits, on GPUs that have them."""
+    precision = settled(where, precision)
+    require(precision != "tf32" or where.type == "cuda", "--precision tf32 is for NVIDIA's GPUs: leave it at auto here")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return torch.autocast(where.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()

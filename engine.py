@@ -55,7 +55,7 @@ class TrainOptions:
     max_minutes: float = option(math.inf, "save and stop after so many minutes; --resume continues")
     seed: int = option(0, "seed of weights, order, augmentation and attack")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = option("auto", "arithmetic", choices=["auto", "float32", "bfloat16"])
+    precision: str = option("auto", "arithmetic", choices=cli.PRECISIONS)
 
 
 def check(opt: TrainOptions) -> None:

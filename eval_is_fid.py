@@ -43,7 +43,7 @@ class Options:
     preprocess: str = option(
         "torch", "Inception's images: torch as pytorch-fid, tf1 as torch-fidelity", choices=["torch", "tf1"]
     )
-    precision: str = option("float32", "arithmetic of the features", choices=["float32", "bfloat16", "auto"])
+    precision: str = option("float32", "arithmetic of the features", choices=cli.PRECISIONS)
     splits: int = option(10, "parts of the samples whose scores are averaged in IS")
     batch_size: int = option(100, "images at a time")
     data_dir: str = option("data", "where torchvision's datasets lie or go")

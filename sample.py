@@ -77,7 +77,7 @@ class Options:
     )
     out: str = option("", "folder to write to (default: beside the checkpoint; runs/shipped for one in checkpoints/)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = option("float32", "arithmetic", choices=["float32", "bfloat16", "auto"])
+    precision: str = option("float32", "arithmetic", choices=cli.PRECISIONS)
 
 
 def check(opt: Options) -> None:

@@ -104,22 +104,9 @@ def evaluate(opt: Options) -> None:
     robust.record("accuracy.json", path, test, opt, result, foreign)
 
 
-def train(opt: Options) -> None:
-    where = cli.device(opt.device)
-    train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
-    torch.manual_seed(opt.seed)
-    shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
-    model = cem.ParametricCEM(opt.arch, len(train_set.classes), **shape, **train_set.normalisation())
-    model = model.to(where, memory_format=torch.channels_last)
-    card = train_set.card(opt.seed_rank)
-    seeds = cem.GaussianSeeds.from_state_dict(card["seeds"], where)
-    sgld = dict(steps=opt.sgld_steps, step_size=opt.sgld_step_size, noise=opt.sgld_noise)
-    ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
-    buffer = None
-    if opt.loss in ENERGY_BASED:
-        fresh = seeds.sample if opt.reinit_from == "gaussian" else None
-        buffer = cem.ReplayBuffer(opt.buffer, train_set.images.shape[1:], opt.reinit, fresh).to(where)
-        buffer.images = parallel.share(buffer.images).clone()  # every process keeps chains of its own
+def objective(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuffer | None = None):
+    """-> batch_loss(model, index, draws, generator) as engine.fit wants it: augment, attack, and the loss of --loss."""
+    where, ball = train_set.images.device, ball_of(opt)
 
     def batch_loss(model, index, draws, generator):
         x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip), train_set.labels[index]
@@ -130,7 +117,7 @@ def train(opt: Options) -> None:
                 attack = cem.potential("joint" if opt.loss == "jeat" else "ce", frozen, y)
                 x_adv = cem.pgd(attack, x, **ball, generator=generator)
             if buffer is not None:
-                x_s = buffer.sample(cem.potential("langevin", frozen), len(x), generator.own, **sgld)
+                x_s = buffer.sample(cem.potential("langevin", frozen), len(x), generator.own, **sgld_of(opt))
             loss, logits = cem.supervised_loss(opt.loss, model, x, y, x_adv, opt.likelihood_weight, x_s)
         metrics = {"train_accuracy": (logits.argmax(1) == y).float().mean()}
         if buffer is not None:
@@ -138,18 +125,44 @@ def train(opt: Options) -> None:
             metrics["energy_gap"] = (F.cross_entropy(logits, y) - loss) / opt.likelihood_weight  # E(x_s) - E(x)
         return loss, metrics
 
+    return batch_loss
+
+
+def ball_of(opt: Options) -> dict:
+    return dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
+
+
+def sgld_of(opt: Options) -> dict:
+    return dict(steps=opt.sgld_steps, step_size=opt.sgld_step_size, noise=opt.sgld_noise)
+
+
+def train(opt: Options) -> None:
+    where = cli.device(opt.device)
+    train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
+    torch.manual_seed(opt.seed)
+    shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
+    model = cem.ParametricCEM(opt.arch, len(train_set.classes), **shape, **train_set.normalisation())
+    model = model.to(where, memory_format=torch.channels_last)
+    card = train_set.card(opt.seed_rank)
+    seeds = cem.GaussianSeeds.from_state_dict(card["seeds"], where)
+    buffer = None
+    if opt.loss in ENERGY_BASED:
+        fresh = seeds.sample if opt.reinit_from == "gaussian" else None
+        buffer = cem.ReplayBuffer(opt.buffer, train_set.images.shape[1:], opt.reinit, fresh).to(where)
+        buffer.images = parallel.share(buffer.images).clone()  # every process keeps chains of its own
+
     def measure(model, epoch):
         result = robust.accuracy(model, test_set, opt, ["pgd-10"], n=opt.n_eval)
         del result["pgd-10"]  # which is the adversarial accuracy
         if opt.diagnose:
             index, generator = test_set.spread(min(opt.n_eval, 256)), torch.Generator(where).manual_seed(opt.seed)
             x, y = test_set.pixels(index), test_set.labels[index]
-            x_adv = cem.pgd(cem.potential("ce", model, y), x, **ball, generator=generator)
+            x_adv = cem.pgd(cem.potential("ce", model, y), x, **ball_of(opt), generator=generator)
             if buffer is not None:
                 x_s = buffer.images[: len(x)].float()
             else:
                 start = seeds.sample(len(x), generator)
-                x_s = cem.ascend(cem.potential("langevin", model), start, norm="none", **sgld, generator=generator)
+                x_s = cem.ascend(cem.potential("langevin", model), start, norm="none", **sgld_of(opt), generator=generator)
             result |= robust.diagnose(model, x, y, x_adv, x_s)
         return result
 
@@ -158,7 +171,7 @@ def train(opt: Options) -> None:
         model,
         len(train_set),
         shuffle=lambda epoch: data.draws(len(train_set), 3, opt.seed, epoch, where),
-        batch_loss=batch_loss,
+        batch_loss=objective(opt, train_set, buffer),
         evaluate=measure,
         state=buffer,
         bounds={"energy_gap": opt.max_energy_gap},

@@ -143,13 +143,9 @@ def evaluate(opt: Options) -> None:
     robust.record("probe.json", path, test_set, opt, result)
 
 
-def train(opt: Options) -> None:
-    where = cli.device(opt.device)
-    train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
-    torch.manual_seed(opt.seed)
-    shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
-    model = cem.NonParametricCEM(opt.arch, opt.embed_dim, opt.temperature, **shape, **train_set.normalisation())
-    model = model.to(where, memory_format=torch.channels_last)
+def objective(opt: Options, train_set: data.Dataset):
+    """-> batch_loss(model, index, draws, generator) as engine.fit wants it: two views, attack, InfoNCE."""
+    where = train_set.images.device
 
     def batch_loss(model, index, draws, generator):
         x, x_plus = views(train_set.pixels(index), draws, train_set, opt)
@@ -162,6 +158,17 @@ def train(opt: Options) -> None:
             loss = cem.info_nce(z, z_plus, opt.temperature)
         return loss, {}
 
+    return batch_loss
+
+
+def train(opt: Options) -> None:
+    where = cli.device(opt.device)
+    train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
+    torch.manual_seed(opt.seed)
+    shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
+    model = cem.NonParametricCEM(opt.arch, opt.embed_dim, opt.temperature, **shape, **train_set.normalisation())
+    model = model.to(where, memory_format=torch.channels_last)
+
     def due(epoch: int) -> bool:
         return epoch % opt.eval_every == 0 or epoch == opt.epochs
 
@@ -170,7 +177,7 @@ def train(opt: Options) -> None:
         model,
         len(train_set),
         shuffle=lambda epoch: data.draws(len(train_set), 2 * data.SIMCLR_DRAWS, opt.seed, epoch, where),
-        batch_loss=batch_loss,
+        batch_loss=objective(opt, train_set),
         evaluate=lambda model, epoch: measure(model, train_set, test_set, opt) if due(epoch) else {},
         **train_set.card(opt.seed_rank),
     )

@@ -42,7 +42,10 @@ def call(*words) -> str:
     command = [str(word) for part in words for word in (shlex.split(part) if isinstance(part, str) else [part])]
     print("python", shlex.join(command), flush=True)
     done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], stderr=subprocess.PIPE, text=True)
-    cli.require(done.returncode == 0, f"{shlex.join(command)}: {done.stderr.strip().splitlines()[-1:]}")
+    said = (done.stderr.replace("\r", "\n").strip().splitlines() or [""])[-1]
+    if done.returncode == 3:
+        raise cli.Diverged(said)
+    cli.require(done.returncode == 0, f"{shlex.join(command)}: {said}")
     return "python " + shlex.join(command)
 
 
@@ -52,7 +55,11 @@ def measure(loss: str, seed: int, judge: Path, opt: Options) -> dict[str, float]
     if (row := run / "row.json").exists():
         return json.loads(row.read_text())
     data = f"--dataset {shlex.quote(opt.dataset)}"
-    commands = [call("train_sup.py", data, f"--loss {loss} --seed {seed} --diagnose --out", run, opt.options)]
+    try:
+        commands = [call("train_sup.py", data, f"--loss {loss} --seed {seed} --diagnose --out", run, opt.options)]
+    except cli.Diverged as error:
+        cli.write_text(row, json.dumps({"diverged": str(error)}, indent=1) + "\n")
+        return {"diverged": str(error)}
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     checkpoint, result = run / "ckpt.pt", {"minutes": log[-1]["seconds"] / 60}
     ball = opt.options + " " + opt.evaluation
@@ -79,12 +86,13 @@ def measure(loss: str, seed: int, judge: Path, opt: Options) -> dict[str, float]
 
 
 def table(rows: dict[str, list[dict]]) -> str:
-    """Markdown: a row a loss, mean ± standard deviation over the seeds."""
-    columns = [key for key in next(iter(rows.values()))[0] if key != "commands"]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for loss, runs in rows.items():
-        cells = []
-        for key in columns:
+    """Markdown: a row a loss, mean ± standard deviation over the seeds whose runs did not diverge."""
+    ended = {loss: [run for run in runs if "diverged" not in run] for loss, runs in rows.items()}
+    columns = [key for key in next(runs for runs in ended.values() if runs)[0] if key != "commands"]
+    lines = ["| | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for loss, runs in ended.items():
+        cells = [f"{len(runs)} of {len(rows[loss])}"]
+        for key in columns if runs else ():
             values = [run[key] for run in runs]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
