@@ -44,7 +44,6 @@ class Options:
     batch_size: int = option(64, "images a step")
     steps: int = option(10, "steps of attack and samplers")
     repeats: int = option(5, "timed pairs, after one to warm up")
-    compile: bool = option(False, "torch.compile our networks")
     only: str = option("", "parts of the names of what to measure, comma-separated (default: all)")
     out: str = option("", "JSON file to write")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -102,8 +101,6 @@ def contenders(opt: Options, where: torch.device) -> dict[str, tuple[Callable, C
     def ours(script, kind, draws: int):
         options = script.Options(attack_steps=k, batch_size=n, precision=opt.precision)
         model = fresh(kind)[0].to(memory_format=torch.channels_last).train()
-        if opt.compile:
-            model.net.compile()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
         loss_of = script.objective(options, train_set)
         u = torch.rand(n, draws, generator=generator).to(where)
@@ -116,10 +113,7 @@ def contenders(opt: Options, where: torch.device) -> dict[str, tuple[Callable, C
         return step
 
     def frozen(kind):
-        model = cem.folded(fresh(kind)[0]).to(memory_format=torch.channels_last)
-        if opt.compile:
-            model.net.compile()
-        return model
+        return cem.folded(fresh(kind)[0]).to(memory_format=torch.channels_last)
 
     def climb(model: nn.Module, name: str, positives=None, **ball):
         with cli.autocast(where, opt.precision):

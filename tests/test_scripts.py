@@ -38,7 +38,7 @@ def test_digits_bring_their_own_defaults_which_explicit_options_override():
     assert digits.width == 64 and digits.epochs == train_sup.DIGITS["epochs"] and digits.arch == "resnet18"
 
 
-@pytest.mark.parametrize("name", ["train_sup.py", "train_unsup.py", "sample.py", "eval_is_fid.py", "sweep.py"])
+@pytest.mark.parametrize("name", ["train_sup.py", "train_unsup.py", "sample.py", "eval_is_fid.py", "sweep.py", "bench.py"])
 def test_help_says_what_every_option_does(name, tmp_path):
     done = script(name, "--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -204,6 +204,24 @@ def test_sampler_raises_the_share_of_the_wanted_class(digits_run):
     model = cem.load(digits_run / "runs/sup/ckpt.pt")
     said = model(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255).argmax(1)
     assert (said.numpy() == labels).mean() > 0.9
+
+
+def test_bench_measures_every_contender_and_counts_its_flop(tmp_path):
+    size = ["--width", 4, "--image-size", 8, "--batch-size", 4, "--steps", 2, "--repeats", 1]
+    done = script("bench.py", *size, "--precision", "float32", "--out", "bench.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {row["what"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    samplers = {f"sampler {name}" for name in (*cem.PARAMETRIC_SAMPLERS, *cem.NON_PARAMETRIC_SAMPLERS)}
+    assert samplers | {"supervised training step", "unsupervised training step", "attack"} <= rows.keys()
+    # by hand: 2 x kernel x inputs x outputs x pixels; width 4 on 8x8: the stem, four stages with their shortcuts, the head
+    forward = 2 * 64 * 9 * 3 * 4 + 2 * 64 * 9 * 16 * 4
+    for channels, pixels in ((8, 16), (16, 4), (32, 1)):
+        forward += 2 * pixels * (9 * channels**2 * 3 + 9 * channels**2 // 2 + channels**2 // 2)
+    forward += 2 * 32 * 10
+    for name, passes in (("supervised training step", 7), ("unsupervised training step", 11), ("attack", 4)):
+        row = rows[name]
+        assert row["ratio"] == pytest.approx(row["images_per_second"] / row["textbook"], rel=2e-3)
+        assert row["GFLOP_per_second"] == pytest.approx(passes * forward * row["images_per_second"] / 1e9, rel=2e-3)
 
 
 # --------------------------------------------------------------------------------------------- what is shipped
