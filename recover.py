@@ -30,7 +30,7 @@ def resumable(opt, extra: dict) -> dict:
     free |= {"diagnose", "evaluate", "ckpt", "attacks", "restarts", "n", "ood", "mean", "std"}  # --evaluate's
     for name, now in asdict(opt).items():
         then = extra["options"].get(name)
-        fits = name in free or now == then or (name == "epochs" and now > then)
+        fits = name in free or name not in extra["options"] or now == then or (name == "epochs" and now > then)
         cli.require(fits, f"--resume: the run in {opt.out} has --{name.replace('_', '-')} {then}, not {now}")
     return extra["training"]
 

@@ -56,7 +56,8 @@ def measure(loss: str, seed: int, judge: Path, opt: Options) -> dict[str, float]
         return json.loads(row.read_text())
     data = f"--dataset {shlex.quote(opt.dataset)}"
     try:
-        commands = [call("train_sup.py", data, f"--loss {loss} --seed {seed} --diagnose --out", run, opt.options)]
+        resume = "--resume" if (run / "ckpt.pt").exists() else ""
+        commands = [call("train_sup.py", data, f"--loss {loss} --seed {seed} --diagnose --out", run, opt.options, resume)]
     except cli.Diverged as error:
         cli.write_text(row, json.dumps({"diverged": str(error)}, indent=1) + "\n")
         return {"diverged": str(error)}
