@@ -272,6 +272,7 @@ def supervised_loss(name, model, x, y, x_adv=None, weight=0.1, x_s=None) -> tupl
     if name in ("jem", "jeat"):
         with torch.no_grad():
             model(seen)
+        torch.clear_autocast_cache()  # PyTorch before 2.10 would go on with its casts of the weights, which have no graph
         with _undisturbed(freeze=False):
             logits, logits_s = model(seen if x_s is None else torch.cat([seen, x_s])).tensor_split([len(x)])
         gap = log_marginal(logits).mean() - (0 if x_s is None else log_marginal(logits_s).mean())
@@ -432,10 +433,8 @@ def pgd(potential, x, *, eps, norm="l2", step_size=None, steps=7, random_start=T
 
     x (N, C, H, W) in [0, 1]. step_size defaults to 2.5 eps / steps. The random start is uniform in the ball, then clipped.
     """
-    if norm not in ("l2", "linf"):
-        raise CEMError(f"pgd needs norm 'l2' or 'linf', not {norm!r}")
-    if steps < 1:
-        raise CEMError("pgd needs at least one step")
+    if norm not in ("l2", "linf") or steps < 1:
+        raise CEMError(f"pgd needs norm 'l2' or 'linf' and a step at least, not {norm!r} and {steps}")
     start = x.detach()
     if random_start and eps > 0:
         if norm == "linf":
@@ -521,7 +520,7 @@ class ReplayBuffer(nn.Module):
     def sample(self, potential: Callable, n: int, generator: torch.Generator | None = None, **climb) -> Tensor:
         """n chains, distinct ones, climb a potential (`ascend`'s options) and are kept -> x_s (n, C, H, W), detached."""
         index = torch.randperm(len(self.images), generator=generator, device=self.images.device)[:n]
-        anew = _draw(torch.rand, (len(index), 1, 1, 1), generator, self.images) < self.reinit
+        anew = _draw(torch.rand, (len(index), 1, 1, 1), generator, self.images[:0].float()) < self.reinit
         x = torch.where(anew, self.fresh(len(index), generator), self.images[index].float())
         x = ascend(potential, x, norm="none", generator=generator, **climb)
         self.images[index] = x.half()

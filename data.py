@@ -16,6 +16,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
+import parallel
 from cem import CEMError, GaussianSeeds
 
 NAMES = ("cifar10", "cifar100", "svhn", "digits")
@@ -75,9 +76,9 @@ def load(name: str, split: str, data_dir: str = "data") -> Dataset:
 def splits(name: str, data_dir: str, device) -> tuple[Dataset, Dataset]:
     """Both splits, on the device. Raises CEMError where their images differ in shape."""
     train, test = (load(name, split, data_dir).to(device) for split in ("train", "test"))
-    shapes = [" x ".join(map(str, s.images.shape[1:])) for s in (train, test)]
-    if shapes[0] != shapes[1]:
-        raise CEMError(f"{name}: the training images are {shapes[0]}, the test images {shapes[1]}: one shape, please")
+    if (a := train.images.shape[1:]) != (b := test.images.shape[1:]):
+        a, b = (" x ".join(map(str, shape)) for shape in (a, b))
+        raise CEMError(f"{name}: the training images are {a}, the test images {b}: one shape, please")
     return train, test
 
 
@@ -91,6 +92,7 @@ def _digits(split: str) -> Dataset:
     return Dataset("digits", images[:, None], torch.from_numpy(digits.target[rows]), list("0123456789"), flip=False)
 
 
+@parallel.first_then_others()  # one process downloads
 def _torchvision(name: str, split: str, data_dir: str) -> Dataset:
     try:
         if name == "svhn":
@@ -120,7 +122,7 @@ def read_images(paths: list[str]) -> Tensor:
     """Image files -> uint8 (N, C, H, W); C = 1 where all are grey. Raises CEMError naming a damaged or odd-sized file."""
     with ThreadPoolExecutor() as pool:
         images = list(pool.map(_read_image, paths))
-    (size, _), *_ = Counter(image.size for image in images).most_common(1)
+    size = Counter(image.size for image in images).most_common(1)[0][0]
     for path, image in zip(paths, images):
         if image.size != size:
             raise CEMError(f"{path} is {image.size[0]}x{image.size[1]}, the others {size[0]}x{size[1]}: one size, please")
@@ -138,8 +140,8 @@ def _folder(root: Path, split: str) -> Dataset:
         except (FileNotFoundError, OSError) as error:
             raise CEMError(f"{root / part} holds no image folder <class>/*: {str(error).splitlines()[0]}") from error
     if listing[0].classes != listing[1].classes:
-        odd = sorted(set(listing[0].classes) ^ set(listing[1].classes))
-        raise CEMError(f"{root}: train and test have different classes ({', '.join(odd[:5])})")
+        odd = ", ".join(sorted(set(listing[0].classes) ^ set(listing[1].classes))[:5])
+        raise CEMError(f"{root}: train and test have different classes ({odd})")
     chosen = listing[split == "test"]
     images = read_images([path for path, _ in chosen.samples])
     if images.shape[2] != images.shape[3] or images.shape[2] < 8:
@@ -164,8 +166,7 @@ def crop_flip(x: Tensor, u: Tensor, *, flip: bool = True) -> Tensor:
     if flip:
         columns = torch.where(u[:, 2:] < 0.5, columns, columns.flip(1))
     columns = left[:, None] + columns
-    image = torch.arange(n, device=x.device)[:, None, None]
-    padded = F.pad(x, (pad,) * 4)
+    image, padded = torch.arange(n, device=x.device)[:, None, None], F.pad(x, (pad,) * 4)
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -244,7 +245,6 @@ def simclr(x: Tensor, u: Tensor, *, scale: tuple[float, float] = (0.2, 1.0), fli
     x = resized_crop(x, *boxes, mirror=(rest[:, 0] < 0.5) & flip)
     if x.shape[1] != 3:
         return x
-    jitter, grey = (rest[:, 1] < 0.8).float(), rest[:, 2] < 0.2
+    jitter, grey = (rest[:, 1] < 0.8).float(), (rest[:, 2] < 0.2).view(-1, 1, 1, 1)
     factors = 1 + 0.4 * jitter[:, None] * (2 * rest[:, 3:6] - 1)
-    x = colour_jitter(x, *factors.T, hue=0.1 * jitter * (2 * rest[:, 6] - 1))
-    return torch.where(grey.view(-1, 1, 1, 1), _grey(x), x)
+    return torch.where(grey, _grey(x := colour_jitter(x, *factors.T, hue=0.1 * jitter * (2 * rest[:, 6] - 1))), x)

@@ -48,7 +48,7 @@ class TrainOptions:
     resume: bool = option(False, "continue the run in --out")
     on_diverge: str = option(
         "stop",
-        "when loss or gradient is not finite: stop, or restart from ckpt.pt at half the rate",
+        "when loss, gradient or energies leave all bounds: stop, or restart from ckpt.pt at half the rate",
         choices=["stop", "restart"],
     )
     batch_norm: str = option("sync", "BatchNorm over all of torchrun's processes, or local to each", choices=["sync", "local"])
@@ -104,6 +104,7 @@ def fit(
     torchrun every process calls this, with the same weights, and the first one measures and writes.
     Raises cli.Diverged where a metric is not finite or beyond its bound, with --on-diverge restart after eight restarts.
     """
+    cli.autocast(next(model.parameters()).device, opt.precision)  # refuses what the device has not, before anything is written
     out, begin, where, first = Path(opt.out), time.monotonic(), next(model.parameters()).device, parallel.rank() == 0
     per_epoch = max(images // opt.batch_size, 1)
     total = opt.epochs * per_epoch
@@ -118,12 +119,14 @@ def fit(
     began = 0  # the step from which this process, or its latest restart, went on
 
     def restore() -> None:
+        nonlocal begin
         training = recover.resumable(opt, recover.newest(out, where).extra)
         for name, part in parts.items():
             part.load_state_dict(training[name])
         if state is not None:
             state.load_state_dict({name: parallel.share(rows) for name, rows in training["state"].items()})
         progress.update({name: training[name] for name in progress})
+        begin = time.monotonic()  # the seconds before are in the checkpoint
 
     def save(name: str = "ckpt.pt") -> None:
         training = {name: part.state_dict() for name, part in parts.items()} | progress
@@ -222,7 +225,8 @@ def fit(
                 save("diverged.pt")
                 restarts = progress["restarts"] + 1
                 restore()
-                if restarts > 1 and progress["step"] == began:  # in vain from there: one checkpoint further back
+                again = opt.on_diverge == "restart" and restarts > 1
+                if again and progress["step"] == began:  # in vain from there: one checkpoint further back
                     recover.step_back(out)
                     restore()
                 back = f"{error}; its state is in {out / 'diverged.pt'}, {out / 'ckpt.pt'} is from step {progress['step']}"

@@ -8,6 +8,7 @@ Without torchrun every function here is the one process's identity.
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -38,6 +39,19 @@ def join(where: torch.device) -> None:
 def barrier() -> None:
     if size() > 1:
         dist.barrier()
+
+
+@contextmanager
+def first_then_others():
+    """The block runs in the first process of each machine, then in its others."""
+    ahead = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not ahead:
+        barrier()
+    try:
+        yield
+    finally:
+        if ahead:
+            barrier()
 
 
 def share(items: Sequence) -> Sequence:
@@ -80,7 +94,7 @@ class Share:
 
     def __init__(self, seed: int, where: torch.device):
         self.common = torch.Generator(where).manual_seed(seed % 2**32)
-        self.own = torch.Generator(where).manual_seed((seed * size() + rank()) % 2**32)
+        self.own = torch.Generator(where).manual_seed((seed * size() + rank() + 1_000_003) % 2**32)
 
     def draw(self, random, shape: Sequence[int], like: Tensor) -> Tensor:
         whole = (shape[0] * size(), *shape[1:])

@@ -44,7 +44,6 @@ def newest(out: Path, where: torch.device) -> nn.Module:
             raise
         model = cem.load(before, where)
         cli.warn(f"{error}: going on from {before}, step {model.extra['training']['step']}")
-        parallel.barrier()
         step_back(out)
         return model
 
@@ -63,6 +62,7 @@ def keep(out: Path) -> None:
 
 def step_back(out: Path) -> None:
     """Take the checkpoint before the newest for the newest, where there is one."""
+    parallel.barrier()  # everyone has read the newest
     if parallel.rank() == 0 and (out / "ckpt-previous.pt").exists():
         os.replace(out / "ckpt-previous.pt", out / "ckpt.pt")
     parallel.barrier()

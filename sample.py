@@ -181,10 +181,12 @@ def draw(model, opt: Options, where: torch.device, parts: Path | None = None) ->
                 arrays = dict(images=images.numpy(), labels=labels.numpy())
                 cem.replace(part_of(parts, first), lambda file, arrays=arrays: np.savez(file, **arrays))
     parallel.barrier()
-    if parts is not None:
+    if parts is not None and parallel.rank() == 0:
         for first in begins:
             with np.load(part_of(parts, first), allow_pickle=False) as arrays:
                 drawn[first] = tuple(torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+    if parallel.rank():
+        return torch.empty(0), torch.empty(0)
     images, labels = (torch.cat([drawn[first][i] for first in begins])[: opt.n] for i in (0, 1))
     return images, labels
 

@@ -69,7 +69,8 @@ def preset(opt: Options) -> dict:
 
 def check(opt: Options) -> None:
     engine.check(opt)
-    cli.require(opt.likelihood_weight > 0 or opt.loss == "mle", "--likelihood-weight must be positive")
+    least = 1e-9 if opt.loss in ENERGY_BASED else 0
+    cli.require(opt.likelihood_weight >= least, "--likelihood-weight must be positive, with mle at least 0")
     cli.require(opt.sgld_steps >= 1 and opt.sgld_step_size > 0, "--sgld-steps and --sgld-step-size must be positive")
     cli.require(
         opt.sgld_noise >= 0 and 0 <= opt.reinit <= 1, "--sgld-noise and --reinit must not be negative, --reinit at most 1"
@@ -98,6 +99,7 @@ def evaluate(opt: Options) -> None:
     )
     chosen = test.spread(opt.n or len(test))
     logits = robust.logits_of(model, (test.pixels(index) for index in chosen.split(opt.batch_size)), opt)
+    cli.require(bool(logits.isfinite().all()), f"{path} gives logits that are not finite")
     result = {"calibration_error": robust.calibration_error(logits, test.labels[chosen])}
     result |= robust.out_of_distribution(model, logits, test, ("noise", "constant", *opt.ood), opt)
     result = robust.accuracy(model, test, opt, opt.attacks or ["pgd-20"], opt.n) | result

@@ -139,7 +139,7 @@ def evaluate(opt: Options) -> None:
     known, asked = (features(model, s, torch.arange(len(s), device=where), opt) for s in (train_set, test_set))
     probe = fit_probe(model, known, train_set.labels)
     result = {"knn_accuracy": knn_accuracy(known, train_set.labels, asked, test_set.labels)}
-    result |= robust.accuracy(probe, test_set, opt, ["pgd-20"])
+    result |= robust.accuracy(probe, test_set, opt, ["pgd-20"], opt.n)
     robust.record("probe.json", path, test_set, opt, result)
 
 

@@ -41,7 +41,8 @@ def main() -> None:
         path = Path(run) / "log.jsonl"
         cli.require(path.is_file(), f"there is no {path}: train with --diagnose")
         log = [json.loads(line) for line in path.read_text().splitlines()]
-        cli.require(bool(log) and "E_x" in log[0], f"{path} has no energies: train with --diagnose")
+        log = [line for line in log if "E_x" in line]
+        cli.require(bool(log), f"{path} has no energies: train with --diagnose")
         for axis, (title, lines) in zip(axes, PANELS.items()):
             for key, style in lines.items():
                 label = f"{Path(run).name} {key}" if len(lines) > 1 else Path(run).name
