@@ -4,7 +4,8 @@
     python results/losses.py --losses st at jeat --seeds 0 --autoattack
     python results/losses.py --dataset PATH --losses at jeat --seeds 0 --name cifar10 --options "--width 16 --epochs 8"
 
-Calls the scripts as a user would. What is in --out already is not done again, so that several of these can share the work.
+Calls the scripts as a user would. What is in --out already is not done again, so that several of these can share the work, each
+with --losses or --seeds of its own and the judge's training done before.
 """
 
 import json
@@ -53,7 +54,9 @@ def measure(loss: str, seed: int, judge: Path, opt: Options) -> dict[str, float]
     """Train, attack and sample one run, or take its row from where it was kept."""
     run = Path(opt.out) / f"{opt.name}-{loss}-{seed}"
     if (row := run / "row.json").exists():
-        return json.loads(row.read_text())
+        kept = json.loads(row.read_text())
+        if "diverged" in kept or "autoattack" in kept or not opt.autoattack:
+            return kept
     data = f"--dataset {shlex.quote(opt.dataset)}"
     try:
         resume = "--resume" if (run / "ckpt.pt").exists() else ""
@@ -89,14 +92,14 @@ def measure(loss: str, seed: int, judge: Path, opt: Options) -> dict[str, float]
 def table(rows: dict[str, list[dict]]) -> str:
     """Markdown: a row a loss, mean ± standard deviation over the seeds whose runs did not diverge."""
     ended = {loss: [run for run in runs if "diverged" not in run] for loss, runs in rows.items()}
-    columns = [key for key in next(runs for runs in ended.values() if runs)[0] if key != "commands"]
+    columns = list(dict.fromkeys(key for runs in ended.values() for run in runs for key in run if key != "commands"))
     lines = ["| | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for loss, runs in ended.items():
         cells = [f"{len(runs)} of {len(rows[loss])}"]
-        for key in columns if runs else ():
-            values = [run[key] for run in runs]
+        for key in columns:
+            values = [run[key] for run in runs if key in run]
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{spread}")
+            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "–")
         lines.append(f"| `{loss}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -105,8 +108,9 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     losses, seeds = opt.losses or cem.SUPERVISED_LOSSES, opt.seeds or range(5)
     judge = Path(opt.judge or Path(opt.out) / f"{opt.name}-judge" / "ckpt.pt")
-    if not judge.exists():
-        call("train_sup.py --loss st --seed 100 --dataset", Path(opt.dataset), "--out", judge.parent, opt.options)
+    if not opt.judge:
+        resume = "--resume" if judge.exists() else ""  # at once, if its training has ended
+        call("train_sup.py --loss st --seed 100 --dataset", Path(opt.dataset), "--out", judge.parent, opt.options, resume)
     rows = {loss: [measure(loss, seed, judge, opt) for seed in seeds] for loss in losses}
     out = Path("results") / f"losses-{opt.name}"
     cli.write_text(out.with_suffix(".json"), json.dumps({"command": cli.command(), "rows": rows}, indent=1) + "\n")
