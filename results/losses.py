@@ -4,8 +4,8 @@
     python results/losses.py --losses st at jeat --seeds 0 --autoattack
     python results/losses.py --dataset PATH --losses at jeat --seeds 0 --name cifar10 --options "--width 16 --epochs 8"
 
-Calls the scripts as a user would. What is in --out already is not done again, so that several of these can share the work, each
-with --losses or --seeds of its own and the judge's training done before.
+Calls the scripts as a user would. What is in --out already is not done again, so that several of these can share the work,
+each with --losses or --seeds of its own and the judge's training done before.
 """
 
 import json
