@@ -21,7 +21,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -92,8 +92,7 @@ class WideResNet(nn.Module):
             wide = [WideBlock(channels[i], channels[i + 1], 1 if i == 0 else 2)]
             wide += [WideBlock(channels[i + 1], channels[i + 1], 1) for _ in range((depth - 4) // 6 - 1)]
             self.add_module(f"block{i + 1}", nn.Sequential(OrderedDict(layer=nn.Sequential(*wide))))
-        self.bn1 = nn.BatchNorm2d(channels[-1])
-        self.out_features = channels[-1]
+        self.bn1, self.out_features = nn.BatchNorm2d(channels[-1]), channels[-1]
 
     def stages(self, x: Tensor) -> list[Tensor]:
         outputs = [x := self.conv1(x), x := self.block1(x), x := self.block2(x)]
@@ -251,6 +250,25 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean"
     return losses.mean() if reduction == "mean" else losses
 
 
+@contextmanager
+def _statistics_of_the_first(n: int, model: nn.Module):
+    """BatchNorms in training normalise all of a batch (N, C, H, W) by mean and variance of its first n images."""
+
+    def forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        first, rest = x.tensor_split([n])
+        var, mean = torch.var_mean(first.float() if x.dtype == torch.bfloat16 else first, (0, 2, 3), correction=0)
+        scale = norm.weight * (var + norm.eps).rsqrt()
+        rest = (rest - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+        return torch.cat([type(norm).forward(norm, first), rest.to(x.dtype)])
+
+    with ExitStack() as afterwards:
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d) and norm.training:
+                norm.forward = functools.partial(forward, norm)
+                afterwards.callback(delattr, norm, "forward")
+        yield
+
+
 SUPERVISED_LOSSES = ("st", "at", "mle", "jem", "jeat")
 
 
@@ -263,17 +281,13 @@ def supervised_loss(name, model, x, y, x_adv=None, weight=0.1, x_s=None) -> tupl
     jem   CE(x, y) + λ [LSE f(x_s) - LSE f(x)], x_s from a ReplayBuffer or, without its term, None; λ = 1 in [JEM]
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)], likewise; λ = 1 in [JEAT]
 
-    The last two see the network in eval mode, as SGLD does: by batch statistics BatchNorm would tell x_s from x whatever the
-    sampler does. A pass aside, in the model's own mode, moves the running statistics.
+    In the last two, BatchNorm in training normalises x_s too by the data's statistics: by others it could tell it from them.
     """
     if name not in SUPERVISED_LOSSES:
         raise CEMError(f"unknown loss {name!r}: choose one of {', '.join(SUPERVISED_LOSSES)}")
     seen = x if name in ("st", "jem") else x_adv
     if name in ("jem", "jeat"):
-        with torch.no_grad():
-            model(seen)
-        torch.clear_autocast_cache()  # PyTorch before 2.10 would go on with its casts of the weights, which have no graph
-        with _undisturbed(freeze=False):
+        with _statistics_of_the_first(len(x), model):
             logits, logits_s = model(seen if x_s is None else torch.cat([seen, x_s])).tensor_split([len(x)])
         gap = log_marginal(logits).mean() - (0 if x_s is None else log_marginal(logits_s).mean())
         return F.cross_entropy(logits, y) - weight * gap, logits
@@ -325,9 +339,9 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Callable[
         return lambda x: formulas[name](model(x), y)
 
     @functools.cache
+    @torch.no_grad()
     def positives() -> Tensor | None:  # embedded at the first call, when `ascend` has put the model into eval mode
-        with torch.no_grad():
-            return None if y is None else model(y)
+        return None if y is None else model(y)
 
     return lambda x: formulas[name](model(x), positives(), model.temperature)
 
@@ -339,8 +353,7 @@ def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Te
     if generator is None or isinstance(generator, torch.Generator):
         where = like.device if generator is None else generator.device
         return random(shape, generator=generator, dtype=like.dtype, device=where).to(like.device)
-    rows = [random(shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator]
-    return torch.stack(rows).to(like.device)
+    return torch.stack([random(shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator]).to(like.device)
 
 
 def _l2(x: Tensor) -> Tensor:
@@ -353,18 +366,15 @@ def project(delta: Tensor, eps: float, norm: str) -> Tensor:
     return delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / _l2(delta).clamp_min(1e-12)).clamp(max=1)
 
 
-DIRECTIONS = {  # d(∇U): the gradient itself, scaled to unit length, or its sign
-    "none": lambda gradient: gradient,
-    "l2": lambda gradient: gradient / _l2(gradient).clamp_min(1e-12),
-    "linf": torch.sign,
-}
+# d(∇U): the gradient itself, scaled to unit length, or its sign
+DIRECTIONS = {"none": lambda g: g, "l2": lambda g: g / _l2(g).clamp_min(1e-12), "linf": torch.sign}
 
 
 @contextmanager
-def _undisturbed(freeze: bool = True):
+def _undisturbed():
     """Modules called inside are in eval mode and frozen; on exit, by exception too, they are as they were.
 
-    A forward hook finds them, so that any callable can be a potential. Freezing spares the weight gradients.
+    A forward hook finds them, so that any callable can be a potential. Frozen, they spare the weight gradients.
     """
     modes, frozen = [], []
 
@@ -372,9 +382,7 @@ def _undisturbed(freeze: bool = True):
         if module.training:
             modes.append(module)
             module.training = False
-        for parameter in module.parameters(recurse=False) if freeze else ():
-            if parameter.requires_grad:
-                frozen.append(parameter.requires_grad_(False))
+        frozen.extend(p.requires_grad_(False) for p in module.parameters(recurse=False) if p.requires_grad)
 
     hook = register_module_forward_pre_hook(settle)
     try:
@@ -557,13 +565,10 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", mean=None,
 
     Other codebases' classifiers are read too, by foreign.py: MadryLab's robustness, RobustBench, torchvision. `mean` and
     `std` then replace the file's channel normalisation, in [0, 1] units; where neither says one it is 0 and 1, and
-    `model.extra["normalised"]` is False.
-
-    Reads tensors and plain values only: code in the file does not run. Raises CEMError for a file that is missing,
-    damaged or no checkpoint, and for an architecture that cannot be told.
+    `model.extra["normalised"]` is False. Tensors and plain values are read, code in the file does not run. Raises CEMError
+    for a file that is missing, damaged or no checkpoint, and for an architecture that cannot be told.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise CEMError(f"no checkpoint at {path}: train one, or name another with --ckpt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -583,7 +588,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", mean=None,
         model.load_state_dict(content["state"])
         model.extra = dict(content["extra"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CEMError(f"{path} is a damaged checkpoint: {first_line(error)}") from error
+        raise CEMError(f"{path} is a damaged checkpoint: {error}".splitlines()[0]) from error
     return model.to(device).eval()
 
 
@@ -592,7 +597,3 @@ def export(path: str | os.PathLike, model: ParametricCEM, format: str = "torchvi
     import foreign  # see load
 
     foreign.export(path, model, format)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from argparse_dataclass import ArgumentParser
-from torch import nn
+from torch import Tensor, nn
 
 import cem
 import parallel
@@ -86,6 +86,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(3 if isinstance(error, Diverged) else 2)
     except torch.OutOfMemoryError:
         print("error: the device's memory is too small for this: try a smaller --batch-size", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        print(f"error: torch.compile: {str(error).strip().splitlines()[0]}: leave --compile out", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -211,3 +216,21 @@ def autocast(where: torch.device, precision: str):
     require(precision != "tf32" or where.type == "cuda", "--precision tf32 is for NVIDIA's GPUs: leave it at auto here")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.autocast(where.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+
+
+class Compiled(nn.Module):
+    """A frozen network through torch.compile, without `cem.ascend`'s hook, for which it would be compiled anew each time."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.temperature = model, getattr(model, "temperature", None)
+        self.model.compile()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hooks = nn.modules.module._global_forward_pre_hooks
+        kept = dict(hooks)
+        hooks.clear()
+        try:
+            return self.model(x)
+        finally:
+            hooks.update(kept)

@@ -51,11 +51,16 @@ class TrainOptions:
         "when loss, gradient or energies leave all bounds: stop, or restart from ckpt.pt at half the rate",
         choices=["stop", "restart"],
     )
-    batch_norm: str = option("sync", "BatchNorm over all of torchrun's processes, or local to each", choices=["sync", "local"])
+    batch_norm: str = option(
+        "sync",
+        "BatchNorm over all of torchrun's processes, or local to each (always with jem and jeat)",
+        choices=["sync", "local"],
+    )
     max_minutes: float = option(math.inf, "save and stop after so many minutes; --resume continues")
     seed: int = option(0, "seed of weights, order, augmentation and attack")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "arithmetic", choices=cli.PRECISIONS)
+    compile: bool = option(False, "torch.compile: a minute more at the start; faster or not, depending on the device")
 
 
 def check(opt: TrainOptions) -> None:
@@ -78,6 +83,12 @@ def learning_rate(progress: float, peak: float, schedule: str) -> float:
         return peak * max(progress / warmup, 0.02)
     progress = (progress - warmup) / (1 - warmup)
     return peak * (1 - progress if schedule == "onecycle" else (1 + math.cos(math.pi * progress)) / 2)
+
+
+def frozen(model: nn.Module, opt: TrainOptions) -> nn.Module:
+    """What a training step attacks: the model of this moment, folded, with --compile compiled."""
+    network = cem.folded(parallel.bare(model))
+    return cli.Compiled(network) if opt.compile else network
 
 
 def fit(
@@ -134,7 +145,8 @@ def fit(
         if state is not None:
             training["state"] = {name: parallel.gather(rows) for name, rows in state.state_dict().items()}
         if opt.batch_norm == "local":
-            parallel.average_buffers(model)
+            for network in dict.fromkeys((model, final)):  # in one order everywhere
+                parallel.average_buffers(network)
         if first:
             if name == "ckpt.pt" and progress["step"] > began:
                 recover.keep(out)

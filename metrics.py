@@ -80,7 +80,7 @@ class Inception:
         try:
             self.net = (torch_fidelity if preprocess == "tf1" else pytorch_fid)(state)
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # a state dict of another network
-            raise cem.CEMError(f"{weights} holds no FID Inception: {cem.first_line(error)}") from error
+            raise cem.CEMError(f"{weights} holds no FID Inception: {error}".splitlines()[0]) from error
         for module in self.net.modules():
             if hasattr(module, "conv") and hasattr(module, "bn"):
                 module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()

@@ -62,9 +62,10 @@ class Options(engine.TrainOptions):
 
 
 def preset(opt: Options) -> dict:
-    if opt.dataset != "digits":
-        return {}
-    return DIGITS | (ENERGY_BASED_DIGITS if opt.loss in ENERGY_BASED else {})
+    result = DIGITS if opt.dataset == "digits" else {}
+    if opt.loss in ENERGY_BASED:
+        result = result | dict(batch_norm="local") | (ENERGY_BASED_DIGITS if result else {})
+    return result
 
 
 def check(opt: Options) -> None:
@@ -78,6 +79,10 @@ def check(opt: Options) -> None:
     cli.require(
         opt.loss not in ENERGY_BASED or opt.buffer >= opt.batch_size,
         f"--buffer {opt.buffer} is smaller than --batch-size {opt.batch_size}: a step takes as many chains as images",
+    )
+    cli.require(
+        opt.loss not in ENERGY_BASED or opt.batch_norm == "local",
+        f"--loss {opt.loss} has its BatchNorm by each process's own images: --batch-norm local",
     )
     cli.require(opt.max_energy_gap > 0, "--max-energy-gap must be positive")
     known = [*robust.ATTACKS, robust.AUTOATTACK]
@@ -114,7 +119,7 @@ def objective(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuffer | 
         x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip), train_set.labels[index]
         x_adv = x_s = None
         with cli.autocast(where, opt.precision):
-            frozen = None if opt.loss == "st" else cem.folded(parallel.bare(model))
+            frozen = None if opt.loss == "st" else engine.frozen(model, opt)
             if opt.loss in ("at", "mle", "jeat"):
                 attack = cem.potential("joint" if opt.loss == "jeat" else "ce", frozen, y)
                 x_adv = cem.pgd(attack, x, **ball, generator=generator)
@@ -145,6 +150,8 @@ def train(opt: Options) -> None:
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     model = cem.ParametricCEM(opt.arch, len(train_set.classes), **shape, **train_set.normalisation())
     model = model.to(where, memory_format=torch.channels_last)
+    if opt.compile and opt.loss not in ENERGY_BASED:  # whose BatchNorms are others in every step
+        model.compile()
     card = train_set.card(opt.seed_rank)
     seeds = cem.GaussianSeeds.from_state_dict(card["seeds"], where)
     buffer = None

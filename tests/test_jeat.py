@@ -68,19 +68,39 @@ def test_jeat_without_attack_is_jem_to_the_last_bit(model, batch):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-def test_the_generative_gradient_is_that_of_the_network_that_sgld_climbs(model64, batch):
-    """-∇ log p(x) + its estimate of ∇ log Z in eval mode; the statistics move as by one training pass over the data."""
+class ByTheFirst(torch.nn.Module):
+    """BatchNorm written out: a batch normalised by mean and variance of its first n images."""
+
+    def __init__(self, norm, n):
+        super().__init__()
+        self.norm, self.n = norm, n
+
+    def forward(self, x):
+        mean = x[: self.n].mean((0, 2, 3), keepdim=True)
+        variance = (x[: self.n] - mean).square().mean((0, 2, 3), keepdim=True)
+        weight, bias = (v[:, None, None] for v in (self.norm.weight, self.norm.bias))
+        return weight * (x - mean) / (variance + self.norm.eps).sqrt() + bias
+
+
+def test_samples_are_normalised_by_the_statistics_of_the_data(model64, batch):
+    """Loss and gradients against BatchNorm written out; running statistics and logits are those of the data alone."""
     x, y = batch[0].double(), batch[1]
-    x_s, network, other = torch.rand_like(x), copy.deepcopy(model64).train(), copy.deepcopy(model64).train()
-    loss, _ = cem.supervised_loss("jem", network, x, y, None, 1.0, x_s)
-    assert network.training and all(m.training for m in network.modules())
-    other(x)  # moves the running statistics, which eval mode then uses
-    for a, b in zip(network.buffers(), other.buffers()):
-        assert torch.equal(a, b)
-    other.eval()
-    expected = F.cross_entropy(other(x), y) + other(x_s).logsumexp(1).mean() - other(x).logsumexp(1).mean()
-    for ours, theirs in zip(gradients(network, loss), gradients(other, expected)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    x_s, network, alone = torch.rand_like(x), model64.train(), copy.deepcopy(model64).train()
+    written_out = copy.deepcopy(network)
+    for module in list(written_out.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.BatchNorm2d):
+                setattr(module, name, ByTheFirst(child, len(x)))
+    loss, logits = cem.supervised_loss("jem", network, x, y, None, 0.5, x_s)
+    f, f_s = written_out(torch.cat([x, x_s])).chunk(2)
+    expected = F.cross_entropy(f, y) + 0.5 * (f_s.logsumexp(1).mean() - f.logsumexp(1).mean())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    for ours, theirs in zip(gradients(network, loss), gradients(written_out, expected)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(logits, alone(x), rtol=0, atol=1e-12)
+    for ours, theirs in zip(network.buffers(), alone.buffers()):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert not any("forward" in vars(module) for module in network.modules())  # and nothing is left of it
 
 
 @pytest.mark.parametrize("name", ["jem", "jeat"])

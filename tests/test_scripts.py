@@ -1,6 +1,9 @@
 """The scripts as a user runs them: from the command line, in an empty folder, with good and with bad input."""
 
+import copy
 import json
+import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -317,3 +320,30 @@ def test_bad_sampling_options(arguments, part, digits_run, tmp_path):
         arguments = [*arguments, "--ckpt", digits_run / "runs/sup/ckpt.pt", "--out", "."]
     assert_refused(script("sample.py", *arguments, cwd=tmp_path), part)
     assert files(tmp_path) == before
+
+
+def test_compiled_networks_compute_what_the_eager_ones_do_and_are_compiled_once(model64, batch):
+    """In float64, where the order of additions is the only difference; three steps, each attacking a new folded copy."""
+    x, y, graphs = batch[0].double(), batch[1], []
+    network, twin = model64.train(), copy.deepcopy(model64).train()
+    network.compile()
+    for _ in range(3):
+        x_adv, losses = [], []
+        for net, attacked in ((network, cli.Compiled(cem.folded(network))), (twin, cem.folded(twin))):
+            potential = cem.potential("ce", attacked, y)
+            x_adv.append(cem.pgd(potential, x, eps=0.5, steps=2, generator=torch.Generator().manual_seed(0)))
+            losses.append(cem.supervised_loss("at", net, x, y, x_adv[-1])[0])
+            net.zero_grad()
+            losses[-1].backward()
+            torch.optim.SGD(net.parameters(), lr=0.1).step()
+        torch.testing.assert_close(*x_adv, rtol=0, atol=1e-8)
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-8)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    torch.testing.assert_close(list(network.parameters()), list(twin.parameters()), rtol=0, atol=1e-8)
+    assert graphs[0] >= 2 and graphs == graphs[:1] * 3
+
+
+def test_compile_without_a_compiler_is_a_clear_error(tmp_path):
+    with mock.patch.dict(os.environ, {"CXX": "/nonexistent"}):
+        done = process("train_sup.py", "--dataset", "digits", "--width", 4, "--loss", "st", "--compile", cwd=tmp_path)
+    assert done.returncode == 2 and "error: torch.compile: " in done.stderr and "Traceback" not in done.stderr
