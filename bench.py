@@ -138,7 +138,9 @@ def contenders(opt: Options, where: torch.device) -> dict[str, tuple[Callable, C
     def textbook_unsupervised():
         first, second, _ = (t.to(where) for t in next(pairs))
         encoder.train()
-        x_adv = textbook_attack(encoder, first, lambda v: cem.info_nce(encoder(v), encoder(second), 0.3), opt)
+        with torch.no_grad():
+            held = encoder(second)
+        x_adv = textbook_attack(encoder, first, lambda v: cem.info_nce(encoder(v), held, 0.3), opt)
         encoder_sgd.zero_grad()
         cem.info_nce(encoder(x_adv), encoder(second), 0.3).backward()
         encoder_sgd.step()
@@ -161,8 +163,11 @@ def contenders(opt: Options, where: torch.device) -> dict[str, tuple[Callable, C
         f = (z @ z.T / 0.3).masked_fill(torch.eye(len(z), dtype=torch.bool, device=where), -torch.inf)
         return -f.logsumexp(1).sum()
 
+    with torch.no_grad():
+        embedded = encoder.eval()(plain_x)
+
     def surrogate(v):
-        return cem.info_nce(encoder.eval()(v), encoder(plain_x), 0.3)
+        return cem.info_nce(encoder.eval()(v), embedded, 0.3)
 
     robust, embedding = frozen(cem.ParametricCEM), frozen(cem.NonParametricCEM)
     work = {

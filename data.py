@@ -156,8 +156,8 @@ def draws(n: int, per_image: int, seed: int, epoch: int, device="cpu") -> tuple[
     return order.to(device), torch.rand(n, per_image, generator=generator).to(device)
 
 
-def crop_flip(x: Tensor, u: Tensor, *, flip: bool = True) -> Tensor:
-    """Zero-pad by an eighth of the side, crop at random, mirror half of the images. x (N, C, H, W), u (N, 3) in [0, 1)."""
+def crop_flip(x: Tensor, u: Tensor, *, flip: bool = True, padding: str = "constant") -> Tensor:
+    """Pad by an eighth of the side, with zeros or "reflect", crop at random, mirror half of the images. u (N, 3) in [0, 1)."""
     n, _, height, width = x.shape
     pad = height // 8
     top, left = (u[:, :2] * (2 * pad + 1)).long().T
@@ -166,7 +166,7 @@ def crop_flip(x: Tensor, u: Tensor, *, flip: bool = True) -> Tensor:
     if flip:
         columns = torch.where(u[:, 2:] < 0.5, columns, columns.flip(1))
     columns = left[:, None] + columns
-    image, padded = torch.arange(n, device=x.device)[:, None, None], F.pad(x, (pad,) * 4)
+    image, padded = torch.arange(n, device=x.device)[:, None, None], F.pad(x, (pad,) * 4, padding)
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 

@@ -114,9 +114,10 @@ def evaluate(opt: Options) -> None:
 def objective(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuffer | None = None):
     """-> batch_loss(model, index, draws, generator) as engine.fit wants it: augment, attack, and the loss of --loss."""
     where, ball = train_set.images.device, ball_of(opt)
+    padding = "reflect" if opt.loss in ENERGY_BASED else "constant"  # by a black edge data could be told from samples
 
     def batch_loss(model, index, draws, generator):
-        x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip), train_set.labels[index]
+        x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip, padding=padding), train_set.labels[index]
         x_adv = x_s = None
         with cli.autocast(where, opt.precision):
             frozen = None if opt.loss == "st" else engine.frozen(model, opt)

@@ -122,14 +122,14 @@ def test_draws_depend_on_seed_and_epoch_alone():
         assert not torch.equal(u, data.draws(50, 3, seed, epoch)[1])
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_crop_flip_equals_torchvisions_functions(flip):
+@pytest.mark.parametrize("flip, padding", [(False, "constant"), (True, "constant"), (True, "reflect")])
+def test_crop_flip_equals_torchvisions_functions(flip, padding):
     generator = torch.Generator().manual_seed(0)
     x, u = torch.rand(20, 3, 16, 16, generator=generator), torch.rand(20, 3, generator=generator)
-    ours = data.crop_flip(x, u, flip=flip)
+    ours = data.crop_flip(x, u, flip=flip, padding=padding)
     f = torchvision.transforms.functional
     for image, out, (a, b, c) in zip(x, ours, u.tolist()):
-        expected = f.crop(f.pad(image, 2), int(a * 5), int(b * 5), 16, 16)
+        expected = f.crop(f.pad(image, 2, padding_mode=padding), int(a * 5), int(b * 5), 16, 16)
         assert torch.equal(out, f.hflip(expected) if flip and c >= 0.5 else expected)
 
 

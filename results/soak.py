@@ -1,0 +1,75 @@
+"""Does memory stay flat? An hour of training and of sampling on digits, resident memory read every ten seconds.
+
+python results/soak.py                               # half an hour each -> results/soak.json
+python results/soak.py --minutes 4 --out runs/soak.json
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import cli  # noqa: E402
+
+WARM = 0.1  # share of the time in which caches fill
+
+
+@dataclass
+class Options:
+    minutes: float = cli.option(60.0, "of both together")
+    every: float = cli.option(10.0, "seconds between two readings")
+    run: str = cli.option("runs/soak", "folder of the training run and the samples")
+    out: str = cli.option("results/soak.json", "JSON file to write")
+
+
+def resident(pid: int) -> float:
+    """MiB of memory that the process holds."""
+    return int(subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout or 0) / 1024
+
+
+def watch(words: list[str], minutes: float, every: float) -> dict:
+    """Let a script of the project run that long, then interrupt it as Ctrl-C does -> its memory's least and most, in MiB."""
+    readings, begin = [], time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / words[0]), *words[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as child:
+        for _ in tqdm(range(int(60 * minutes / every)), words[0], unit="reading", leave=False):
+            time.sleep(every)
+            cli.require(child.poll() is None, f"{words[0]} ended by itself: {child.stderr.read().decode()[-300:]}")
+            readings.append(resident(child.pid))
+        child.send_signal(signal.SIGINT)
+    cli.require(child.returncode == 130, f"{words[0]} ended with exit status {child.returncode}")
+    warm = readings[int(WARM * len(readings)) :]
+    least, most = min(warm), max(warm)
+    return {
+        "command": " ".join(["python", *words]),
+        "minutes": round((time.monotonic() - begin) / 60, 1),
+        "MiB_least": round(least, 1),
+        "MiB_most": round(most, 1),
+        "MiB_first_and_last": [round(warm[0], 1), round(warm[-1], 1)],
+        "spread": round(most / least - 1, 4),
+    }
+
+
+def main() -> None:
+    opt = cli.parse(Options, __doc__)
+    cli.require(opt.minutes * WARM * 30 > opt.every, "--minutes is too short for --every: a dozen readings at least")
+    train = f"train_sup.py --dataset digits --loss jeat --epochs 1000000 --seed 1 --out {opt.run}".split()
+    draw = f"sample.py --sampler rcs --n 100000000 --ckpt {opt.run}/ckpt.pt --out {opt.run}".split()
+    rows = []
+    for words in (train, draw):
+        rows.append(watch(words, opt.minutes / 2, opt.every))
+        print(json.dumps(rows[-1]), flush=True)
+    cli.write_text(Path(opt.out), json.dumps({"command": cli.command(), "rows": rows}, indent=1) + "\n")
+    print(f"wrote {opt.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
