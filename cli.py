@@ -218,6 +218,12 @@ def autocast(where: torch.device, precision: str):
     return torch.autocast(where.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
+def frozen(model: nn.Module, compiled: bool) -> nn.Module:
+    """What a training step attacks: the model of this moment, folded, with --compile compiled."""
+    network = cem.folded(parallel.bare(model))
+    return Compiled(network) if compiled else network
+
+
 class Compiled(nn.Module):
     """A frozen network through torch.compile, without `cem.ascend`'s hook, for which it would be compiled anew each time."""
 

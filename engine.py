@@ -1,5 +1,6 @@
 """What both training scripts share: options, schedule, and the loop with its checkpoints, log and end in good order."""
 
+import contextlib
 import json
 import math
 import sys
@@ -42,6 +43,7 @@ class TrainOptions:
     seed_rank: int = option(64, "rank of the Gaussian seeds' covariances in the checkpoint")
     n_eval: int = option(1000, "test images for the measurements in the log; --evaluate takes all of them")
     n: int = option(0, "--evaluate: test images to attack, evenly spread; 0: all")
+    evaluate: bool = False  # each script says what it measures
     restarts: int = option(1, "--evaluate: random starts of each PGD attack")
     ckpt: str = option("", "checkpoint for --evaluate (default: OUT/ckpt.pt)")
     out: str = option("", "folder of the run: ckpt.pt, log.jsonl, options.json, TensorBoard events")
@@ -51,11 +53,7 @@ class TrainOptions:
         "when loss, gradient or energies leave all bounds: stop, or restart from ckpt.pt at half the rate",
         choices=["stop", "restart"],
     )
-    batch_norm: str = option(
-        "sync",
-        "BatchNorm over all of torchrun's processes, or local to each (always with jem and jeat)",
-        choices=["sync", "local"],
-    )
+    batch_norm: str = option("sync", "BatchNorm over all of torchrun's processes, or local to each", choices=["sync", "local"])
     max_minutes: float = option(math.inf, "save and stop after so many minutes; --resume continues")
     seed: int = option(0, "seed of weights, order, augmentation and attack")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -69,6 +67,7 @@ def check(opt: TrainOptions) -> None:
     cli.require(opt.batch_size >= 2, "--batch-size must be at least 2: batch statistics and InfoNCE need other images")
     n = parallel.size()
     cli.require(opt.batch_size % n == 0 and opt.batch_size >= 2 * n, f"--batch-size must be a multiple of {n}, the processes")
+    cli.require(not opt.evaluate or n == 1, "--evaluate is for one process: call it without torchrun")
     cli.require(opt.weight_decay >= 0 and opt.eps >= 0, "--weight-decay and --eps must not be negative")
     cli.require(opt.attack_steps >= 1 and opt.attack_step_size > 0, "--attack-steps and --attack-step-size must be positive")
     cli.require(opt.seed_rank >= 1 and opt.n_eval >= 1, "--seed-rank and --n-eval must be at least 1")
@@ -83,12 +82,6 @@ def learning_rate(progress: float, peak: float, schedule: str) -> float:
         return peak * max(progress / warmup, 0.02)
     progress = (progress - warmup) / (1 - warmup)
     return peak * (1 - progress if schedule == "onecycle" else (1 + math.cos(math.pi * progress)) / 2)
-
-
-def frozen(model: nn.Module, opt: TrainOptions) -> nn.Module:
-    """What a training step attacks: the model of this moment, folded, with --compile compiled."""
-    network = cem.folded(parallel.bare(model))
-    return cli.Compiled(network) if opt.compile else network
 
 
 def fit(
@@ -227,8 +220,8 @@ def fit(
         cli.write_text(out / "options.json", json.dumps(asdict(opt), indent=2) + "\n")
     if not opt.resume:
         save()  # there is something to return to from the first step on
-    board = SummaryWriter(str(out), purge_step=progress["step"] + 1) if first else None
-    with cli.Stop(opt.max_minutes) as stop:
+    writer = SummaryWriter(str(out), purge_step=progress["step"] + 1) if first else contextlib.nullcontext()
+    with writer as board, cli.Stop(opt.max_minutes) as stop:
         while progress["step"] < total and not parallel.anyone(stop.due(), where):
             try:
                 train_epoch(board, stop)
@@ -249,8 +242,6 @@ def fit(
                 progress["restarts"], began = restarts, progress["step"]
                 save()
                 cli.warn(f"{back}: from there with {0.5**restarts:g} of the learning rate")
-    if first:
-        board.close()
     print(f"wrote {out / 'ckpt.pt'}, {out / 'log.jsonl'}")
     if progress["step"] < total:
         stop.end(f"stopped {stop.reason} at step {progress['step']} of {total}: --resume continues")

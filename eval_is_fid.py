@@ -30,6 +30,7 @@ import cem
 import cli
 import data
 import metrics
+import parallel
 from cli import option
 
 
@@ -121,17 +122,20 @@ def kept(path: Path, images: Tensor, compute: Callable[[], metrics.Reference]) -
     sha = hashlib.sha256(f"{FORMAT} {tuple(images.shape)}".encode())
     for part in images.split(1000):
         sha.update(part.contiguous().numpy())
-    fingerprint = sha.hexdigest()
+    fingerprint, found = sha.hexdigest(), None
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if str(arrays["fingerprint"]) == fingerprint:
-                return metrics.Reference.from_arrays(arrays)
-        print(f"{path} is of other images: the dataset has changed, its statistics are computed anew")
+                found = metrics.Reference.from_arrays(arrays)
+        if found is None:
+            print(f"{path} is of other images: the dataset has changed, its statistics are computed anew")
     except FileNotFoundError:
         pass
     except Exception as error:  # a damaged archive can fail in any way
         print(f"{path} is damaged ({type(error).__name__}): computed anew")
-    reference = compute()
+    if not parallel.anyone(found is None, torch.device("cpu")):
+        return found
+    reference = compute()  # in all processes together, though one on another machine may have it
     try:
         cem.replace(path, lambda file: np.savez(file, fingerprint=np.array(fingerprint), **reference.arrays()))
         print(f"kept the reference's statistics in {path}")

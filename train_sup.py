@@ -120,7 +120,7 @@ def objective(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuffer | 
         x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip, padding=padding), train_set.labels[index]
         x_adv = x_s = None
         with cli.autocast(where, opt.precision):
-            frozen = None if opt.loss == "st" else engine.frozen(model, opt)
+            frozen = None if opt.loss == "st" else cli.frozen(model, opt.compile)
             if opt.loss in ("at", "mle", "jeat"):
                 attack = cem.potential("joint" if opt.loss == "jeat" else "ce", frozen, y)
                 x_adv = cem.pgd(attack, x, **ball, generator=generator)

@@ -151,7 +151,7 @@ def objective(opt: Options, train_set: data.Dataset):
         x, x_plus = views(train_set.pixels(index), draws, train_set, opt)
         with cli.autocast(where, opt.precision):
             if opt.loss == "at":
-                attack = cem.potential("pgd", parallel.Gathered(engine.frozen(model, opt)), x_plus)
+                attack = cem.potential("pgd", parallel.Gathered(cli.frozen(model, opt.compile)), x_plus)
                 ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
                 x = cem.pgd(attack, x, **ball, generator=generator)
             z, z_plus = (parallel.gather_embeddings(part) for part in model(torch.cat([x, x_plus])).chunk(2))

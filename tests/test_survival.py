@@ -188,6 +188,22 @@ def test_two_processes_train_as_one_does(name, tmp_path):
     assert logs[0]["gradient_norm"] == pytest.approx(logs[1]["gradient_norm"], abs=1e-5)
 
 
+def test_two_processes_train_an_energy_model_with_chains_of_their_own_and_resume(tmp_path):
+    options = [*TINY, "--loss", "jeat", "--attack-steps", 1, "--sgld-steps", 1, "--buffer", 300, "--ema", 0]
+    for more in (["--epochs", 1], ["--epochs", 2, "--resume"]):
+        done = torchrun(2, ROOT / "train_sup.py", *options, *more, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
+    model = cem.load(tmp_path / "runs/sup/ckpt.pt")
+    training = model.extra["training"]
+    chains = training["state"]["images"]
+    assert training["step"] == 22 and len(chains) == 300 == len(chains.flatten(1).unique(dim=0))
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+    done = torchrun(2, ROOT / "train_sup.py", *options, "--batch-norm", "sync", cwd=tmp_path)
+    assert done.returncode and "--batch-norm local" in done.stderr
+    done = torchrun(2, ROOT / "train_sup.py", "--evaluate", cwd=tmp_path)
+    assert done.returncode and "--evaluate is for one process" in done.stderr
+
+
 def test_processes_share_out_sampling_and_metrics_and_get_the_same(whole, tmp_path):
     """The union of the samples is the one process's set; the figures agree (features are of batches of other sizes)."""
     shutil.copy(whole / "ckpt.pt", tmp_path / "ckpt.pt")
