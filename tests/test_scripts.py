@@ -1,8 +1,11 @@
 """The scripts as a user runs them: from the command line, in an empty folder, with good and with bad input."""
 
 import copy
+import ctypes
 import json
 import os
+import subprocess
+import sys
 from unittest import mock
 
 import numpy as np
@@ -347,3 +350,19 @@ def test_compile_without_a_compiler_is_a_clear_error(tmp_path):
     with mock.patch.dict(os.environ, {"CXX": "/nonexistent"}):
         done = process("train_sup.py", "--dataset", "digits", "--width", 4, "--loss", "st", "--compile", cwd=tmp_path)
     assert done.returncode == 2 and "error: torch.compile: " in done.stderr and "Traceback" not in done.stderr
+
+
+FAULTS = """
+import resource, torch, cli
+cli.device("cpu")
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+def test_freed_memory_is_used_again_without_page_faults():
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < 100, done.stderr  # a page at a time it would be 16,384; by huge pages 32
