@@ -8,11 +8,13 @@
 Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into --out.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import cem
 import cli
@@ -120,12 +122,12 @@ def objective(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuffer | 
         x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip, padding=padding), train_set.labels[index]
         x_adv = x_s = None
         with cli.autocast(where, opt.precision):
-            frozen = None if opt.loss == "st" else cli.frozen(model, opt.compile)
             if opt.loss in ("at", "mle", "jeat"):
-                attack = cem.potential("joint" if opt.loss == "jeat" else "ce", frozen, y)
+                attack = cem.potential("joint" if opt.loss == "jeat" else "ce", cli.frozen(model, opt.compile), y)
                 x_adv = cem.pgd(attack, x, **ball, generator=generator)
             if buffer is not None:
-                x_s = buffer.sample(cem.potential("langevin", frozen), len(x), generator.own, **sgld_of(opt))
+                climbed = cli.frozen(by_statistics_of(x if x_adv is None else x_adv, parallel.bare(model)), opt.compile)
+                x_s = buffer.sample(cem.potential("langevin", climbed), len(x), generator.own, **sgld_of(opt))
             loss, logits = cem.supervised_loss(opt.loss, model, x, y, x_adv, opt.likelihood_weight, x_s)
         metrics = {"train_accuracy": (logits.argmax(1) == y).float().mean()}
         if buffer is not None:
@@ -134,6 +136,25 @@ def objective(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuffer | 
         return loss, metrics
 
     return batch_loss
+
+
+@torch.no_grad()
+def by_statistics_of(x: Tensor, model: nn.Module) -> nn.Module:
+    """A copy of the model whose BatchNorms keep mean and variance of the images x (N, C, H, W): what the loss sees, for SGLD.
+
+    On the running statistics, which lag behind, samples of low energy are none to the loss: JEM diverged in all of five runs.
+    """
+    model = copy.deepcopy(model).requires_grad_(False).eval()
+
+    def keep(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        norm.running_var, norm.running_mean = torch.var_mean(inputs[0].to(norm.running_var.dtype), (0, 2, 3), correction=0)
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(keep) for norm in norms]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return model
 
 
 def ball_of(opt: Options) -> dict:

@@ -23,6 +23,7 @@ import cli
 import data
 import engine
 import robust
+import train_sup
 
 TINY = ["--dataset", "digits", "--width", 4, "--n-eval", 36, "--sgld-steps", 2, "--buffer", 300, "--attack-steps", 1]
 
@@ -101,6 +102,19 @@ def test_samples_are_normalised_by_the_statistics_of_the_data(model64, batch):
     for ours, theirs in zip(network.buffers(), alone.buffers()):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert not any("forward" in vars(module) for module in network.modules())  # and nothing is left of it
+
+
+def test_sgld_climbs_what_the_loss_sees(model64, batch):
+    """The copy's logits in eval mode are those of the model in training whose batch begins with these images."""
+    x, x_s, network = batch[0].double(), torch.rand_like(batch[0].double()), model64.train()
+    before = copy.deepcopy(network.state_dict())
+    climbed = train_sup.by_statistics_of(x, network)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items()) and network.training
+    with torch.no_grad(), cem._statistics_of_the_first(len(x), network):
+        seen = network(torch.cat([x, x_s]))
+    for images, logits in zip((x, x_s), seen.chunk(2)):
+        torch.testing.assert_close(climbed(images), logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(cem.folded(climbed)(images), logits, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["jem", "jeat"])
