@@ -231,11 +231,8 @@ def main() -> None:
         ratios, (mine, theirs) = sorted(b / a for a, b in pairs), (statistics.median(column) for column in zip(*pairs))
         flops = passes * forward * opt.batch_size / mine
         row = {"what": name, "ratio": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1]}
-        row |= {
-            "images_per_second": opt.batch_size / mine,
-            "textbook": opt.batch_size / theirs,
-            "GFLOP_per_second": flops / 1e9,
-        }
+        row |= {"images_per_second": opt.batch_size / mine, "textbook": opt.batch_size / theirs}
+        row |= {"GFLOP_per_second": flops / 1e9}
         row |= {"share_of_peak": flops / peak} if peak else {}
         row |= {"peak_bytes_per_image": memory // opt.batch_size} if memory else {}
         rows.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})

@@ -59,8 +59,7 @@ def warn(message: str) -> None:
 
 
 def folder_beside(ckpt: Path, foreign: bool = False) -> Path:
-    """Where the outputs of a checkpoint go: beside it; to runs/shipped for one that ships; to a folder of its name for
-    one from elsewhere, which may share its folder with others."""
+    """Where a checkpoint's outputs go: beside it; of one that ships runs/shipped; of a foreign one a folder of its name."""
     if foreign:
         return ckpt.with_suffix("")
     return Path("runs/shipped") if ckpt.resolve().parent == SHIPPED else ckpt.parent
@@ -91,7 +90,7 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        print(f"error: torch.compile: {str(error).strip().splitlines()[0]}: leave --compile out", file=sys.stderr)
+        print(f"error: torch.compile (leave --compile out): {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -129,8 +128,7 @@ class Stop:
 def memory(batch_size: int, attempt: Callable[[int], object]):
     """Where the block runs out of memory: a CEMError that names the largest batch n for which attempt(n) does not."""
     try:
-        yield
-        return
+        return (yield)
     except torch.OutOfMemoryError:
         pass  # outside of this block the exception no longer holds the tensors of its frames
     if parallel.size() > 1:  # the others may not have run out, and an attempt is made together
@@ -202,8 +200,9 @@ def device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees; else its pages are faulted in anew at the next: 7 to 19 % of an attack's time."""
     with contextlib.suppress(AttributeError, TypeError, OSError):  # where there is another C library
-        for parameter, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, value)
+        mallopt = ctypes.CDLL(None).mallopt
+        if mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25):  # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MiB
+            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 PRECISIONS = ["auto", "float32", "tf32", "bfloat16"]

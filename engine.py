@@ -58,7 +58,9 @@ class TrainOptions:
     seed: int = option(0, "seed of weights, order, augmentation and attack")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "arithmetic", choices=cli.PRECISIONS)
-    compile: bool = option(False, "torch.compile: a minute more at the start; faster or not, depending on the device")
+    compile: bool = option(
+        False, "torch.compile of network and attack (jem, jeat: of attack and SGLD alone): a minute more at the start"
+    )
 
 
 def check(opt: TrainOptions) -> None:
@@ -137,9 +139,7 @@ def fit(
         training["seconds"] += time.monotonic() - begin
         if state is not None:
             training["state"] = {name: parallel.gather(rows) for name, rows in state.state_dict().items()}
-        if opt.batch_norm == "local":
-            for network in dict.fromkeys((model, final)):  # in one order everywhere
-                parallel.average_buffers(network)
+        parallel.average_buffers(model, final)
         if first:
             if name == "ckpt.pt" and progress["step"] > began:
                 recover.keep(out)
@@ -192,6 +192,7 @@ def fit(
         bar.close()
         if count == per_epoch:
             line = {"epoch": epoch + 1, "step": progress["step"], "lr": rate, **means}
+            parallel.average_buffers(model, final)
             line |= evaluate(final.eval(), epoch + 1) if first else {}
             seconds = progress["seconds"] + time.monotonic() - begin
             line |= {"images_per_second": round(speed, 1), "seconds": round(seconds, 1)}

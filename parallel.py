@@ -183,8 +183,8 @@ def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def average_buffers(model: nn.Module) -> None:
-    """Give all processes the mean of their local BatchNorms' statistics."""
-    for buffer in model.buffers():
+def average_buffers(*models: nn.Module) -> None:
+    """Give all processes the mean of their BatchNorms' statistics, which differ where these are local."""
+    for buffer in (buffer for model in models for buffer in model.buffers()):
         if buffer.is_floating_point():
             buffer.copy_(mean(buffer))

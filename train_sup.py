@@ -65,8 +65,10 @@ class Options(engine.TrainOptions):
 
 def preset(opt: Options) -> dict:
     result = DIGITS if opt.dataset == "digits" else {}
-    if opt.loss in ENERGY_BASED:
-        result = result | dict(batch_norm="local") | (ENERGY_BASED_DIGITS if result else {})
+    if opt.loss in ENERGY_BASED and result:
+        result = result | ENERGY_BASED_DIGITS
+    if opt.loss in ENERGY_BASED and parallel.size() > 1:
+        result = result | dict(batch_norm="local")
     return result
 
 
@@ -83,7 +85,7 @@ def check(opt: Options) -> None:
         f"--buffer {opt.buffer} is smaller than --batch-size {opt.batch_size}: a step takes as many chains as images",
     )
     cli.require(
-        opt.loss not in ENERGY_BASED or opt.batch_norm == "local",
+        opt.loss not in ENERGY_BASED or opt.batch_norm == "local" or parallel.size() == 1,
         f"--loss {opt.loss} has its BatchNorm by each process's own images: --batch-norm local",
     )
     cli.require(opt.max_energy_gap > 0, "--max-energy-gap must be positive")

@@ -5,9 +5,11 @@ python results/soak.py --minutes 4 --out runs/soak.json
 """
 
 import json
+import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,31 +38,39 @@ def resident(pid: int) -> float:
 
 def watch(words: list[str], minutes: float, every: float) -> dict:
     """Let a script of the project run that long, then interrupt it as Ctrl-C does -> its memory's least and most, in MiB."""
-    readings, begin = [], time.monotonic()
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / words[0]), *words[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as child:
-        for _ in tqdm(range(int(60 * minutes / every)), words[0], unit="reading", leave=False):
-            time.sleep(every)
-            cli.require(child.poll() is None, f"{words[0]} ended by itself: {child.stderr.read().decode()[-300:]}")
-            readings.append(resident(child.pid))
-        child.send_signal(signal.SIGINT)
-    cli.require(child.returncode == 130, f"{words[0]} ended with exit status {child.returncode}")
+    readings, begin, before = [], time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with tempfile.TemporaryFile() as errors:
+        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            for _ in tqdm(range(int(60 * minutes / every)), words[0], unit="reading", leave=False):
+                time.sleep(every)
+                if child.poll() is not None:
+                    break
+                readings.append(resident(child.pid))
+            child.send_signal(signal.SIGINT)
+            status = child.wait(120)
+        finally:
+            child.kill()
+        errors.seek(0)
+        said = errors.read().decode().replace("\r", "\n").strip().splitlines() or [""]
+        cli.require(status == 130, f"{words[0]} ended with exit status {status}: {said[-1]}")
     warm = readings[int(WARM * len(readings)) :]
-    least, most = min(warm), max(warm)
     return {
         "command": " ".join(["python", *words]),
         "minutes": round((time.monotonic() - begin) / 60, 1),
-        "MiB_least": round(least, 1),
-        "MiB_most": round(most, 1),
+        "cpu_minutes": round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before) / 60, 1),
+        "MiB_least_and_most": [round(min(warm), 1), round(max(warm), 1)],
         "MiB_first_and_last": [round(warm[0], 1), round(warm[-1], 1)],
-        "spread": round(most / least - 1, 4),
+        "spread": round(max(warm) / min(warm) - 1, 4),
     }
 
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    cli.require(opt.minutes * WARM * 30 > opt.every, "--minutes is too short for --every: a dozen readings at least")
+    cli.require(
+        opt.every > 0 and opt.minutes * 60 / 2 / opt.every >= 12, "--minutes is too short for --every: 12 readings each"
+    )
     train = f"train_sup.py --dataset digits --loss jeat --epochs 1000000 --seed 1 --out {opt.run}".split()
     draw = f"sample.py --sampler rcs --n 100000000 --ckpt {opt.run}/ckpt.pt --out {opt.run}".split()
     rows = []

@@ -189,7 +189,7 @@ def test_two_processes_train_as_one_does(name, tmp_path):
 
 
 def test_two_processes_train_an_energy_model_with_chains_of_their_own_and_resume(tmp_path):
-    options = [*TINY, "--loss", "jeat", "--attack-steps", 1, "--sgld-steps", 1, "--buffer", 300, "--ema", 0]
+    options = [*TINY, "--loss", "jeat", "--attack-steps", 1, "--sgld-steps", 1, "--buffer", 300]
     for more in (["--epochs", 1], ["--epochs", 2, "--resume"]):
         done = torchrun(2, ROOT / "train_sup.py", *options, *more, cwd=tmp_path)
         assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
