@@ -22,6 +22,7 @@ import cem
 import cli
 import data
 import engine
+import parallel
 import robust
 import train_sup
 
@@ -115,6 +116,24 @@ def test_sgld_climbs_what_the_loss_sees(model64, batch):
     for images, logits in zip((x, x_s), seen.chunk(2)):
         torch.testing.assert_close(climbed(images), logits, rtol=0, atol=1e-10)
         torch.testing.assert_close(cem.folded(climbed)(images), logits, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name, border", [("at", "constant"), ("jem", "reflect"), ("jeat", "reflect")])
+def test_a_training_step_crops_and_samples_as_its_loss_needs(name, border):
+    train_set, generator = data.load("digits", "train"), parallel.Share(0, torch.device("cpu"))
+    model = cem.ParametricCEM("resnet18", 10, width=4, in_channels=1).train()
+    buffer = cem.ReplayBuffer(16, (1, 8, 8)) if name != "at" else None
+    opt = train_sup.Options(loss=name, attack_steps=1, sgld_steps=1, precision="float32")
+    crops = mock.patch.object(data, "crop_flip", wraps=data.crop_flip)
+    statistics = mock.patch.object(train_sup, "by_statistics_of", wraps=train_sup.by_statistics_of)
+    losses = mock.patch.object(cem, "supervised_loss", wraps=cem.supervised_loss)
+    with crops as crop, statistics as keep, losses as loss:
+        train_sup.objective(opt, train_set, buffer)(model, torch.arange(8), torch.rand(8, 3), generator)
+    assert crop.call_args.kwargs["padding"] == border
+    _, _, x, _, x_adv, _, x_s = loss.call_args.args
+    assert keep.call_count == (buffer is not None) == (x_s is not None)
+    if buffer is not None:
+        assert torch.equal(keep.call_args.args[0], x if name == "jem" else x_adv)
 
 
 @pytest.mark.parametrize("name", ["jem", "jeat"])
