@@ -18,6 +18,7 @@ from conftest import ROOT, files, script
 from test_scripts import assert_refused
 
 import cem
+import data
 import sample
 
 TINY = ["--dataset", "digits", "--width", "4", "--n-eval", "36", "--epochs", "3", "--ema", "0.9", "--seed-rank", "4"]
@@ -189,7 +190,7 @@ def test_two_processes_train_as_one_does(name, tmp_path):
 
 
 def test_two_processes_train_an_energy_model_with_chains_of_their_own_and_resume(tmp_path):
-    options = [*TINY, "--loss", "jeat", "--attack-steps", 1, "--sgld-steps", 1, "--buffer", 300]
+    options = [*TINY, "--loss", "jeat", "--attack-steps", 1, "--sgld-steps", 1, "--buffer", 300, "--diagnose"]
     for more in (["--epochs", 1], ["--epochs", 2, "--resume"]):
         done = torchrun(2, ROOT / "train_sup.py", *options, *more, cwd=tmp_path)
         assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
@@ -198,6 +199,9 @@ def test_two_processes_train_an_energy_model_with_chains_of_their_own_and_resume
     chains = training["state"]["images"]
     assert training["step"] == 22 and len(chains) == 300 == len(chains.flatten(1).unique(dim=0))
     assert all(v.isfinite().all() for v in model.state_dict().values())
+    test = data.load("digits", "test")  # what the log says is of the statistics that were saved: those of both processes
+    energy = -cem.log_marginal(model(test.pixels(test.spread(36)))).mean().item()
+    assert energy == pytest.approx(log_of(tmp_path / "runs/sup")[-1]["E_x"], abs=1e-4)
     done = torchrun(2, ROOT / "train_sup.py", *options, "--batch-norm", "sync", cwd=tmp_path)
     assert done.returncode and "--batch-norm local" in done.stderr
     done = torchrun(2, ROOT / "train_sup.py", "--evaluate", cwd=tmp_path)
