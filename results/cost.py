@@ -44,7 +44,7 @@ def main() -> None:
     settings = [{key: int(value) for key, value in setting.items()} for setting in settings]
     steps = []
     for setting in settings:
-        work = bench.contenders(bench.Options(precision=opt.precision, **setting), where)
+        work = bench.ours(bench.Options(precision=opt.precision, **setting), where)
         steps.append(work["supervised training step"][0])
     rounds = [[bench.seconds(step, where) for step in steps] for _ in tqdm(range(opt.rounds + 1), "rounds", leave=False)]
     medians = [statistics.median(times) for times in zip(*rounds[1:])]

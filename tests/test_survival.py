@@ -208,6 +208,20 @@ def test_two_processes_train_an_energy_model_with_chains_of_their_own_and_resume
     assert done.returncode and "--evaluate is for one process" in done.stderr
 
 
+def test_local_statistics_are_saved_as_their_mean_over_the_processes(tmp_path):
+    """Without learning the first BatchNorm's running mean is linear in the images, its average over the steps too: the mean
+    of two processes' is that of one process with the whole batch. Each process's own is off by some 1e-3."""
+    options = [*TINY, "--epochs", 1, "--loss", "st", "--lr", 1e-30, "--precision", "float32", "--batch-norm", "local"]
+    states = []
+    for n in (1, 2):
+        done = torchrun(n, ROOT / "train_sup.py", *options, "--out", f"out{n}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        model = cem.load(tmp_path / f"out{n}/ckpt.pt")
+        states.append([state["net.bn1.running_mean"] for state in (model.extra["training"]["model"], model.state_dict())])
+    for one, two in zip(*states):  # of the weights themselves, and of their running average
+        torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
+
+
 def test_processes_share_out_sampling_and_metrics_and_get_the_same(whole, tmp_path):
     """The union of the samples is the one process's set; the figures agree (features are of batches of other sizes)."""
     shutil.copy(whole / "ckpt.pt", tmp_path / "ckpt.pt")
