@@ -3,10 +3,10 @@
     python bench.py                                      # ResNet-18, batch 64, PGD-10
     python bench.py --width 16 --batch-size 256 --out results/bench.json
 
-The textbook loop: float32, contiguous memory, `loss.backward()` through everything, torchvision's transforms in a DataLoader,
-in a process of its own, without this project's settings, that waits while ours is timed. Each line is the median of
---repeats pairs; the ratio comes first, with its range. FLOP are counted for the forward pass and taken twice for a step of
-attack or sampler, thrice for one of training. The attack is held against torchattacks too, where that is installed.
+The textbook loop: float32 (on a GPU with PyTorch's default of TF32 convolutions), contiguous memory, `loss.backward()`
+through everything, torchvision's transforms in a DataLoader, in a process of its own that waits while ours is timed. Each
+line is the median of --repeats pairs; the ratio comes first, with its range. FLOP are those of the forward pass, twice for a
+step of attack or sampler, thrice for one of training. The attack is held against torchattacks too, where that is installed.
 """
 
 import functools
@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cem
 import cli
 import data
+import hardware
 import parallel
 import train_sup
 import train_unsup
@@ -49,7 +50,7 @@ class Options:
     only: str = option("", "parts of the names of what to measure, comma-separated (default: all)")
     out: str = option("", "JSON file to write")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = option("auto", "our arithmetic; the textbook's is float32", choices=cli.PRECISIONS)
+    precision: str = option("auto", "our arithmetic; the textbook's is float32", choices=hardware.PRECISIONS)
 
 
 def textbook_pgd(x: Tensor, objective: Callable[[Tensor], Tensor], steps: int, eps: float | None = None) -> Tensor:
@@ -119,7 +120,7 @@ def ours(opt: Options, where: torch.device) -> dict[str, tuple[Callable, int]]:
         return step
 
     def climb(model: nn.Module, name: str, positives=None, **ball):
-        with cli.autocast(where, opt.precision):
+        with hardware.autocast(where, opt.precision):
             return cem.ascend(cem.potential(name, model, positives), x, steps=k, step_size=0.1, **ball)
 
     kinds = cem.ParametricCEM, cem.NonParametricCEM
@@ -129,7 +130,7 @@ def ours(opt: Options, where: torch.device) -> dict[str, tuple[Callable, int]]:
         "supervised training step": (training(train_sup, cem.ParametricCEM, 3), 2 * k + 3),
         "unsupervised training step": (training(train_unsup, cem.NonParametricCEM, 2 * data.SIMCLR_DRAWS), 2 * k + 1 + 6),
         "attack": (attack, 2 * k),
-        "sampler pgd": (functools.partial(climb, embedding, "pgd", x), 2 * k),
+        "sampler pgd": (functools.partial(climb, embedding, "pgd", x), 2 * k + 1),
         "sampler maxent": (functools.partial(climb, embedding, "maxent"), 2 * k),
     }
     for name in cem.PARAMETRIC_SAMPLERS:
@@ -186,9 +187,7 @@ def textbook(opt: Options, where: torch.device) -> dict[str, Callable]:
         objective = lambda v, log_p=log_p: log_p(classifier.eval()(v), y).sum()  # noqa: E731
         work[f"sampler {name}"] = functools.partial(textbook_pgd, x, objective, k)
     if importlib.util.find_spec("torchattacks"):
-        import torchattacks
-
-        peer = torchattacks.PGDL2(classifier.eval(), eps=0.5, alpha=0.1, steps=k)
+        peer = importlib.import_module("torchattacks").PGDL2(classifier.eval(), eps=0.5, alpha=0.1, steps=k)
         work["attack, against torchattacks"] = lambda: (classifier.eval(), peer(x, y))
     return work
 
@@ -209,35 +208,36 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     for name in ("width", "batch_size", "steps", "repeats"):
         cli.require(getattr(opt, name) > 0, f"--{name.replace('_', '-')} must be positive")
-    where = cli.device(opt.device)
+    where = hardware.device(opt.device)
     cpu = f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu
     with FlopCounterMode(display=False) as counter:
         cem.ParametricCEM(opt.arch, width=opt.width).eval()(torch.rand(1, 3, opt.image_size, opt.image_size))
     forward, rows = counter.get_total_flops(), []
-    peak = next((value for name, value in PEAKS.items() if name in machine), None)
-    print(f"{machine}, {cli.settled(where, opt.precision)}; {opt.arch} width {opt.width}, {forward / 1e9:.3f} GFLOP an image")
-    wanted = {k: v for k, v in ours(opt, where).items() if any(part.strip() in k for part in opt.only.split(","))}
+    arithmetic = hardware.settled(where, opt.precision)
+    peak = next((value for name, value in PEAKS.items() if name in machine and arithmetic == "bfloat16"), None)
+    print(f"{machine}, {arithmetic}; {opt.arch} width {opt.width}, {forward / 1e9:.3f} GFLOP an image")
+    work = ours(opt, where)
+    wanted = {k: v for k, v in work.items() if any(part.strip() in k for part in opt.only.split(","))}
+    cli.require(bool(wanted), f"--only {opt.only} is in none of these names: {', '.join(work)}")
     other = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     for name, (step, passes) in wanted.items():
+        seconds(step, where)  # kernels are chosen
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         seconds(step, where)
         memory = torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None
         other.submit(textbook_seconds, name, opt, where).result()
         pairs = [(seconds(step, where), other.submit(textbook_seconds, name, opt, where).result()) for _ in range(opt.repeats)]
-        ratios, (mine, theirs) = sorted(b / a for a, b in pairs), (statistics.median(column) for column in zip(*pairs))
-        flops = passes * forward * opt.batch_size / mine
+        ratios = sorted(b / a for a, b in pairs)
+        mine, theirs = (opt.batch_size / statistics.median(column) for column in zip(*pairs))  # images/s
+        flops = passes * forward * mine
         row = {"what": name, "ratio": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1]}
-        row |= {
-            "images_per_second": opt.batch_size / mine,
-            "textbook": opt.batch_size / theirs,
-            "GFLOP_per_second": flops / 1e9,
-        }
+        row |= {"images_per_second": mine, "textbook": theirs, "GFLOP_per_second": flops / 1e9}
         row |= {"share_of_peak": flops / peak} if peak else {}
         row |= {"peak_bytes_per_image": memory // opt.batch_size} if memory else {}
         rows.append({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()})
-        speeds = f"{opt.batch_size / mine:9.1f} images/s, textbook {opt.batch_size / theirs:9.1f}, {flops / 1e9:9.1f} GFLOP/s"
+        speeds = f"{mine:9.1f} images/s, textbook {theirs:9.1f}, {flops / 1e9:9.1f} GFLOP/s"
         share = f", {flops / peak:.1%} of peak" if peak else ""
         print(f"{name:32s} {row['ratio']:5.2f} x  ({ratios[0]:.2f} to {ratios[-1]:.2f})  {speeds}{share}", flush=True)
     if opt.out:

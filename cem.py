@@ -19,9 +19,10 @@ import copy
 import functools
 import math
 import os
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -372,10 +373,8 @@ DIRECTIONS = {"none": lambda g: g, "l2": lambda g: g / _l2(g).clamp_min(1e-12), 
 
 @contextmanager
 def _undisturbed():
-    """Modules called inside are in eval mode and frozen; on exit, by exception too, they are as they were.
-
-    A forward hook finds them, so that any callable can be a potential. Frozen, they spare the weight gradients.
-    """
+    """Modules called inside are in eval mode and frozen (no weight gradients); on exit, by exception too, as they were.
+    A forward hook finds them, so that any callable can be a potential."""
     modes, frozen = [], []
 
     def settle(module, _inputs):
@@ -471,8 +470,7 @@ class GaussianSeeds:
         """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, every class with at least two images."""
         flat, scale = images.flatten(1), 255 if images.dtype == torch.uint8 else 1
         num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-        rank = min(rank or flat.shape[1], flat.shape[1], len(flat) - 1)
-        means, factors = [], []
+        rank, means, factors = min(rank or flat.shape[1], flat.shape[1], len(flat) - 1), [], []
         for k in range(num_classes + 1):
             rows = (flat if k == num_classes else flat[labels == k]).to(torch.get_default_dtype()) / scale
             if len(rows) < 2:
@@ -570,10 +568,9 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", mean=None,
     """
     if not Path(path).is_file():
         raise CEMError(f"no checkpoint at {path}: train one, or name another with --ckpt")
-    try:
+    content = None
+    with suppress(Exception):  # damaged, hostile, or of a codebase that pickles more than tensors
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # damaged, hostile, or of a codebase that pickles more than tensors
-        content = None
     foreigner = not isinstance(content, dict) or content.get("format") != "cem"
     if (mean is None) != (std is None) or not (foreigner or mean is None):
         raise CEMError("mean and std go together, and are for other codebases' checkpoints")
@@ -583,6 +580,8 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", mean=None,
         except ImportError as error:
             raise CEMError(f"{path} is no checkpoint of this project (foreign.py reads others, and is not here)") from error
         return foreign.load(path, mean, std).to(device).eval()
+    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
+        raise CEMError(f"{path} is damaged: its contents do not fit their checksums")
     try:
         model = KINDS[content["kind"]](**content["config"])
         model.load_state_dict(content["state"])

@@ -1,21 +1,20 @@
-"""What all scripts share: options and errors, device and precision, checkpoints from elsewhere."""
+"""What all scripts share: options and errors, checkpoints from elsewhere; the options of both training scripts."""
 
-import contextlib
-import ctypes
-import os
+import math
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from argparse_dataclass import ArgumentParser
-from torch import Tensor, nn
+from torch import nn
 
 import cem
+import hardware
 import parallel
 
 SHIPPED = Path(__file__).resolve().parent / "checkpoints"
@@ -34,6 +33,11 @@ def option(default, help: str, **metadata):
 def options(kind: type, help: str):
     """The same for an option of several values, separated by blanks; none by default."""
     return field(default_factory=list, metadata={"help": help, "type": kind, "nargs": "+"})
+
+
+def spelled(values: dict) -> str:
+    """Options as on a command line."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
 class _Parser(ArgumentParser):
@@ -78,6 +82,7 @@ class Diverged(cem.CEMError):
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's main; what the user can put right ends in one line `error: …` and exit status 2, divergence in 3."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
     except (cem.CEMError, OSError) as error:
@@ -92,8 +97,13 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: torch.compile (leave --compile out): {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (stop.args or (signal.SIGINT,))[0])
+
+
+def _terminate(number: int, _frame) -> None:
+    """SIGTERM ends a script as Ctrl-C does, but for its exit status."""
+    raise KeyboardInterrupt(number)
 
 
 class Stop:
@@ -122,28 +132,6 @@ class Stop:
         print(message, flush=True)
         if self.signal:
             sys.exit(128 + self.signal)
-
-
-@contextlib.contextmanager
-def memory(batch_size: int, attempt: Callable[[int], object]):
-    """Where the block runs out of memory: a CEMError that names the largest batch n for which attempt(n) does not."""
-    try:
-        return (yield)
-    except torch.OutOfMemoryError:
-        pass  # outside of this block the exception no longer holds the tensors of its frames
-    if parallel.size() > 1:  # the others may not have run out, and an attempt is made together
-        raise cem.CEMError(f"--batch-size {batch_size} does not fit into the device's memory: try half of it")
-    fits, too_large = 0, batch_size
-    while too_large - fits > max(fits // 50, 1):  # to 2 %
-        n = (fits + too_large) // 2
-        torch.cuda.empty_cache()
-        try:
-            attempt(n)
-            fits = n
-        except torch.OutOfMemoryError:
-            too_large = n
-    advice = f"the largest that does is about {fits}" if fits else "not even 1 does"
-    raise cem.CEMError(f"--batch-size {batch_size} does not fit into the device's memory: {advice}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -177,74 +165,59 @@ def adopt(model: nn.Module, path: Path, train_set) -> None:
         warn("so few: are --mean and --std, the order of the classes and the forward pass those of its codebase?")
 
 
-# -------------------------------------------------------------------------------------- device and precision
+# ------------------------------------------------------------------------------- options of both training scripts
 
 
-def device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. Under torchrun each process of a machine takes a GPU of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and parallel.size() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        chosen = torch.device(name)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise cem.CEMError(f"--device {name} is not to be had here: {str(error).splitlines()[0]}") from error
-    torch.backends.cudnn.benchmark = True
-    keep_freed_memory()
-    parallel.join(chosen)
-    return chosen
+@dataclass
+class TrainOptions:
+    """The options that both training scripts have."""
+
+    dataset: str = option("cifar10", "")  # each script's help for it comes from data.HELP
+    data_dir: str = option("data", "where torchvision's datasets lie or go")
+    arch: str = option("resnet50", "network", choices=list(cem.ARCHS))
+    width: int = option(64, "channels of the stem; the others scale with it")
+    epochs: int = option(150, "passes over the training images")
+    batch_size: int = option(256, "images a step, all processes together")
+    lr: float = option(0.1, "peak learning rate of SGD with momentum 0.9")
+    schedule: str = option("cosine", "learning rate after a linear warm-up", choices=["cosine", "onecycle"])
+    weight_decay: float = option(5e-4, "weight decay")
+    ema: float = option(0.999, "decay of the running average of the weights, which is the model; 0: no average")
+    norm: str = option("l2", "norm of the attack's ball", choices=["l2", "linf"])
+    eps: float = option(0.5, "radius of the ball, pixels in [0, 1]; linf: 0.03137 is 8/255")
+    attack_steps: int = option(7, "PGD steps in training")
+    attack_step_size: float = option(0.1, "PGD step size in training")
+    seed_rank: int = option(64, "rank of the Gaussian seeds' covariances in the checkpoint")
+    n_eval: int = option(1000, "test images for the measurements in the log; --evaluate takes all of them")
+    n: int = option(0, "--evaluate: test images to attack, evenly spread; 0: all")
+    evaluate: bool = False  # each script says what it measures
+    restarts: int = option(1, "--evaluate: random starts of each PGD attack")
+    ckpt: str = option("", "checkpoint for --evaluate (default: OUT/ckpt.pt)")
+    out: str = option("", "folder of the run: ckpt.pt, log.jsonl, options.json, TensorBoard events")
+    resume: bool = option(False, "continue the run in --out")
+    on_diverge: str = option(
+        "stop",
+        "when loss, gradient or energies leave all bounds: stop, or restart from ckpt.pt at half the rate",
+        choices=["stop", "restart"],
+    )
+    batch_norm: str = option("sync", "BatchNorm over all of torchrun's processes, or local to each", choices=["sync", "local"])
+    max_minutes: float = option(math.inf, "save and stop after so many minutes; --resume continues")
+    seed: int = option(0, "seed of weights, order, augmentation and attack")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = option("auto", "arithmetic", choices=hardware.PRECISIONS)
+    compile: bool = option(
+        False, "torch.compile of network and attack (jem, jeat: of attack and SGLD alone): a minute more at the start"
+    )
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees; else its pages are faulted in anew at the next: 7 to 19 % of an attack's time."""
-    with contextlib.suppress(AttributeError, TypeError, OSError):  # where there is another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        if mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25):  # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MiB
-            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-PRECISIONS = ["auto", "float32", "tf32", "bfloat16"]
-
-
-def settled(where: torch.device, precision: str) -> str:
-    """--precision without its auto, which is bfloat16 where the device computes in it, else float32."""
-    native = False
-    if where.type == "cuda":
-        native = torch.cuda.get_device_capability(where) >= (8, 0)
-    elif where.type == "cpu":
-        native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return precision if precision != "auto" else "bfloat16" if native else "float32"
-
-
-def autocast(where: torch.device, precision: str):
-    """The context of --precision: autocast for bfloat16; with tf32, float32's products in 19 bits, on GPUs that have them."""
-    precision = settled(where, precision)
-    require(precision != "tf32" or where.type == "cuda", "--precision tf32 is for NVIDIA's GPUs: leave it at auto here")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return torch.autocast(where.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
-
-
-def frozen(model: nn.Module, compiled: bool) -> nn.Module:
-    """What a training step attacks: the model of this moment, folded, with --compile compiled."""
-    network = cem.folded(parallel.bare(model))
-    return Compiled(network) if compiled else network
-
-
-class Compiled(nn.Module):
-    """A frozen network through torch.compile, without `cem.ascend`'s hook, for which it would be compiled anew each time."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model, self.temperature = model, getattr(model, "temperature", None)
-        self.model.compile()
-
-    def forward(self, x: Tensor) -> Tensor:
-        hooks = nn.modules.module._global_forward_pre_hooks
-        kept = dict(hooks)
-        hooks.clear()
-        try:
-            return self.model(x)
-        finally:
-            hooks.update(kept)
+def check(opt: TrainOptions) -> None:
+    for name in ("width", "epochs", "lr", "max_minutes"):
+        require(getattr(opt, name) > 0, f"--{name.replace('_', '-')} must be positive")
+    require(opt.batch_size >= 2, "--batch-size must be at least 2: batch statistics and InfoNCE need other images")
+    n = parallel.size()
+    require(opt.batch_size % n == 0 and opt.batch_size >= 2 * n, f"--batch-size must be a multiple of {n}, the processes")
+    require(not opt.evaluate or n == 1, "--evaluate is for one process: call it without torchrun")
+    require(opt.weight_decay >= 0 and opt.eps >= 0, "--weight-decay and --eps must not be negative")
+    require(opt.attack_steps >= 1 and opt.attack_step_size > 0, "--attack-steps and --attack-step-size must be positive")
+    require(opt.seed_rank >= 1 and opt.n_eval >= 1, "--seed-rank and --n-eval must be at least 1")
+    require(0 <= opt.ema < 1, "--ema must lie in [0, 1)")
+    require(opt.restarts >= 1 and opt.n >= 0, "--restarts must be at least 1, --n at least 0")

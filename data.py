@@ -212,7 +212,7 @@ def crop_boxes(u: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor
 
 def _grey(x: Tensor) -> Tensor:
     """ITU-R 601 luma, (N, 3, H, W) -> (N, 1, H, W)."""
-    return (x * x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]  # numbers, for a tensor of them would have a GPU wait
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import cem
 import cli
 import data
+import hardware
 import metrics
 import parallel
 from cli import option
@@ -44,7 +45,7 @@ class Options:
     preprocess: str = option(
         "torch", "Inception's images: torch as pytorch-fid, tf1 as torch-fidelity", choices=["torch", "tf1"]
     )
-    precision: str = option("float32", "arithmetic of the features", choices=cli.PRECISIONS)
+    precision: str = option("float32", "arithmetic of the features", choices=hardware.PRECISIONS)
     splits: int = option(10, "parts of the samples whose scores are averaged in IS")
     batch_size: int = option(100, "images at a time")
     data_dir: str = option("data", "where torchvision's datasets lie or go")
@@ -136,6 +137,8 @@ def kept(path: Path, images: Tensor, compute: Callable[[], metrics.Reference]) -
     if not parallel.anyone(found is None, torch.device("cpu")):
         return found
     reference = compute()  # in all processes together, though one on another machine may have it
+    if parallel.rank():
+        return reference
     try:
         cem.replace(path, lambda file: np.savez(file, fingerprint=np.array(fingerprint), **reference.arrays()))
         print(f"kept the reference's statistics in {path}")
@@ -191,7 +194,7 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     cli.require(not opt.out.endswith(".md"), "--out names the JSON file; the table goes beside it as .md")
     cli.require(opt.splits >= 1 and opt.batch_size >= 1, "--splits and --batch-size must be at least 1")
-    where = cli.device(opt.device)
+    where = hardware.device(opt.device)
     newest = sorted(Path("runs").glob("*/samples-*.npz"), key=lambda p: p.stat().st_mtime)[-1:]
     paths = [Path(p) for p in opt.samples] or (newest if not opt.save_stats else [])
     cli.require(paths or opt.save_stats, "no samples in runs/: python sample.py makes some, or name them with --samples")
@@ -211,7 +214,7 @@ def main() -> None:
             shape, wanted = (" x ".join(map(str, t.shape[1:])) for t in (images, found))
             cli.require(shape == wanted, f"{path} has images of {shape}, the reference {wanted}: nothing is resized")
     reference = reference_of(found, network, opt) if isinstance(found, Tensor) else found
-    if opt.save_stats:
+    if opt.save_stats and parallel.rank() == 0:
         mu, sigma = (moment.numpy() for moment in reference.moments[0])
         cem.replace(opt.save_stats, lambda file: np.savez(file, mu=mu, sigma=sigma, key=np.array(network.key)))
         print(f"wrote {opt.save_stats}")
@@ -226,8 +229,14 @@ def main() -> None:
     record = {"command": cli.command(), "network": network.key, "reference": opt.ref, "split": opt.split}
     for path, (images, labels) in zip(paths, sets):
         rows.append(judge(network, images, labels, reference, opt, str(path)))
-        cli.write_text(out, json.dumps(record | {"splits": opt.splits, "rows": rows}, indent=2) + "\n")
-        cli.write_text(out.with_suffix(".md"), markdown(rows))
+        if parallel.rank():
+            continue
+        try:
+            cli.write_text(out, json.dumps(record | {"splits": opt.splits, "rows": rows}, indent=2) + "\n")
+            cli.write_text(out.with_suffix(".md"), markdown(rows))
+        except OSError:
+            print(markdown(rows), end="")  # not computed for nothing
+            raise
     print(markdown(rows), end="")
     print(f"wrote {out} and {out.with_suffix('.md')}")
 

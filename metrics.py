@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import cem
 import cli
+import hardware
 import parallel
 
 # ----------------------------------------------------------------------------------------------------- networks
@@ -75,7 +76,7 @@ class Inception:
 
     def __init__(self, weights: str, where: torch.device, preprocess: str = "torch", precision: str = "float32"):
         state, sha = inception_weights(weights)
-        self.where, self.preprocess, self.precision = where, preprocess, (precision := cli.settled(where, precision))
+        self.where, self.preprocess, self.precision = where, preprocess, (precision := hardware.settled(where, precision))
         self.key = f"inception-{sha[:8]}-{preprocess}-{precision}"
         try:
             self.net = (torch_fidelity if preprocess == "tf1" else pytorch_fid)(state)
@@ -89,7 +90,7 @@ class Inception:
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         images = images.to(self.where, memory_format=torch.channels_last).expand(-1, 3, -1, -1)
-        with cli.autocast(self.where, self.precision):
+        with hardware.autocast(self.where, self.precision):
             pool = self.net(images if self.preprocess == "tf1" else images.float().div(255))[0].flatten(1).float()
         return [pool], pool @ self.fc.T
 
@@ -105,14 +106,14 @@ class Classifier:
         cli.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: --features needs train_sup.py's")
         cli.require(model.extra.get("normalised", True), f"{path} does not say how pixels are normalised: no --features")
         self.model, self.where = cem.folded(model).to(memory_format=torch.channels_last), where
-        self.precision = precision = cli.settled(where, precision)
+        self.precision = precision = hardware.settled(where, precision)
         self.key = f"{Path(path).stem}-{digest(path)[:8]}-{precision}"
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         channels = self.model.config["in_channels"]
         cli.require(images.shape[1] == channels, f"--features is for images of {channels} channels")
         x = images.to(self.where, memory_format=torch.channels_last).float().div(255)
-        with cli.autocast(self.where, self.precision):
+        with hardware.autocast(self.where, self.precision):
             stages = [stage.float() for stage in self.model.stages(x)]
         pooled = [torch.cat([s.mean((2, 3)), s.flatten(2).std(2, unbiased=False)], 1) for s in stages]
         return pooled, self.model.net.fc(stages[-1].mean((2, 3)))

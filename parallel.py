@@ -7,6 +7,7 @@ Without torchrun every function here is the one process's identity.
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -43,14 +45,14 @@ def barrier() -> None:
 
 @contextmanager
 def first_then_others():
-    """The block runs in the first process of each machine, then in its others."""
-    ahead = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not ahead:
+    """The block runs in the first process, then in the first of each other machine (files may be the same), then in all."""
+    turn = 0 if rank() == 0 else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
+    for _ in range(turn):
         barrier()
     try:
         yield
     finally:
-        if ahead:
+        for _ in range(turn, 2):
             barrier()
 
 
@@ -175,7 +177,9 @@ def wrap(model: nn.Module, batch_norm: str) -> nn.Module:
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SyncedBatchNorm
-    return DistributedDataParallel(model, broadcast_buffers=False)  # they are alike, or local on purpose
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers' new name is unknown before torch 2.15
+        return DistributedDataParallel(model, broadcast_buffers=False)  # they are alike, or local on purpose
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -183,8 +187,29 @@ def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def average_buffers(*models: nn.Module) -> None:
-    """Give all processes the mean of their BatchNorms' statistics, which differ where these are local."""
-    for buffer in (buffer for model in models for buffer in model.buffers()):
-        if buffer.is_floating_point():
-            buffer.copy_(mean(buffer))
+def _statistics(models: Sequence[nn.Module]) -> list[Tensor]:
+    norms = [module for model in models for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+
+
+@contextmanager
+def mean_statistics(*models: nn.Module):
+    """Inside, BatchNorms have the mean of all processes' running statistics, which differ where these are local.
+
+    Yields the processes' own, each (processes, channels), for `part_statistics` to give back; none where there is one process.
+    """
+    statistics = _statistics(models) if size() > 1 else []
+    rows = [gather(statistic[None]) for statistic in statistics]
+    for statistic, row in zip(statistics, rows):
+        statistic.copy_(row.mean(0))
+    try:
+        yield rows
+    finally:
+        part_statistics(rows, *models)
+
+
+def part_statistics(rows: Sequence[Tensor], *models: nn.Module) -> None:
+    """Give this process its own running statistics out of `rows`, if those are of as many processes."""
+    for statistic, row in zip(_statistics(models), rows):
+        if len(row) == size():
+            statistic.copy_(row[rank()])

@@ -39,6 +39,27 @@ def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict)
     print(f"wrote {npz}, .png and .json")
 
 
+def part_of(parts: Path, first: int) -> Path:
+    return parts / f"{first:09d}.npz"
+
+
+def write_part(parts: Path, first: int, images: Tensor, labels: Tensor) -> None:
+    """Keep a finished batch, which begins with image number `first`."""
+    cem.replace(part_of(parts, first), lambda file: np.savez(file, images=images.numpy(), labels=labels.numpy()))
+
+
+def read_part(parts: Path, first: int) -> tuple[Tensor, Tensor] | None:
+    """The finished batch, if it is there and whole."""
+    try:
+        with np.load(part_of(parts, first), allow_pickle=False) as arrays:
+            return tuple(torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged archive can fail in any way
+        cli.warn(f"{part_of(parts, first)} is damaged ({type(error).__name__}): drawn anew")
+        return None
+
+
 def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]) -> None:
     """A PNG an image: folder/<class>/<index>.png, and the same file as folder/<index>.png; the folder whole or not at all."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")

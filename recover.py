@@ -1,5 +1,6 @@
 """What is kept of a training run, and how it is taken up again."""
 
+import itertools
 import os
 import shutil
 from dataclasses import asdict
@@ -31,7 +32,8 @@ def resumable(opt, extra: dict) -> dict:
     for name, now in asdict(opt).items():
         then = extra["options"].get(name)
         fits = name in free or name not in extra["options"] or now == then or (name == "epochs" and now > then)
-        cli.require(fits, f"--resume: the run in {opt.out} has --{name.replace('_', '-')} {then}, not {now}")
+        grows = ": it may only grow" if name == "epochs" else ""
+        cli.require(fits, f"--resume: the run in {opt.out} has {cli.spelled({name: then})}, not {now}{grows}")
     return extra["training"]
 
 
@@ -48,16 +50,31 @@ def newest(out: Path, where: torch.device) -> nn.Module:
         return model
 
 
-def keep(out: Path) -> None:
-    """The checkpoint that is about to be replaced stays as ckpt-previous.pt."""
-    if (out / "ckpt.pt").exists():
-        temporary = out / f"ckpt-previous.pt.{os.getpid()}.tmp"
+def wanted(opt) -> bool:
+    """Is there a run in opt.out to go on with, and is that asked for, by --resume or by torchrun's --max-restarts?"""
+    asked = opt.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    found = any((Path(opt.out) / name).exists() for name in ("ckpt.pt", "ckpt-previous.pt"))
+    if asked and not found:
+        print(f"there is nothing to resume in {opt.out}: a new run")
+    return asked and found
+
+
+def save(path: Path, keep: bool, model: nn.Module, **extra) -> None:
+    """cem.save; keep: the checkpoint that was there before stays as ckpt-previous.pt."""
+    new = path.with_name(f"{path.stem}-new.pt")
+    try:
+        cem.save(new, model, **extra)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
+    if keep and path.exists():
+        temporary, previous = (path.with_name(f"{path.stem}-previous.pt{end}") for end in (".tmp", ""))
         temporary.unlink(missing_ok=True)
         try:
-            os.link(out / "ckpt.pt", temporary)
+            os.link(path, temporary)
         except OSError:  # a file system without hard links
-            shutil.copyfile(out / "ckpt.pt", temporary)
-        os.replace(temporary, out / "ckpt-previous.pt")
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, previous)
+    os.replace(new, path)
 
 
 def step_back(out: Path) -> None:
@@ -68,9 +85,12 @@ def step_back(out: Path) -> None:
     parallel.barrier()
 
 
-def keep_previous(out: Path) -> None:
-    """A run that starts anew in `out` moves the earlier one's files, which it did not make, aside."""
-    (previous := out / "previous").mkdir(exist_ok=True)
+def begin_anew(out: Path) -> None:
+    """A run that starts anew in `out` moves an earlier one's files, which it did not make, into a folder of their own."""
+    if not (out / "ckpt.pt").exists():
+        return
+    previous = next(path for i in itertools.count(1) if not (path := out / f"previous-{i}").exists())
+    previous.mkdir()
     for path in out.iterdir():
         if path.is_file():
             os.replace(path, previous / path.name)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 import cem
 import cli
 import data
+import hardware
 
 # name -> potential, steps of 2.5 eps / steps
 ATTACKS = {"pgd-10": ("ce", 10), "pgd-20": ("ce", 20), "pgd-50": ("ce", 50), "margin": ("margin", 50)}
@@ -60,7 +61,7 @@ def accuracy(model: nn.Module, dataset: data.Dataset, opt, attacks: Iterable[str
     correct = {name: [] for name in ("clean_accuracy", *attacks)}
     for index in tqdm(dataset.spread(n or len(dataset)).split(opt.batch_size), "evaluating", leave=False):
         x, y = dataset.pixels(index), dataset.labels[index]
-        with cli.autocast(where, opt.precision):
+        with hardware.autocast(where, opt.precision):
             clean = model(x).argmax(1) == y
             correct["clean_accuracy"].append(clean)
             for name in attacks:
@@ -80,7 +81,7 @@ def logits_of(model: nn.Module, images: Iterable[Tensor], opt) -> Tensor:
     """f(x, ·) of batches of images in [0, 1], (N, K)."""
     parts = []
     for x in images:
-        with cli.autocast(x.device, opt.precision):
+        with hardware.autocast(x.device, opt.precision):
             parts.append(model(x))
     return torch.cat(parts)
 

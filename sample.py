@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from tqdm import tqdm
 import cem
 import cli
 import data
+import hardware
 import metrics
 import parallel
 import pictures
@@ -77,7 +77,7 @@ class Options:
     )
     out: str = option("", "folder to write to (default: beside the checkpoint; runs/shipped for one in checkpoints/)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = option("float32", "arithmetic", choices=cli.PRECISIONS)
+    precision: str = option("float32", "arithmetic", choices=hardware.PRECISIONS)
 
 
 def check(opt: Options) -> None:
@@ -154,7 +154,7 @@ def draw_batch(model, seeds, opt: Options, where: torch.device, first: int, size
         x = seeds.sample(y if conditional else size, random)
     x = x.to(where, memory_format=torch.channels_last)
     if opt.sampler != "seeds":
-        with cli.autocast(where, opt.precision):
+        with hardware.autocast(where, opt.precision):
             climb = dict(steps=opt.steps, step_size=step_size(opt, seeds.shape), norm=opt.norm, noise=opt.noise)
             coupled = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
             potential = cem.potential(opt.sampler, model, x.clone() if coupled else y.to(where))
@@ -170,29 +170,23 @@ def draw(model, opt: Options, where: torch.device, parts: Path | None = None) ->
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
     drawn, whole = {}, opt.sampler in cem.NON_PARAMETRIC_SAMPLERS  # what climbs together does so in whole batches
     begins = range(0, opt.n, opt.batch_size)
+
+    def some(n: int, first: int) -> tuple[Tensor, Tensor]:
+        return draw_batch(model, seeds, opt, where, first, n if whole else min(n, opt.n - first))
+
     bar = tqdm(parallel.share(begins), opt.sampler, unit="batch", leave=False, disable=parallel.rank() > 0)
     for first in bar:
-        if parts is None or not part_of(parts, first).exists():
-            size = opt.batch_size if whole else min(opt.batch_size, opt.n - first)
-            with cli.memory(opt.batch_size, lambda n: draw_batch(model, seeds, opt, where, 0, n)):
-                drawn[first] = draw_batch(model, seeds, opt, where, first, size)
+        if parts is None or pictures.read_part(parts, first) is None:
+            drawn[first] = hardware.fitting(opt.batch_size, some, first)
             if parts is not None:
-                images, labels = drawn.pop(first)
-                arrays = dict(images=images.numpy(), labels=labels.numpy())
-                cem.replace(part_of(parts, first), lambda file, arrays=arrays: np.savez(file, **arrays))
+                pictures.write_part(parts, first, *drawn.pop(first))
     parallel.barrier()
     if parts is not None and parallel.rank() == 0:
-        for first in begins:
-            with np.load(part_of(parts, first), allow_pickle=False) as arrays:
-                drawn[first] = tuple(torch.from_numpy(arrays[name]) for name in ("images", "labels"))
+        drawn = {first: pictures.read_part(parts, first) for first in begins}
     if parallel.rank():
         return torch.empty(0), torch.empty(0)
     images, labels = (torch.cat([drawn[first][i] for first in begins])[: opt.n] for i in (0, 1))
     return images, labels
-
-
-def part_of(parts: Path, first: int) -> Path:
-    return parts / f"{first:09d}.npz"
 
 
 def parts_of(folder: Path, name: str, opt: Options, path: Path) -> Path:
@@ -205,7 +199,7 @@ def parts_of(folder: Path, name: str, opt: Options, path: Path) -> Path:
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     check(opt)
-    where = cli.device(opt.device)
+    where = hardware.device(opt.device)
     path, folder = find_checkpoint(opt)
     model = load_model(path, where, opt)
     folder = folder if opt.out else cli.folder_beside(path, "foreign" in model.extra)
@@ -214,7 +208,8 @@ def main() -> None:
     name = f"samples-{opt.sampler}{'-cond' * opt.cond}"
     parts = parts_of(folder, name, opt, path)
     if found := len(list(parts.glob("*.npz"))):
-        print(f"going on with {found} finished batches in {parts}")
+        print(f"going on with {found} finished batch{'es' * (found > 1)} in {parts}")
+    parallel.barrier()  # before another process finishes one
     try:
         images, labels = draw(model, opt, where, parts)
     except KeyboardInterrupt:

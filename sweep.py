@@ -14,6 +14,7 @@ from pathlib import Path
 import cem
 import cli
 import eval_is_fid
+import hardware
 import metrics
 import sample
 from cli import option
@@ -39,7 +40,7 @@ class Options:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    where = cli.device(opt.device)
+    where = hardware.device(opt.device)
     network = metrics.Classifier(opt.judge, where)
     images = eval_is_fid.reference_images(opt, network.key)
     reference = eval_is_fid.reference_of(images, network, opt)

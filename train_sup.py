@@ -20,6 +20,7 @@ import cem
 import cli
 import data
 import engine
+import hardware
 import parallel
 import robust
 from cli import option
@@ -31,8 +32,8 @@ ENERGY_BASED_DIGITS = dict(epochs=40, lr=0.05, sgld_steps=10, sgld_step_size=0.1
 
 
 @dataclass
-class Options(engine.TrainOptions):
-    dataset: str = option("cifar10", data.HELP)
+class Options(cli.TrainOptions):
+    dataset: str = option("cifar10", f"{data.HELP}; digits has defaults of its own: {cli.spelled(DIGITS)}")
     out: str = option("runs/sup", "folder of the run: ckpt.pt, log.jsonl, options.json, TensorBoard events")
     loss: str = option(
         "at",
@@ -73,7 +74,7 @@ def preset(opt: Options) -> dict:
 
 
 def check(opt: Options) -> None:
-    engine.check(opt)
+    cli.check(opt)
     least = 1e-9 if opt.loss in ENERGY_BASED else 0
     cli.require(opt.likelihood_weight >= least, "--likelihood-weight must be positive, with mle at least 0")
     cli.require(opt.sgld_steps >= 1 and opt.sgld_step_size > 0, "--sgld-steps and --sgld-step-size must be positive")
@@ -95,7 +96,7 @@ def check(opt: Options) -> None:
 
 
 def evaluate(opt: Options) -> None:
-    where, path = cli.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
+    where, path = hardware.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
     opt.precision = opt.precision.replace("auto", "float32")  # figures to compare with others'
     model = cli.load(path, where, opt).to(memory_format=torch.channels_last)
     cli.require(isinstance(model, cem.ParametricCEM), f"{path} is no classifier: train_sup.py makes one")
@@ -118,18 +119,19 @@ def evaluate(opt: Options) -> None:
 def objective(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuffer | None = None):
     """-> batch_loss(model, index, draws, generator) as engine.fit wants it: augment, attack, and the loss of --loss."""
     where, ball = train_set.images.device, ball_of(opt)
+    attacked, climbed = hardware.Frozen(opt.compile), hardware.Frozen(opt.compile)
     padding = "reflect" if opt.loss in ENERGY_BASED else "constant"  # by a black edge data could be told from samples
 
     def batch_loss(model, index, draws, generator):
         x, y = data.crop_flip(train_set.pixels(index), draws, flip=train_set.flip, padding=padding), train_set.labels[index]
         x_adv = x_s = None
-        with cli.autocast(where, opt.precision):
+        with hardware.autocast(where, opt.precision):
             if opt.loss in ("at", "mle", "jeat"):
-                attack = cem.potential("joint" if opt.loss == "jeat" else "ce", cli.frozen(model, opt.compile), y)
+                attack = cem.potential("joint" if opt.loss == "jeat" else "ce", attacked(model), y)
                 x_adv = cem.pgd(attack, x, **ball, generator=generator)
             if buffer is not None:
-                climbed = cli.frozen(by_statistics_of(x if x_adv is None else x_adv, parallel.bare(model)), opt.compile)
-                x_s = buffer.sample(cem.potential("langevin", climbed), len(x), generator.own, **sgld_of(opt))
+                network = climbed(by_statistics_of(x if x_adv is None else x_adv, parallel.bare(model)))
+                x_s = buffer.sample(cem.potential("langevin", network), len(x), generator.own, **sgld_of(opt))
             loss, logits = cem.supervised_loss(opt.loss, model, x, y, x_adv, opt.likelihood_weight, x_s)
         metrics = {"train_accuracy": (logits.argmax(1) == y).float().mean()}
         if buffer is not None:
@@ -168,7 +170,7 @@ def sgld_of(opt: Options) -> dict:
 
 
 def train(opt: Options) -> None:
-    where = cli.device(opt.device)
+    where = hardware.device(opt.device)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])

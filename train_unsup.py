@@ -20,6 +20,7 @@ import cem
 import cli
 import data
 import engine
+import hardware
 import parallel
 import robust
 from cli import option
@@ -29,8 +30,8 @@ DIGITS |= dict(attack_step_size=0.25, eval_every=10, min_crop=0.6)
 
 
 @dataclass
-class Options(engine.TrainOptions):
-    dataset: str = option("cifar10", data.HELP)
+class Options(cli.TrainOptions):
+    dataset: str = option("cifar10", f"{data.HELP}; digits has defaults of its own: {cli.spelled(DIGITS)}")
     arch: str = option("resnet18", "network", choices=list(cem.ARCHS))
     epochs: int = option(200, "passes over the training images")
     out: str = option("runs/unsup", "folder of the run: ckpt.pt, log.jsonl, options.json, TensorBoard events")
@@ -46,7 +47,7 @@ class Options(engine.TrainOptions):
 
 
 def check(opt: Options) -> None:
-    engine.check(opt)
+    cli.check(opt)
     cli.require(opt.temperature > 0, "--temperature must be positive")
     cli.require(0 < opt.min_crop <= 1, "--min-crop must lie in (0, 1]")
     cli.require(opt.embed_dim >= 1 and opt.eval_every >= 1, "--embed-dim and --eval-every must be at least 1")
@@ -57,7 +58,7 @@ def features(model: nn.Module, dataset: data.Dataset, index: Tensor, opt: Option
     """g(x) before the projection head, (N, D), of the dataset's images at index."""
     parts = []
     for batch in tqdm(index.split(500), "features", leave=False):
-        with cli.autocast(index.device, opt.precision):
+        with hardware.autocast(index.device, opt.precision):
             parts.append(model.features(dataset.pixels(batch)))
     return torch.cat(parts)
 
@@ -90,7 +91,7 @@ def measure(model: nn.Module, train_set: data.Dataset, test_set: data.Dataset, o
     knn = knn_accuracy(known, train_set.labels[bank], asked, test_set.labels[query])
     _, u = data.draws(len(query), 2 * data.SIMCLR_DRAWS, opt.seed, 0, where)
     x = test_set.pixels(query)
-    with torch.no_grad(), cli.autocast(where, opt.precision):
+    with torch.no_grad(), hardware.autocast(where, opt.precision):
         z1, z2 = (model(view) for view in views(x, u, test_set, opt))
     return {"alignment": alignment(z1, z2), "uniformity": uniformity(z1), "knn_accuracy": knn}
 
@@ -128,7 +129,7 @@ def fit_probe(model: nn.Module, known: Tensor, labels: Tensor) -> Probe:
 
 
 def evaluate(opt: Options) -> None:
-    where, path = cli.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
+    where, path = hardware.device(opt.device), Path(opt.ckpt or Path(opt.out) / "ckpt.pt")
     opt.precision = opt.precision.replace("auto", "float32")  # figures to compare with others'
     model = cem.load(path, where)
     cli.require(isinstance(model, cem.NonParametricCEM), f"{path} is no encoder: train_unsup.py makes one")
@@ -145,13 +146,13 @@ def evaluate(opt: Options) -> None:
 
 def objective(opt: Options, train_set: data.Dataset):
     """-> batch_loss(model, index, draws, generator) as engine.fit wants it: two views, attack, InfoNCE."""
-    where = train_set.images.device
+    where, attacked = train_set.images.device, hardware.Frozen(opt.compile)
 
     def batch_loss(model, index, draws, generator):
         x, x_plus = views(train_set.pixels(index), draws, train_set, opt)
-        with cli.autocast(where, opt.precision):
+        with hardware.autocast(where, opt.precision):
             if opt.loss == "at":
-                attack = cem.potential("pgd", parallel.Gathered(cli.frozen(model, opt.compile)), x_plus)
+                attack = cem.potential("pgd", parallel.Gathered(attacked(model)), x_plus)
                 ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
                 x = cem.pgd(attack, x, **ball, generator=generator)
             z, z_plus = (parallel.gather_embeddings(part) for part in model(torch.cat([x, x_plus])).chunk(2))
@@ -162,7 +163,7 @@ def objective(opt: Options, train_set: data.Dataset):
 
 
 def train(opt: Options) -> None:
-    where = cli.device(opt.device)
+    where = hardware.device(opt.device)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, where)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])

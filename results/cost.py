@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import bench  # noqa: E402
 import cli  # noqa: E402
+import hardware  # noqa: E402
 
 BASE = dict(batch_size=64, steps=10, width=32)
 
@@ -27,7 +28,7 @@ BASE = dict(batch_size=64, steps=10, width=32)
 class Options:
     rounds: int = cli.option(3, "timed rounds, after one to warm up")
     device: str = cli.option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = cli.option("auto", "arithmetic", choices=cli.PRECISIONS)
+    precision: str = cli.option("auto", "arithmetic", choices=hardware.PRECISIONS)
     out: str = cli.option("results/cost-cpu.json", "JSON file to write, and beside it .md")
 
 
@@ -39,7 +40,7 @@ def passes(setting: dict) -> float:
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     cli.require(opt.rounds > 0, "--rounds must be positive")
-    where = cli.device(opt.device)
+    where = hardware.device(opt.device)
     settings = [BASE] + [BASE | {key: BASE[key] * factor} for key in BASE for factor in (0.5, 2)]
     settings = [{key: int(value) for key, value in setting.items()} for setting in settings]
     steps = []

@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import cli  # noqa: E402
+import hardware  # noqa: E402
 import sample  # noqa: E402
 
 
@@ -34,7 +35,7 @@ def main() -> None:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
-    where = cli.device(opt.device)
+    where = hardware.device(opt.device)
     model = sample.load_model(Path(opt.ckpt), where, sample.Options(sampler="maxent"))
     entropy = cem.potential("maxent", model)
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"], where)

@@ -37,7 +37,7 @@ def resident(pid: int) -> float:
 
 
 def watch(words: list[str], minutes: float, every: float) -> dict:
-    """Let a script of the project run that long, then interrupt it as Ctrl-C does -> its memory's least and most, in MiB."""
+    """Let a script of the project run that long, then end it -> its memory's least and most, in MiB."""
     readings, begin, before = [], time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with tempfile.TemporaryFile() as errors:
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]
@@ -48,13 +48,13 @@ def watch(words: list[str], minutes: float, every: float) -> dict:
                 if child.poll() is not None:
                     break
                 readings.append(resident(child.pid))
-            child.send_signal(signal.SIGINT)
+            child.send_signal(signal.SIGTERM)  # nohup has SIGINT ignored
             status = child.wait(120)
         finally:
             child.kill()
         errors.seek(0)
         said = errors.read().decode().replace("\r", "\n").strip().splitlines() or [""]
-        cli.require(status == 130, f"{words[0]} ended with exit status {status}: {said[-1]}")
+        cli.require(status == 128 + signal.SIGTERM, f"{words[0]} ended with exit status {status}: {said[-1]}")
     warm = readings[int(WARM * len(readings)) :]
     return {
         "command": " ".join(["python", *words]),
@@ -62,6 +62,7 @@ def watch(words: list[str], minutes: float, every: float) -> dict:
         "cpu_minutes": round((resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before) / 60, 1),
         "MiB_least_and_most": [round(min(warm), 1), round(max(warm), 1)],
         "MiB_first_and_last": [round(warm[0], 1), round(warm[-1], 1)],
+        "MiB_by_tenth": [round(readings[i * len(readings) // 10], 1) for i in range(10)],
         "spread": round(max(warm) / min(warm) - 1, 4),
     }
 

@@ -229,9 +229,7 @@ def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(tmp_path):
 
 def descend(folder, **changes):
     """A classifier whose loss is a parabola in one of its biases: descent diverges where the rate exceeds 2."""
-    opt = engine.TrainOptions(
-        out=str(folder), epochs=4, batch_size=2, schedule="onecycle", ema=0.0, weight_decay=0.0, **changes
-    )
+    opt = cli.TrainOptions(out=str(folder), epochs=4, batch_size=2, schedule="onecycle", ema=0.0, weight_decay=0.0, **changes)
     torch.manual_seed(0)
     model = cem.ParametricCEM("resnet18", 2, width=4)
     model.net.fc.bias.data.fill_(1.0)
@@ -268,7 +266,7 @@ def test_a_gradient_that_is_not_finite_names_its_step(tmp_path):
             return bias.square().sum(), {}
         return (bias - bias.detach()).abs().sqrt().sum(), {}  # 0, of infinite slope
 
-    opt = engine.TrainOptions(out=str(tmp_path), epochs=1, batch_size=2, ema=0.0)
+    opt = cli.TrainOptions(out=str(tmp_path), epochs=1, batch_size=2, ema=0.0)
     with pytest.raises(cli.Diverged, match="gradient norm is (nan|inf) at step 3"):
         engine.fit(
             opt,

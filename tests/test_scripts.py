@@ -15,10 +15,12 @@ import torch
 from conftest import ROOT, files, process, script
 from PIL import Image
 from test_data import bad_folders, write_folder
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import cem
 import cli
 import engine
+import hardware
 import sample
 import train_sup
 
@@ -52,6 +54,8 @@ def test_help_says_what_every_option_does(name, tmp_path):
     options = __import__(name[:-3]).Options
     for f in __import__("dataclasses").fields(options):
         assert f"--{f.name.replace('_', '-')}" in done.stdout and len(f.metadata["help"]) > 4
+    if name.startswith("train"):
+        assert "--ema 0.97" in " ".join(done.stdout.split())
     assert files(tmp_path) == []
 
 
@@ -127,7 +131,20 @@ def test_a_new_run_keeps_the_earlier_checkpoint(tmp_path):
     first = (tmp_path / "runs/sup/ckpt.pt").read_bytes()
     done = script("train_sup.py", *options, "--seed", 1, cwd=tmp_path)
     assert "kept the earlier run" in done.stdout
-    assert (tmp_path / "runs/sup/previous/ckpt.pt").read_bytes() == first != (tmp_path / "runs/sup/ckpt.pt").read_bytes()
+    second = (tmp_path / "runs/sup/ckpt.pt").read_bytes()
+    assert script("train_sup.py", *options, "--seed", 2, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "runs/sup/previous-1/ckpt.pt").read_bytes() == first != second
+    assert (tmp_path / "runs/sup/previous-2/ckpt.pt").read_bytes() == second != (tmp_path / "runs/sup/ckpt.pt").read_bytes()
+
+
+@pytest.mark.parametrize("more, env", [(["--resume"], {}), ([], {"TORCHELASTIC_RESTART_COUNT": "1"})])
+def test_resume_starts_a_run_that_is_not_there_and_a_restarted_worker_resumes(more, env, tmp_path):
+    options = ["--dataset", "digits", "--width", 4, "--n-eval", 36, "--loss", "st", *more]
+    done = script("train_sup.py", *options, "--epochs", 1, cwd=tmp_path, **env)
+    assert done.returncode == 0 and "nothing to resume in runs/sup: a new run" in done.stdout
+    done = script("train_sup.py", *options, "--epochs", 2, cwd=tmp_path, **env)
+    assert done.returncode == 0 and "going on from step 11 of 22" in done.stdout
+    assert len((tmp_path / "runs/sup/log.jsonl").read_text().splitlines()) == 2
 
 
 def test_training_on_an_image_folder_with_mle_and_linf(tmp_path):
@@ -213,6 +230,11 @@ def test_sampler_raises_the_share_of_the_wanted_class(digits_run):
     assert (said.numpy() == labels).mean() > 0.9
 
 
+def test_bench_names_what_there_is_to_measure(tmp_path):
+    done = script("bench.py", "--width", 4, "--image-size", 8, "--batch-size", 4, "--only", "nonsense", cwd=tmp_path)
+    assert_refused(done, "nonsense", "sampler maxent")
+
+
 def test_bench_measures_every_contender_and_counts_its_flop(tmp_path):
     size = ["--width", 4, "--image-size", 8, "--batch-size", 4, "--steps", 2, "--repeats", 1]
     done = script("bench.py", *size, "--precision", "float32", "--out", "bench.json", cwd=tmp_path)
@@ -281,7 +303,6 @@ def test_maxent_raises_the_entropy_of_the_shipped_encoders_batch_and_pgd_lowers_
         (["--dataset", "digits", "--lr", "nan"], "--lr"),
         (["--dataset", "digits", "--width", "wide"], "wide"),
         (["--dataset", "digits", "--device", "abacus"], "abacus"),
-        (["--dataset", "digits", "--resume"], "ckpt.pt"),
         (["--dataset", "digits", "--evaluate"], "ckpt.pt"),
         (["--frobnicate"], "--frobnicate"),
     ],
@@ -332,9 +353,11 @@ def test_compiled_networks_compute_what_the_eager_ones_do_and_are_compiled_once(
     x, y, graphs = batch[0].double(), batch[1], []
     network, twin = model64.train(), copy.deepcopy(model64).train()
     network.compile()
+    compiled = hardware.Frozen(True)
     for _ in range(3):
         x_adv, losses = [], []
-        for net, attacked in ((network, cli.Compiled(cem.folded(network))), (twin, cem.folded(twin))):
+        for net, freeze in ((network, compiled), (twin, hardware.Frozen(False))):
+            attacked = freeze(net)
             potential = cem.potential("ce", attacked, y)
             x_adv.append(cem.pgd(potential, x, eps=0.5, steps=2, generator=torch.Generator().manual_seed(0)))
             losses.append(cem.supervised_loss("at", net, x, y, x_adv[-1])[0])
@@ -348,6 +371,33 @@ def test_compiled_networks_compute_what_the_eager_ones_do_and_are_compiled_once(
     assert graphs[0] >= 2 and graphs == graphs[:1] * 3
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_chosen_only_where_the_cpu_has_it(native, monkeypatch):
+    """oneDNN calls it supported on every CPU with AVX-512, and emulates it at half of float32's speed."""
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no AVX-512")
+    assert hardware.settled(torch.device("cpu"), "auto") == ("bfloat16" if native else "float32")
+
+
+def test_the_running_average_is_pytorchs(batch):
+    """Bit for bit AveragedModel's with the same decay, whose counts of batches alone are other."""
+    model = cem.ParametricCEM("resnet18", width=4)
+    average, theirs = copy.deepcopy(model), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(4):
+        model.train()(batch[0]).square().mean().backward()
+        optimizer.step()
+        engine.follow(average, model, 0.9 if step else 0.0)
+        theirs.update_parameters(model)
+    expected = theirs.module.state_dict()
+    for name, value in average.state_dict().items():
+        assert torch.equal(value, expected[name] if value.is_floating_point() else model.state_dict()[name])
+    assert not torch.equal(average.net.conv1.weight, model.net.conv1.weight)
+
+
 def test_compile_without_a_compiler_is_a_clear_error(tmp_path):
     with mock.patch.dict(os.environ, {"CXX": "/nonexistent"}):
         done = process("train_sup.py", "--dataset", "digits", "--width", 4, "--loss", "st", "--compile", cwd=tmp_path)
@@ -355,8 +405,8 @@ def test_compile_without_a_compiler_is_a_clear_error(tmp_path):
 
 
 FAULTS = """
-import resource, torch, cli
-cli.device("cpu")
+import resource, torch, hardware
+hardware.device("cpu")
 for _ in range(20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16 << 20)  # 64 MiB

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,11 @@ from test_scripts import assert_refused
 
 import cem
 import data
+import engine
+import hardware
+import parallel
 import sample
+import train_sup
 
 TINY = ["--dataset", "digits", "--width", "4", "--n-eval", "36", "--epochs", "3", "--ema", "0.9", "--seed-rank", "4"]
 
@@ -96,6 +101,26 @@ def test_a_signal_saves_says_how_to_resume_and_loses_no_step(number, whole, tmp_
     with start(*TINY, "--resume", cwd=tmp_path) as process:
         assert process.wait() == 0, process.stderr.read()
     assert_same_run(run, whole)
+
+
+def test_contents_that_do_not_fit_their_checksums_are_noticed(whole, tmp_path):
+    """A block of zeros in the middle, as a failing disk leaves it: torch.load reads it as numbers."""
+    content = bytearray((whole / "ckpt.pt").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = bytes(4096)
+    (tmp_path / "ckpt.pt").write_bytes(content)
+    torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    with pytest.raises(cem.CEMError, match="checksums"):
+        cem.load(tmp_path / "ckpt.pt")
+
+
+def test_a_log_that_was_not_written_is_caught_up_with(whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "runs/sup"))
+    log = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(log[: log.rindex("{")])  # killed between the last checkpoint and its log
+    (run / "ckpt.pt.1234.tmp").write_text("of a process that was killed")
+    done = script("train_sup.py", *TINY, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and (run / "log.jsonl").read_text() == log and not list(run.glob("*.tmp"))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_aloud(whole, tmp_path):
@@ -189,6 +214,32 @@ def test_two_processes_train_as_one_does(name, tmp_path):
     assert logs[0]["gradient_norm"] == pytest.approx(logs[1]["gradient_norm"], abs=1e-5)
 
 
+HALFWAY = """
+import itertools, sys
+sys.path.insert(0, {root!r})
+import cli, train_sup
+asked = itertools.count()
+cli.Stop.due = lambda self: next(asked) >= 1  # before the first step, then every twenty
+cli.run(train_sup.main)
+"""
+
+
+def test_processes_with_statistics_of_their_own_resume_in_mid_epoch_to_the_same_bits(tmp_path):
+    options = [*TINY, "--epochs", 1, "--batch-size", 32, "--attack-steps", 1, "--batch-norm", "local"]
+    (tmp_path / "halfway.py").write_text(HALFWAY.format(root=str(ROOT)))
+    train = str(ROOT / "train_sup.py")
+    for name, more in ((train, "whole"), ("halfway.py", "parts"), (train, "parts --resume")):
+        done = torchrun(2, name, *options, "--out", *more.split(), cwd=tmp_path)
+        assert done.returncode == 0 and ("at step 20 of 44" in done.stdout) == (name == "halfway.py"), done
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_more_images_a_step_than_there_are_cannot_be_shared(monkeypatch):
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    with pytest.raises(cem.CEMError, match="--batch-size 8 is more than the 6 images"):
+        engine.fit(train_sup.Options(batch_size=8), cem.ParametricCEM("resnet18", width=4), 6, None, None, None)
+
+
 def test_two_processes_train_an_energy_model_with_chains_of_their_own_and_resume(tmp_path):
     options = [*TINY, "--loss", "jeat", "--attack-steps", 1, "--sgld-steps", 1, "--buffer", 300, "--diagnose"]
     for more in (["--epochs", 1], ["--epochs", 2, "--resume"]):
@@ -265,15 +316,33 @@ def test_sampling_goes_on_with_the_batches_that_were_finished(whole, tmp_path, m
     monkeypatch.setattr(sample, "draw_batch", lambda *args: drawn.append(args[-2]) or draw_batch(*args))
     other = script("sample.py", *options, "--seed", 1, "--out", "two", cwd=tmp_path)  # its batches are not taken for ours
     assert other.returncode == 0 and "going on" not in other.stdout and len(drawn) == 7
+    (parts,) = (tmp_path / "two").glob("*.parts")
+    (parts / "000000010.npz").write_bytes(b"")
     done = script("sample.py", *options, "--out", "two", cwd=tmp_path)
     assert done.returncode == 0 and "going on with 2 finished batches" in done.stdout, done.stderr
-    assert drawn[7:] == [20, 30, 40]
+    assert "000000010.npz is damaged (EOFError): drawn anew" in done.stderr and drawn[7:] == [10, 20, 30, 40]
     assert files(tmp_path / "two") == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
     with np.load(tmp_path / "one/samples-rcs.npz") as one, np.load(tmp_path / "two/samples-rcs.npz") as two:
         assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
 
 
 # -------------------------------------------------------------------------------------------------------- memory
+
+
+def test_the_search_for_a_batch_that_fits_begins_with_free_memory():
+    """What ran out of memory is let go before smaller batches are tried: here there is space for 100 numbers at a time."""
+    held = weakref.WeakSet()
+
+    def work(n: int, scale: float) -> float:
+        tensor = torch.full((n,), scale)
+        held.add(tensor)
+        if sum(map(len, held)) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tensor.sum().item()
+
+    assert hardware.fitting(100, work, 2.0) == 200
+    with pytest.raises(cem.CEMError, match="the largest that does is about (99|100)"):
+        hardware.fitting(300, work, 2.0)
 
 
 def test_out_of_memory_names_the_largest_batch_that_fits(whole, tmp_path, monkeypatch):
