@@ -326,6 +326,17 @@ def test_sampling_goes_on_with_the_batches_that_were_finished(whole, tmp_path, m
         assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
 
 
+def test_sigterm_ends_sampling_and_says_how_to_go_on(whole, tmp_path):
+    options = ["--ckpt", str(whole / "ckpt.pt"), "--n", "100000", "--batch-size", "10", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "sample.py"), *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("*.parts/*.npz")):
+            time.sleep(0.05)
+        process.terminate()
+        errors = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in errors and "Traceback" not in errors
+
+
 # -------------------------------------------------------------------------------------------------------- memory
 
 
