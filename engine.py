@@ -66,10 +66,8 @@ def fit(
     """
     fits = parallel.size() == 1 or opt.batch_size <= images
     cli.require(fits, f"--batch-size {opt.batch_size} is more than the {images} images that torchrun's processes would share")
-    hardware.autocast(
-        next(model.parameters()).device, opt.precision
-    )  # refuses what the device has not, before anything is written
     out, begin, where, first = Path(opt.out), time.monotonic(), next(model.parameters()).device, parallel.rank() == 0
+    hardware.autocast(where, opt.precision)  # refuses what the device has not, before anything is written
     per_epoch = max(images // opt.batch_size, 1)
     total = opt.epochs * per_epoch
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=opt.weight_decay, fused=True)
