@@ -369,6 +369,7 @@ def test_compiled_networks_compute_what_the_eager_ones_do_and_are_compiled_once(
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     torch.testing.assert_close(list(network.parameters()), list(twin.parameters()), rtol=0, atol=1e-8)
     assert graphs[0] >= 2 and graphs == graphs[:1] * 3
+    assert compiled(network) is compiled(network)  # no network is left behind by a step
 
 
 @pytest.mark.parametrize("native", [True, False])

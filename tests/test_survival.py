@@ -177,6 +177,18 @@ def torchrun(n: int, *args, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.parametrize("rank, local, turn", [(0, 0, 0), (1, 1, 2), (8, 0, 1), (9, 1, 2)])
+def test_one_process_downloads_then_one_of_each_other_machine_then_the_rest(rank, local, turn, monkeypatch):
+    """Everyone meets at the same two barriers, `turn` of them before the block."""
+    met = []
+    monkeypatch.setattr(parallel, "barrier", lambda: met.append("barrier"))
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    with parallel.first_then_others():
+        met.append("block")
+    assert len(met) == 3 and met.index("block") == turn
+
+
 DOUBLE = """
 import runpy, sys, torch
 torch.set_default_dtype(torch.float64)
