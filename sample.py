@@ -8,8 +8,8 @@
     torchrun --nproc_per_node=8 -- sample.py --n 50000   # shared out; after an interruption the same command goes on
 
 Writes samples-<sampler>[-cond].npz (arr_0: uint8 (N, H, W, C), arr_1: int64 labels), .png (a row a class) and .json beside
-the checkpoint. Image i depends on --seed and i, not on --n or --batch-size; the images of pgd and maxent climb together, a
-batch at a time: theirs depend on --batch-size too, which is the N of the entropy estimate.
+the checkpoint. Image i depends on --seed and i, not on --n or --batch-size, but for a few grey levels of rounding; the
+images of pgd and maxent climb together, a batch at a time: theirs depend on --batch-size too, the N of the entropy estimate.
 """
 
 import hashlib
@@ -77,7 +77,7 @@ class Options:
     )
     out: str = option("", "folder to write to (default: beside the checkpoint; runs/shipped for one in checkpoints/)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    precision: str = option("float32", "arithmetic", choices=hardware.PRECISIONS)
+    precision: str = option("auto", "arithmetic; auto: bfloat16 where the device has it", choices=hardware.PRECISIONS)
 
 
 def check(opt: Options) -> None:
@@ -227,6 +227,7 @@ def main() -> None:
         "mean": model.mean.flatten().tolist(),
         "std": model.std.flatten().tolist(),
         "step_size": step_size(opt, model.extra["seeds"]["shape"]),
+        "precision": hardware.settled(where, opt.precision),
     }
     record |= {"seconds": round(seconds, 2), "images_per_second": round(opt.n / seconds, 2)}
     pictures.write(folder, name, images, labels, record)
