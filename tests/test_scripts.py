@@ -399,6 +399,14 @@ def test_the_running_average_is_pytorchs(batch):
     assert not torch.equal(average.net.conv1.weight, model.net.conv1.weight)
 
 
+def test_the_running_average_begins_at_the_first_steps_weights_not_at_random_ones(tmp_path):
+    options = ["--dataset", "digits", "--width", 4, "--loss", "st", "--n-eval", 36, "--seed-rank", 4, "--ema", 0.9]
+    assert script("train_sup.py", *options, "--epochs", 1, "--batch-size", 1437, cwd=tmp_path).returncode == 0
+    model = cem.load(tmp_path / "runs/sup/ckpt.pt")
+    assert model.extra["training"]["step"] == 1
+    assert all(torch.equal(v, model.extra["training"]["model"][k]) for k, v in model.state_dict().items())
+
+
 def test_compile_without_a_compiler_is_a_clear_error(tmp_path):
     with mock.patch.dict(os.environ, {"CXX": "/nonexistent"}):
         done = process("train_sup.py", "--dataset", "digits", "--width", 4, "--loss", "st", "--compile", cwd=tmp_path)
