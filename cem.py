@@ -1,16 +1,20 @@
-"""Contrastive energy-based models (CEM) in plain PyTorch: networks, log-densities, losses, attack and samplers.
+"""Contrastive energy-based models (CEM) in plain PyTorch.
 
-    model = cem.ParametricCEM("resnet18", num_classes=10)            # p(x, y) = exp f(x, y) / Z, f = the logits
-    x_adv = cem.pgd(cem.potential("ce", model, y), x, eps=0.5)       # adversarial training's inner maximisation
-    loss, _ = cem.supervised_loss("at", model, x, y, x_adv)          # ... and its outer minimisation
-    x_new = cem.ascend(cem.potential("rcs", model, y), seeds, steps=8, step_size=0.25)        # draw images
+    model = cem.ParametricCEM("resnet18", num_classes=10)        # p(x, y) = exp f(x, y) / Z
+    x_adv = cem.pgd(cem.potential("ce", model, y), x, eps=0.5)   # inner maximisation
+    loss, logits = cem.supervised_loss("at", model, x, y, x_adv) # outer minimisation
+    images = cem.ascend(cem.potential("rcs", model, y), seeds, steps=8, step_size=0.25)
 
-Images are float tensors (N, C, H, W) in [0, 1]; the channel normalisation is a layer of the model. Energies are negative
-log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k). This file needs torch and torchvision alone: copy it.
+Images are float tensors (N, C, H, W) in [0, 1]; the channel normalisation is a layer of the model.
+Energies are negative log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k), where LSE is
+log-sum-exp. This file depends on torch and torchvision only and can be copied as it is.
 
-Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455; [JEAT] Zhu et al., ICCV 2021, arXiv:2108.09093;
-[JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263; [PGD] Madry et al., ICLR 2018, arXiv:1706.06083;
-[CW] Carlini and Wagner, S&P 2017, arXiv:1608.04644.
+Contents: networks, log-densities, losses, ascent (attack and samplers), potentials, seeds,
+checkpoints.
+
+Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455. [JEAT] Zhu et al., ICCV 2021,
+arXiv:2108.09093. [JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263. [PGD] Madry et al.,
+ICLR 2018, arXiv:1706.06083. [CW] Carlini and Wagner, S&P 2017, arXiv:1608.04644.
 """
 
 from __future__ import annotations
@@ -19,62 +23,80 @@ import copy
 import functools
 import math
 import os
+import secrets
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
 class CEMError(ValueError):
-    """Something that the caller can put right; the scripts print it as one line and exit with status 2."""
+    """An error that the caller can correct. The scripts print it as one line and exit with 2."""
 
 
-# ---------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------- networks
 
 
 class ResNet(nn.Module):
-    """ResNet (He et al., 2016), torchvision's names; stem 3x3 of stride 1; large: ImageNet's, 7x7 of stride 2 and max-pool."""
+    """ResNet (He et al., 2016) with torchvision's parameter names.
 
-    def __init__(self, block: type, depths: Sequence[int], width: int, in_channels: int, large: bool = False):
+    The stem is a 3x3 convolution of stride 1 without max-pooling, for small images; `imagenet`
+    selects the original one, 7x7 of stride 2 with max-pooling.
+    """
+
+    def __init__(self, block, depths: Sequence[int], width: int, in_channels: int, imagenet=False):
         super().__init__()
-        kernel, stride = (7, 2) if large else (3, 1)
-        self.conv1 = nn.Conv2d(in_channels, width, kernel, stride, padding=kernel // 2, bias=False)
-        self.bn1, self.large = nn.BatchNorm2d(width), large
+        self.imagenet = imagenet
+        kernel, stride = (7, 2) if imagenet else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         channels = width
         for i, depth in enumerate(depths):
-            planes, stride, blocks = width * 2**i, 1 if i == 0 else 2, []
+            planes = width * 2**i
             out = planes * block.expansion
-            for _ in range(depth):
+            blocks = []
+            for j in range(depth):
+                stride = 2 if i > 0 and j == 0 else 1
                 shortcut = None
                 if stride != 1 or channels != out:
-                    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                    projection = nn.Conv2d(channels, out, 1, stride, bias=False)
+                    shortcut = nn.Sequential(projection, nn.BatchNorm2d(out))
                 blocks.append(block(channels, planes, stride, shortcut))
-                channels, stride = out, 1
+                channels = out
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.out_features = channels
 
     def stages(self, x: Tensor) -> list[Tensor]:
         x = F.relu(self.bn1(self.conv1(x)))
-        x = F.max_pool2d(x, 3, 2, padding=1) if self.large else x
-        return [x := layer(x) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)]
+        if self.imagenet:
+            x = F.max_pool2d(x, 3, 2, padding=1)
+        outputs = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            outputs.append(x)
+        return outputs
 
 
 class WideBlock(nn.Module):
+    """Pre-activation residual block of a Wide ResNet."""
+
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.convShortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if in_channels != channels else None
+        self.convShortcut = None
+        if in_channels != channels:
+            self.convShortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
@@ -83,38 +105,54 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet (Zagoruyko and Komodakis, 2016) with their parameter names; its stages: the stem and the three groups."""
+    """Wide ResNet (Zagoruyko and Komodakis, 2016) with the authors' parameter names.
+
+    Its four stages are the stem and the three groups of blocks.
+    """
 
     def __init__(self, depth: int, factor: int, width: int, in_channels: int):
         super().__init__()
-        channels = [16, *(width * factor // 4 * 2**i for i in range(3))]
+        channels = [16] + [width * factor // 4 * 2**i for i in range(3)]
         self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         for i in range(3):
-            wide = [WideBlock(channels[i], channels[i + 1], 1 if i == 0 else 2)]
-            wide += [WideBlock(channels[i + 1], channels[i + 1], 1) for _ in range((depth - 4) // 6 - 1)]
-            self.add_module(f"block{i + 1}", nn.Sequential(OrderedDict(layer=nn.Sequential(*wide))))
-        self.bn1, self.out_features = nn.BatchNorm2d(channels[-1]), channels[-1]
+            blocks = [WideBlock(channels[i], channels[i + 1], 1 if i == 0 else 2)]
+            for _ in range((depth - 4) // 6 - 1):
+                blocks.append(WideBlock(channels[i + 1], channels[i + 1], 1))
+            group = nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
+            self.add_module(f"block{i + 1}", group)
+        self.bn1 = nn.BatchNorm2d(channels[-1])
+        self.out_features = channels[-1]
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        outputs = [x := self.conv1(x), x := self.block1(x), x := self.block2(x)]
-        return outputs + [F.relu(self.bn1(self.block3(x)))]
+        stem = self.conv1(x)
+        first = self.block1(stem)
+        second = self.block2(first)
+        third = F.relu(self.bn1(self.block3(second)))
+        return [stem, first, second, third]
 
 
-RESNETS = {"resnet18": (BasicBlock, (2, 2, 2, 2)), "resnet34": (BasicBlock, (3, 4, 6, 3))}
-RESNETS |= {"resnet50": (Bottleneck, (3, 4, 6, 3)), "resnet101": (Bottleneck, (3, 4, 23, 3))}
-RESNETS |= {"resnet152": (Bottleneck, (3, 8, 36, 3))}
-WIDE_RESNETS = ((16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16))  # depth, factor
-ARCHS: dict[str, Callable[[int, int], nn.Module]] = {  # name -> (width, in_channels) -> network
-    **{name: functools.partial(ResNet, *shape) for name, shape in RESNETS.items()},
-    **{f"{name}-imagenet": functools.partial(ResNet, *shape, large=True) for name, shape in RESNETS.items()},
-    **{f"wrn-{depth}-{factor}": functools.partial(WideResNet, depth, factor) for depth, factor in WIDE_RESNETS},
+RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
+WIDE_RESNETS = [  # (depth, factor)
+    *((16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16))
+]
+ARCHS: dict[str, Callable[[int, int], nn.Module]] = {}  # name -> (width, in_channels) -> network
+for name, shape in RESNETS.items():
+    ARCHS[name] = functools.partial(ResNet, *shape)
+    ARCHS[f"{name}-imagenet"] = functools.partial(ResNet, *shape, imagenet=True)
+for depth, factor in WIDE_RESNETS:
+    ARCHS[f"wrn-{depth}-{factor}"] = functools.partial(WideResNet, depth, factor)
 
 
 class _CEM(nn.Module):
-    """What both energy models share: pixel normalisation, the network, its stages and its pooled features."""
+    """What both energy models share: pixel normalisation, network, stages and features."""
 
-    def __init__(self, arch, width, in_channels, mean, std, **config):
+    def __init__(self, arch, width, in_channels, mean=0.5, std=0.25, **config):
         super().__init__()
         if arch not in ARCHS:
             raise CEMError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
@@ -128,22 +166,25 @@ class _CEM(nn.Module):
             self.register_buffer(name, value.reshape(-1, 1, 1).clone())
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """x (N, C, H, W) in [0, 1] -> the outputs of the network's four stages, each (N, C_s, H_s, W_s)."""
+        """x (N, C, H, W) in [0, 1] -> the outputs of the four stages, each (N, C_s, H_s, W_s)."""
         return self.net.stages((x - self.mean) / self.std)
 
     def features(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) in [0, 1] -> g(x), the spatially pooled output of the last stage, (N, D)."""
+        """x (N, C, H, W) in [0, 1] -> g(x) (N, D), the last stage's spatial mean."""
         return self.stages(x)[-1].mean((2, 3)).to(x.dtype)
 
 
 class ParametricCEM(_CEM):
-    """p(x, y) = exp f(x, y) / Z with f(x, y) = g(x)ᵀ w_y + b_y: a classifier read as an energy model ([JEM], [CEM] eq. 3).
+    """P-CEM: p(x, y) = exp f(x, y) / Z, where f(x, ·) are a classifier's logits ([CEM] eq. 3).
 
-    `model(x)` maps x (N, C, H, W) in [0, 1], H, W at least 8, to logits f(x, ·) (N, num_classes) of x's dtype, also under
-    autocast. `width`: the stem's channels (the standard: 64); `mean`, `std`: the channel normalisation, in [0, 1] units.
+    `model(x)` maps x (N, C, H, W) in [0, 1], H and W at least 8, to f(x, ·) (N, num_classes) in
+    x's dtype, also under autocast. `width` is the number of channels of the stem (standard: 64);
+    `mean` and `std` are the channel normalisation in [0, 1] units, one number or one per channel.
     """
 
-    def __init__(self, arch="resnet18", num_classes=10, width=64, in_channels=3, mean=0.5, std=0.25):
+    def __init__(
+        self, arch="resnet18", num_classes=10, width=64, in_channels=3, mean=0.5, std=0.25
+    ):
         super().__init__(arch, width, in_channels, mean, std, num_classes=num_classes)
         self.net.fc = nn.Linear(self.net.out_features, num_classes)
 
@@ -152,17 +193,22 @@ class ParametricCEM(_CEM):
 
 
 class NonParametricCEM(_CEM):
-    """p(x, x') = exp f(x, x') / Z with f(x, x') = g(x)ᵀ g(x') / τ: a contrastive encoder as an energy model ([CEM] eq. 4).
+    """NP-CEM: p(x, x') = exp f(x, x') / Z with f(x, x') = g(x)ᵀ g(x') / τ ([CEM] eq. 4).
 
-    `model(x)` maps x (N, C, H, W) in [0, 1], H and W at least 8, to g(x) (N, embed_dim) of unit length, through a two-layer
-    projection head; `features(x)` is what lies before it. Other arguments as ParametricCEM's; the temperature is positive.
+    `model(x)` maps x (N, C, H, W) in [0, 1] to g(x) (N, embed_dim) of unit length, the output of a
+    two-layer projection head; `features(x)` is the head's input. τ is `temperature`. The other
+    arguments are those of ParametricCEM.
     """
 
-    def __init__(self, arch="resnet18", embed_dim=128, temperature=0.3, width=64, in_channels=3, mean=0.5, std=0.25):
+    def __init__(
+        self, arch="resnet18", embed_dim=128, temperature=0.3, width=64, in_channels=3, **kwargs
+    ):
         if not temperature > 0:
-            raise CEMError("the temperature must be positive")
-        super().__init__(arch, width, in_channels, mean, std, embed_dim=embed_dim, temperature=temperature)
-        self.temperature, dim = temperature, self.net.out_features
+            raise CEMError(f"temperature must be positive, not {temperature}")
+        config = dict(embed_dim=embed_dim, temperature=temperature)
+        super().__init__(arch, width, in_channels, **kwargs, **config)
+        self.temperature = temperature
+        dim = self.net.out_features
         self.net.fc = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, embed_dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,32 +216,33 @@ class NonParametricCEM(_CEM):
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A frozen copy of `model` in eval mode, each BatchNorm that follows a convolution folded into its weights.
+    """A frozen copy of `model` in eval mode with BatchNorm folded into the preceding convolutions.
 
-    The same function of x up to rounding; attack and sampling run up to twice as fast on it.
+    The same function of x up to rounding; attacks and samplers run up to twice as fast on it.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
-        pairs = []  # the names of a convolution and of the norm that is applied to its output
+        pairs = []  # names of a convolution and of the BatchNorm applied to its output
         if isinstance(module, (ResNet, BasicBlock, Bottleneck)):
             pairs = [(f"conv{i}", f"bn{i}") for i in (1, 2, 3) if hasattr(module, f"conv{i}")]
         elif isinstance(module, WideBlock):
             pairs = [("conv1", "bn2")]
-        elif isinstance(module, nn.Sequential) and isinstance(module[-1], nn.modules.batchnorm._BatchNorm):  # a shortcut
-            pairs = [("0", "1")]
+        elif isinstance(module, nn.Sequential) and isinstance(module[-1], _BatchNorm):
+            pairs = [("0", "1")]  # the projection of a shortcut
         for conv, bn in pairs:
-            if isinstance(getattr(module, bn), nn.Identity):  # folded before
+            if isinstance(getattr(module, bn), nn.Identity):  # already folded
                 continue
-            setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn)))
+            fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, bn))
+            setattr(module, conv, fused)
             setattr(module, bn, nn.Identity())
     return model.requires_grad_(False)
 
 
-# ----------------------------------------------------------------------------------- log-densities and losses
+# -------------------------------------------------------------------------------- log-densities
 
 
 def log_joint(logits: Tensor, y: Tensor) -> Tensor:
-    """log p(x, y) + log Z = f(x, y), which is also log p(x | y) up to a constant. (N, K), (N,) -> (N,)."""
+    """log p(x, y) + log Z = f(x, y), up to a constant also log p(x | y). (N, K), (N,) -> (N,)."""
     return logits.gather(1, y[:, None]).squeeze(1)
 
 
@@ -209,221 +256,212 @@ def log_posterior(logits: Tensor, y: Tensor) -> Tensor:
     return log_joint(logits, y) - log_marginal(logits)
 
 
+def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
+    """log (1 - p(y | x)) / p(y | x) = LSE_{k≠y} f(x, k) - f(x, y). (N, K), (N,) -> (N,)."""
+    return logits.scatter(1, y[:, None], -torch.inf).logsumexp(1) - log_joint(logits, y)
+
+
 def consistency(logits: Tensor, logits_hat: Tensor, y: Tensor) -> Tensor:
-    """f(x, y) - f(x̂, y): its θ-gradient is the first half of the likelihood gradient ([CEM] eq. 10). -> (N,)."""
+    """First half of the likelihood gradient: ∇_θ of f(x, y) - f(x̂, y) ([CEM] eq. 10). -> (N,)."""
     return log_joint(logits, y) - log_joint(logits_hat, y)
 
 
 def contrastive(logits_hat: Tensor, y: Tensor) -> Tensor:
-    """f(x̂, y) - E_ŷ f(x̂, ŷ), ŷ ~ p(y | x̂) held fixed: the other half; its θ-gradient is that of log p(y | x̂). -> (N,)."""
-    return log_joint(logits_hat, y) - (logits_hat.softmax(1).detach() * logits_hat).sum(1)
+    """Second half: ∇_θ of f(x̂, y) - E_ŷ f(x̂, ŷ) with ŷ ~ p(y | x̂) held fixed. -> (N,).
+
+    This gradient equals that of log p(y | x̂): adversarial training is half of the likelihood's.
+    """
+    expected = (logits_hat.softmax(1).detach() * logits_hat).sum(1)
+    return log_joint(logits_hat, y) - expected
 
 
 def similarity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """f(x_i, x'_j) = z1_i · z2_j / τ, (N, D), (M, D) -> (N, M): an NP-CEM's logits, the candidates x' in the place of classes.
+    """f(x_i, x'_j) = z1_i · z2_j / τ, the logits of an NP-CEM. (N, D), (M, D) -> (N, M).
 
-    log_joint, log_posterior, consistency, contrastive apply to it: data are the partition function's proposals ([CEM] 3.2).
+    The candidates x'_j take the place of the classes in all functions above: data are the
+    proposals of the importance-sampled partition function ([CEM] section 3.2).
     """
-    with torch.autocast(z1.device.type, enabled=False):  # three digits of bfloat16 are too few for a cosine over τ
+    with torch.autocast(z1.device.type, enabled=False):  # bfloat16 is too coarse for cosine / τ
         return z1 @ z2.T / temperature
 
 
-def _others(z: Tensor, temperature: float) -> Tensor:
-    """f(x_i, x_j) of a batch with itself, (N, D) -> (N, N), -inf on the diagonal: no image is its own candidate."""
+def _similarity_to_others(z: Tensor, temperature: float) -> Tensor:
+    """f(x_i, x_j) within a batch, (N, D) -> (N, N), with -inf on the diagonal."""
     if len(z) < 2:
-        raise CEMError("a batch of one image has no others to be compared with: two or more, please")
-    return similarity(z, z, temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -torch.inf)
+        raise CEMError("this potential compares images: it needs a batch of at least 2")
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    return similarity(z, z, temperature).masked_fill(diagonal, -torch.inf)
+
+
+# --------------------------------------------------------------------------------------- losses
 
 
 def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean") -> Tensor:
-    """NT-Xent (Chen et al., 2020): -log p(positive | view) among the 2N - 1 other views of the batch.
+    """NT-Xent (Chen et al., 2020): -log p(positive | view) among the 2N - 1 other views.
 
-    z1, z2 (N, D), of unit length, row i of one the positive of row i of the other; the negatives are all other rows of both.
-    reduction "mean" -> (), over the 2N views; "none" -> (N,), each pair's mean over its two views.
+    z1 and z2 (N, D) have unit length; row i of one is the positive of row i of the other, and all
+    other rows of both are negatives. reduction "mean" -> (), over the 2N views; "none" -> (N,),
+    the mean over each pair's two views.
     """
     if reduction not in ("mean", "none"):
         raise CEMError(f"unknown reduction {reduction!r}: choose 'mean' or 'none'")
     n = len(z1)
-    if len(z2) != n or n < 2:
-        raise CEMError("InfoNCE needs two views of the same two or more images")
+    if n < 2 or len(z2) != n:
+        raise CEMError(f"InfoNCE needs two views of at least 2 images, not {n} and {len(z2)}")
     positives = torch.arange(2 * n, device=z1.device).roll(n)
-    losses = -log_posterior(_others(torch.cat([z1, z2]), temperature), positives).view(2, n).mean(0)
+    logits = _similarity_to_others(torch.cat([z1, z2]), temperature)
+    losses = -log_posterior(logits, positives).view(2, n).mean(0)
     return losses.mean() if reduction == "mean" else losses
-
-
-@contextmanager
-def _statistics_of_the_first(n: int, model: nn.Module):
-    """BatchNorms in training normalise all of a batch (N, C, H, W) by mean and variance of its first n images."""
-
-    def forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        first, rest = x.tensor_split([n])
-        var, mean = torch.var_mean(first.float() if x.dtype == torch.bfloat16 else first, (0, 2, 3), correction=0)
-        scale = norm.weight * (var + norm.eps).rsqrt()
-        rest = (rest - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
-        return torch.cat([type(norm).forward(norm, first), rest.to(x.dtype)])
-
-    with ExitStack() as afterwards:
-        for norm in model.modules():
-            if isinstance(norm, nn.BatchNorm2d) and norm.training:
-                norm.forward = functools.partial(forward, norm)
-                afterwards.callback(delattr, norm, "forward")
-        yield
 
 
 SUPERVISED_LOSSES = ("st", "at", "mle", "jem", "jeat")
 
 
 def supervised_loss(name, model, x, y, x_adv=None, weight=0.1, x_s=None) -> tuple[Tensor, Tensor]:
-    """The outer minimisation of adversarial and of energy-based training -> (mean loss, logits that the cross-entropy saw).
+    """The outer minimisation -> (mean loss, the logits that the cross-entropy saw).
 
     st    CE(x, y)
-    at    CE(x̂, y), x̂ = x_adv
-    mle   CE(x̂, y) + λ [f(x̂, y) - f(x, y)], λ = weight: both halves of the likelihood gradient ([CEM] section 3)
-    jem   CE(x, y) + λ [LSE f(x_s) - LSE f(x)], x_s from a ReplayBuffer or, without its term, None; λ = 1 in [JEM]
-    jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)], likewise; λ = 1 in [JEAT]
+    at    CE(x̂, y)                                       x̂ = x_adv, the attacked images
+    mle   CE(x̂, y) + λ [f(x̂, y) - f(x, y)]               λ = weight; both halves of the likelihood
+    jem   CE(x, y) + λ [LSE f(x_s) - LSE f(x)]           x_s: samples of the model; λ = 1 in [JEM]
+    jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
 
-    In the last two, BatchNorm in training normalises x_s too by the data's statistics: by others it could tell it from them.
+    Without x_s, the last two leave its term out. In training their BatchNorm normalises x_s by
+    the statistics of the data: separate statistics would separate data from samples.
     """
     if name not in SUPERVISED_LOSSES:
         raise CEMError(f"unknown loss {name!r}: choose one of {', '.join(SUPERVISED_LOSSES)}")
     seen = x if name in ("st", "jem") else x_adv
+    if seen is None:
+        raise CEMError(f"loss {name!r} needs x_adv, the attacked images")
     if name in ("jem", "jeat"):
-        with _statistics_of_the_first(len(x), model):
-            logits, logits_s = model(seen if x_s is None else torch.cat([seen, x_s])).tensor_split([len(x)])
-        gap = log_marginal(logits).mean() - (0 if x_s is None else log_marginal(logits_s).mean())
+        with _batch_statistics_of_first(len(x), model):
+            outputs = model(seen if x_s is None else torch.cat([seen, x_s]))
+        logits, logits_s = outputs.tensor_split([len(x)])
+        gap = log_marginal(logits).mean()
+        if x_s is not None:
+            gap = gap - log_marginal(logits_s).mean()
         return F.cross_entropy(logits, y) - weight * gap, logits
     logits = model(seen)
     loss = F.cross_entropy(logits, y)
-    if name == "mle" and weight:  # with weight 0 the clean images are not even seen by BatchNorm: exactly `at`
+    if name == "mle" and weight:  # weight 0 is exactly `at`: BatchNorm does not see x either
         loss = loss - weight * consistency(model(x), logits, y).mean()
     return loss, logits
 
 
-# ------------------------------------------------------------------------------------------ attack and samplers
+@contextmanager
+def _batch_statistics_of_first(n: int, model: nn.Module):
+    """In training, BatchNorm normalises a batch by the mean and variance of its first n images."""
 
-PARAMETRIC_SAMPLERS = {  # (logits f(x, ·), y) -> U(x)
-    "ta": log_posterior,  # f(x, y) - LSE_k f(x, k) = log p(y | x), the targeted attack
-    "langevin": lambda logits, y: log_marginal(logits),  # LSE_k f(x, k): log p(x)
-    "cs": log_joint,  # f(x, y): log p(x | y), conditional sampling
-    "rcs": lambda logits, y: log_joint(logits, y) + log_marginal(logits),  # log p(x | y) + log p(x), reinforced
-}
-PARAMETRIC_ATTACKS = {
-    "ce": lambda logits, y: -log_posterior(logits, y),  # untargeted PGD: the cross-entropy
-    "joint": lambda logits, y: -log_joint(logits, y),  # the joint energy E(x, y) ([JEAT])
-    "margin": lambda logits, y: logits.scatter(1, y[:, None], -torch.inf).amax(1) - log_joint(logits, y),  # of [CW]
-}
+    def forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        first, rest = x.tensor_split([n])
+        wide = first.float() if x.dtype == torch.bfloat16 else first
+        var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        scale = norm.weight * (var + norm.eps).rsqrt()
+        rest = (rest - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+        return torch.cat([type(norm).forward(norm, first), rest.to(x.dtype)])
 
-NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(y) if y was given, τ) -> U(x)
-    "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),  # InfoNCE(x_i, y_i; batch)
-    # -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j): the batch's entropy
-    "maxent": lambda z, _, temperature: math.log(len(z) - 1) - log_marginal(_others(z, temperature)),
-}
-
-
-def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """The scalar potential U of a sampler or an attack, x (N, C, H, W) -> (N,), to be climbed by `ascend` ([CEM] section 4).
-
-    P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs", and the attacks "ce", "joint", "margin", the formulas of the
-    tables above; y: labels (N,), which "langevin" needs not. NP-CEM, f(x, x') = model(x) · model(x') / τ: "pgd"; y: the
-    positives, images (N, C, H, W), held fixed; and "maxent", without y. These two couple the images of a batch.
-    Raises CEMError for an unknown name, a missing y, or a model of the other kind.
-    """
-    formulas = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS | NON_PARAMETRIC_SAMPLERS
-    if name not in formulas:
-        raise CEMError(f"unknown potential {name!r}: choose one of {', '.join(formulas)}")
-    other = ParametricCEM if name in NON_PARAMETRIC_SAMPLERS else NonParametricCEM
-    if isinstance(model, other):
-        raise CEMError(f"potential {name!r} is not for a {other.__name__}")
-    if y is None and name not in ("langevin", "maxent"):
-        raise CEMError(f"potential {name!r} needs {'the positives' if name == 'pgd' else 'the labels'} y")
-    if other is NonParametricCEM:
-        return lambda x: formulas[name](model(x), y)
-
-    @functools.cache
-    @torch.no_grad()
-    def positives() -> Tensor | None:  # embedded at the first call, when `ascend` has put the model into eval mode
-        return None if y is None else model(y)
-
-    return lambda x: formulas[name](model(x), positives(), model.temperature)
+    with ExitStack() as restore:
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d) and norm.training:
+                norm.forward = functools.partial(forward, norm)
+                restore.callback(delattr, norm, "forward")
+        yield
 
 
-def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Tensor:
-    """random(shape) on like's device, from one generator or, row i from generator i, from one an image, or by its `draw`."""
-    if hasattr(generator, "draw"):
-        return generator.draw(random, shape, like)
-    if generator is None or isinstance(generator, torch.Generator):
-        where = like.device if generator is None else generator.device
-        return random(shape, generator=generator, dtype=like.dtype, device=where).to(like.device)
-    return torch.stack([random(shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator]).to(like.device)
+# ------------------------------------------------------------------ ascent: attack and samplers
 
 
 def _l2(x: Tensor) -> Tensor:
-    """The l2 norm of each image, shaped to multiply with x."""
+    """The l2 norm of each image, broadcastable to x."""
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
 
 
+DIRECTIONS = {  # d(∇U)
+    "none": lambda g: g,
+    "l2": lambda g: g / _l2(g).clamp_min(1e-12),
+    "linf": torch.sign,
+}
+
+
 def project(delta: Tensor, eps: float, norm: str) -> Tensor:
-    """The nearest point to delta (N, ...) in the l2 or linf ball of radius eps around 0, image by image."""
-    return delta.clamp(-eps, eps) if norm == "linf" else delta * (eps / _l2(delta).clamp_min(1e-12)).clamp(max=1)
+    """The nearest point to delta (N, ...) in the l2 or linf ball of radius eps, image by image."""
+    if norm == "linf":
+        return delta.clamp(-eps, eps)
+    return delta * (eps / _l2(delta).clamp_min(1e-12)).clamp(max=1)
 
 
-# d(∇U): the gradient itself, scaled to unit length, or its sign
-DIRECTIONS = {"none": lambda g: g, "l2": lambda g: g / _l2(g).clamp_min(1e-12), "linf": torch.sign}
+def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Tensor:
+    """random(shape) in the dtype and on the device of `like`.
+
+    generator: None, one torch.Generator, a sequence of one per image, or an object whose method
+    `draw(random, shape, like)` does it.
+    """
+    if hasattr(generator, "draw"):
+        return generator.draw(random, shape, like)
+    if generator is None or isinstance(generator, torch.Generator):
+        device = like.device if generator is None else generator.device
+        drawn = random(shape, generator=generator, dtype=like.dtype, device=device)
+    else:
+        rows = [
+            random(shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator
+        ]
+        drawn = torch.stack(rows)
+    return drawn.to(like.device)
 
 
 @contextmanager
-def _undisturbed():
-    """Modules called inside are in eval mode and frozen (no weight gradients); on exit, by exception too, as they were.
-    A forward hook finds them, so that any callable can be a potential."""
-    modes, frozen = [], []
-
-    def settle(module, _inputs):
-        if module.training:
-            modes.append(module)
-            module.training = False
-        frozen.extend(p.requires_grad_(False) for p in module.parameters(recurse=False) if p.requires_grad)
-
-    hook = register_module_forward_pre_hook(settle)
+def _eval_mode(model: nn.Module | None):
+    """`model` is in eval mode inside, and afterwards as it was, also after an exception."""
+    training = [] if model is None else [m for m in model.modules() if m.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        hook.remove()
-        for module in modes:
+        for module in training:
             module.training = True
-        for parameter in frozen:
-            parameter.requires_grad_(True)
 
 
 def ascend(
-    potential, x, *, steps, step_size, norm="l2", noise=0.0, eps=None, momentum=0.0, clip=(0, 1), generator=None, start=None
-) -> Tensor:
-    """Gradient ascent on a potential: the one loop behind attack, Langevin dynamics and all samplers.
+    potential, x, *, steps, step_size, norm="l2", noise=0.0, eps=None, momentum=0.0, clip=(0, 1),
+    generator=None, start=None, model=None
+) -> Tensor:  # fmt: skip
+    """Gradient ascent on a potential: the loop behind the attack, Langevin dynamics and samplers.
 
-        v ← momentum v + d(∇ Σ_i U(x)_i);   x ← clip(project(x + step_size v + noise ξ)),   ξ ~ N(0, 1)
+        v ← momentum v + d(∇ Σ_i U(x)_i)
+        x ← clip(project(x + step_size v + noise ξ)),   ξ ~ N(0, 1)
 
-    potential   callable x (N, ...) -> U (N,); images may be coupled. Networks in it run frozen and in eval mode meanwhile.
+    potential   x (N, ...) -> U (N,); images may be coupled.
     norm        d: "none" the gradient itself, "l2" scaled to unit length, "linf" its sign.
-    noise       standard deviation; √(2 step_size) with norm "none" is Langevin dynamics proper.
-    eps         radius of the ball around x, in `norm` ("l2" or "linf"), in which the iterates stay. None: no ball.
-    clip        range of the pixels, None for no clipping.
-    generator   of the noise: one, or a sequence of one an image (then an image does not depend on its batch).
+    noise       standard deviation; √(2 step_size) with norm "none" is Langevin dynamics.
+    eps         radius of the ball around x, in `norm` ("l2" or "linf"); None: no ball.
+    clip        range of the pixels; None: no clipping.
+    generator   source of the noise (see `_draw`); one per image makes images independent of
+                their batch.
     start       where to begin, if not at x.
+    model       the network inside `potential`, by default potential.model. It is in eval mode
+                during the ascent: in train mode the ascent would change BatchNorm's statistics.
 
-    Returns the last iterate, detached; parameters, their .grad, BatchNorm statistics and train/eval mode are left as
-    they were, also when the potential raises. Raises CEMError for options out of range.
+    Returns the last iterate, detached. No weight gradient is computed, and parameters, their .grad
+    and buffers are left as they were. Raises CEMError for options out of range.
     """
     if norm not in DIRECTIONS:
         raise CEMError(f"unknown norm {norm!r}: choose one of {', '.join(DIRECTIONS)}")
     if steps < 0 or step_size < 0 or noise < 0 or (eps is not None and eps < 0):
         raise CEMError("steps, step_size, noise and eps must not be negative")
     if eps is not None and norm == "none":
-        raise CEMError("a ball (eps) needs norm 'l2' or 'linf'")
-    center, velocity = x.detach(), 0
-    x = center.clone() if start is None else start.detach()
-    with _undisturbed(), torch.enable_grad():
+        raise CEMError("a ball of radius eps needs norm 'l2' or 'linf'")
+    center = x.detach()
+    x = (x if start is None else start).detach().clone()
+    velocity = 0
+    with _eval_mode(getattr(potential, "model", None) if model is None else model):
+        if isinstance(potential, Potential):
+            potential = potential.bind()
         for _ in range(steps):
-            x.requires_grad_(True)
-            (gradient,) = torch.autograd.grad(potential(x).sum(), x)
+            with torch.enable_grad():
+                x.requires_grad_(True)
+                (gradient,) = torch.autograd.grad(potential(x).sum(), x)
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)
             x = x.detach() + step_size * velocity
             if noise:
@@ -435,60 +473,140 @@ def ascend(
     return x.detach()
 
 
-def pgd(potential, x, *, eps, norm="l2", step_size=None, steps=7, random_start=True, generator=None) -> Tensor:
-    """Projected gradient ascent inside the l2 or linf ball of radius eps (pixel units) around x, and inside [0, 1] ([PGD]).
+def pgd(
+    potential, x, *, eps, norm="l2", step_size=None, steps=7, random_start=True, generator=None,
+    model=None
+) -> Tensor:  # fmt: skip
+    """Projected gradient ascent in the l2 or linf ball of radius eps around x ([PGD]).
 
-    x (N, C, H, W) in [0, 1]. step_size defaults to 2.5 eps / steps. The random start is uniform in the ball, then clipped.
+    x (N, C, H, W) in [0, 1], in which the iterates stay; eps and step_size in the same units.
+    step_size defaults to 2.5 eps / steps; the random start is uniform in the ball, then clipped.
+    The other arguments are those of `ascend`. Returns the attacked images, detached.
     """
     if norm not in ("l2", "linf") or steps < 1:
-        raise CEMError(f"pgd needs norm 'l2' or 'linf' and a step at least, not {norm!r} and {steps}")
+        raise CEMError(f"pgd needs norm 'l2' or 'linf' and steps >= 1, not {norm!r} and {steps}")
     start = x.detach()
     if random_start and eps > 0:
         if norm == "linf":
             delta = 2 * _draw(torch.rand, x.shape, generator, x) - 1
-        else:
+        else:  # a uniform direction, and a radius whose d-th power is uniform
             delta = DIRECTIONS["l2"](_draw(torch.randn, x.shape, generator, x))
-            delta = delta * _draw(torch.rand, (len(x), *[1] * (x.dim() - 1)), generator, x) ** (1 / x[0].numel())
+            radius = _draw(torch.rand, (len(x), *[1] * (x.dim() - 1)), generator, x)
+            delta = delta * radius ** (1 / x[0].numel())
         start = (start + eps * delta).clamp(0, 1)
     step_size = 2.5 * eps / steps if step_size is None else step_size
-    return ascend(potential, x, steps=steps, step_size=step_size, norm=norm, eps=eps, start=start)
+    return ascend(
+        potential, x, steps=steps, step_size=step_size, norm=norm, eps=eps, start=start, model=model
+    )
+
+
+# ----------------------------------------------------------------------------------- potentials
+
+PARAMETRIC_SAMPLERS = {  # (logits f(x, ·), y) -> U(x)
+    "ta": log_posterior,  # log p(y | x) = f(x, y) - LSE_k f(x, k): targeted attack
+    "langevin": lambda logits, y: log_marginal(logits),  # log p(x) = LSE_k f(x, k)
+    "cs": log_joint,  # log p(x | y) = f(x, y): conditional sampling
+    "rcs": lambda logits, y: log_joint(logits, y) + log_marginal(logits),  # reinforced: both
+}
+PARAMETRIC_ATTACKS = {
+    # The gradient of the cross-entropy is this one's times 1 - p(y | x), image by image. Without
+    # that factor it does not underflow where the network is very confident.
+    "ce": log_odds_against,
+    "joint": lambda logits, y: -log_joint(logits, y),  # the joint energy E(x, y) ([JEAT])
+    "margin": lambda logits, y: (  # max_{k≠y} f(x, k) - f(x, y) ([CW])
+        logits.scatter(1, y[:, None], -torch.inf).amax(1) - log_joint(logits, y)
+    ),
+}
+NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(y), τ) -> U(x)
+    "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),
+    "maxent": lambda z, _, temperature: (  # -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j): batch entropy
+        math.log(len(z) - 1) - log_marginal(_similarity_to_others(z, temperature))
+    ),
+}
+
+
+class Potential:
+    """A potential U: x (N, C, H, W) -> (N,), and the `model` that it evaluates."""
+
+    def __init__(self, name: str, model: nn.Module, y: Tensor | None):
+        self.name = name
+        self.model = model
+        self.y = y
+
+    def bind(self) -> Callable[[Tensor], Tensor]:
+        """U with the positives of "pgd" embedded now, once, by the network as it is."""
+        model, y = self.model, self.y
+        if self.name not in NON_PARAMETRIC_SAMPLERS:
+            formula = (PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS)[self.name]
+            return lambda x: formula(model(x), y)
+        formula = NON_PARAMETRIC_SAMPLERS[self.name]
+        with torch.no_grad():
+            z_plus = None if y is None else model(y)
+        return lambda x: formula(model(x), z_plus, model.temperature)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.bind()(x)
+
+
+def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Potential:
+    """The potential of a sampler or an attack, by its name in the tables above ([CEM] section 4).
+
+    P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs" and the attacks "ce", "joint",
+    "margin"; y: labels (N,), unused by "langevin".
+    NP-CEM, f(x, x') = model(x) · model(x') / τ: "pgd", y: the positives, images (N, C, H, W);
+    "maxent", without y. These couple the images of a batch; gradients flow through both arguments.
+
+    Raises CEMError for an unknown name, a missing y, or a model of the other kind.
+    """
+    names = [*PARAMETRIC_SAMPLERS, *PARAMETRIC_ATTACKS, *NON_PARAMETRIC_SAMPLERS]
+    if name not in names:
+        raise CEMError(f"unknown potential {name!r}: choose one of {', '.join(names)}")
+    wrong = ParametricCEM if name in NON_PARAMETRIC_SAMPLERS else NonParametricCEM
+    if isinstance(model, wrong):
+        raise CEMError(f"potential {name!r} is not defined for a {wrong.__name__}")
+    if y is None and name not in ("langevin", "maxent"):
+        what = "the positives" if name == "pgd" else "the labels"
+        raise CEMError(f"potential {name!r} needs y, {what}")
+    return Potential(name, model, y)
+
+
+# ---------------------------------------------------------------------------------------- seeds
 
 
 class GaussianSeeds:
-    """The samplers' starting points: x₀ ~ N(μ_y, Σ_y + 1e-4 I) fitted to class y, or N(μ, Σ + 1e-4 I) to all images.
+    """Starting points of the samplers: x₀ ~ N(μ_y, Σ_y + 1e-4 I), clipped to [0, 1].
 
-    x₀ = clip(μ + A ξ + 0.01 ζ) with A Aᵀ = Σ, exact or, with `rank`, by Σ's leading eigenvectors. mean (K + 1, D),
-    factor (K + 1, D, R); row K is the Gaussian of all the images.
+    Fitted to the images of each class y, and to all images for unconditional sampling. Computed as
+    μ + A ξ + 0.01 ζ with A Aᵀ = Σ, exact or, with `rank`, from Σ's leading eigenvectors. mean
+    (K + 1, D) and factor (K + 1, D, R); row K is the Gaussian of all images.
     """
 
     def __init__(self, mean: Tensor, factor: Tensor, shape: Sequence[int]):
-        self.mean, self.factor, self.shape = mean, factor, tuple(shape)
+        self.mean = mean
+        self.factor = factor
+        self.shape = tuple(shape)
         self.num_classes = len(mean) - 1
 
     @classmethod
-    def fit(cls, images: Tensor, labels: Tensor, rank: int | None = None, num_classes: int | None = None):
-        """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, every class with at least two images."""
-        flat, scale = images.flatten(1), 255 if images.dtype == torch.uint8 else 1
+    def fit(cls, images: Tensor, labels: Tensor, rank=None, num_classes=None) -> GaussianSeeds:
+        """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, 2 images per class."""
+        flat = images.flatten(1)
+        scale = 255 if images.dtype == torch.uint8 else 1
         num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-        rank, means, factors = min(rank or flat.shape[1], flat.shape[1], len(flat) - 1), [], []
+        rank = min(rank or flat.shape[1], flat.shape[1], len(flat) - 1)
+        means, factors = [], []
         for k in range(num_classes + 1):
-            rows = (flat if k == num_classes else flat[labels == k]).to(torch.get_default_dtype()) / scale
+            rows = flat if k == num_classes else flat[labels == k]
             if len(rows) < 2:
-                raise CEMError(f"class {k} has {len(rows)} images: its Gaussian seeds need at least two")
+                raise CEMError(f"class {k} has {len(rows)} images: its seeds need at least 2")
+            rows = rows.to(torch.get_default_dtype()) / scale
             means.append(rows.mean(0))
             centered = (rows - means[k]) / (len(rows) - 1) ** 0.5
-            if 4 * rank < min(centered.shape):  # randomised: seconds instead of minutes for 3 x 32 x 32
-                with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-                    torch.manual_seed(k)
-                    _, s, v = torch.svd_lowrank(centered, q=min(rank + 16, *centered.shape), niter=4)
-            else:
-                _, s, vt = torch.linalg.svd(centered, full_matrices=False)
-                v = vt.T
-            factors.append(F.pad(v * s, (0, max(rank - len(s), 0)))[:, :rank])
+            factors.append(_principal_factor(centered, rank, seed=k))
         return cls(torch.stack(means), torch.stack(factors), images.shape[1:])
 
     def sample(self, labels: int | Tensor, generator=None) -> Tensor:
-        """labels (N,): x₀ of those classes; an int n: n unconditional ones. -> (N, C, H, W) in [0, 1]."""
+        """labels (N,): seeds of these classes; an int n: n unconditional ones. -> (N, C, H, W)."""
         if isinstance(labels, int):
             labels = torch.full((labels,), self.num_classes)
         elif len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
@@ -497,52 +615,82 @@ class GaussianSeeds:
         dim, rank = self.factor.shape[1:]
         draws = _draw(torch.randn, (len(labels), rank + dim), generator, self.mean)
         x = self.mean[labels] + 0.01 * draws[:, rank:]
-        for k in labels.unique():  # class by class: gathering a factor an image would take gigabytes
+        for k in labels.unique():  # one factor per class: one per image would take gigabytes
             x[labels == k] += draws[labels == k, :rank] @ self.factor[k].T
         return x.clamp(0, 1).view(-1, *self.shape)
 
     def state_dict(self, dtype: torch.dtype = torch.float16) -> dict:
-        return {"mean": self.mean.to(dtype), "factor": self.factor.to(dtype), "shape": list(self.shape)}
+        """For a checkpoint: tensors and plain values."""
+        mean, factor = self.mean.to(dtype), self.factor.to(dtype)
+        return {"mean": mean, "factor": factor, "shape": list(self.shape)}
 
     @classmethod
-    def from_state_dict(cls, state: dict, device="cpu"):
-        return cls(state["mean"].to(device).float(), state["factor"].to(device).float(), state["shape"])
+    def from_state_dict(cls, state: dict, device="cpu") -> GaussianSeeds:
+        mean, factor = (state[name].to(device).float() for name in ("mean", "factor"))
+        return cls(mean, factor, state["shape"])
+
+
+def _principal_factor(centered: Tensor, rank: int, seed: int) -> Tensor:
+    """A (D, rank) with A Aᵀ the best approximation of centeredᵀ centered; zero columns if short."""
+    if 4 * rank < min(centered.shape):  # randomised: seconds instead of minutes for 3 x 32 x 32
+        with torch.random.fork_rng(devices=[centered.device] if centered.is_cuda else []):
+            torch.manual_seed(seed)
+            q = min(rank + 16, *centered.shape)
+            _, s, v = torch.svd_lowrank(centered, q=q, niter=4)
+    else:
+        _, s, vt = torch.linalg.svd(centered, full_matrices=False)
+        v = vt.T
+    return F.pad(v * s, (0, max(rank - len(s), 0)))[:, :rank]
 
 
 class ReplayBuffer(nn.Module):
-    """Persistent chains of SGLD: images that a training step takes up where an earlier one left them ([JEM] section 4).
+    """Persistent SGLD chains, which a training step takes up where another left them ([JEM]).
 
-    fresh(n, generator) -> (n, C, H, W): where chains begin, and begin anew with probability `reinit` when drawn; by default
-    uniform noise; GaussianSeeds.sample is another. `images` (size, C, H, W), in half precision, is a buffer of the module.
+    fresh(n, generator) -> (n, C, H, W) starts chains, at first and with probability `reinit`
+    whenever one is drawn: uniform noise by default; GaussianSeeds.sample is another choice.
+    `images` (size, C, H, W), in half precision, is a buffer of the module.
     """
 
-    def __init__(self, size: int, shape: Sequence[int], reinit: float = 0.05, fresh: Callable | None = None):
+    def __init__(self, size: int, shape: Sequence[int], reinit=0.05, fresh: Callable | None = None):
         super().__init__()
         self.reinit = reinit
-        self.fresh = fresh or (lambda n, generator: _draw(torch.rand, (n, *shape), generator, self.images).float())
+        self.shape = tuple(shape)
+        self.fresh = fresh or self._uniform
         self.register_buffer("images", torch.empty(0, dtype=torch.float16))
         self.images = self.fresh(size, None).half()
 
-    def sample(self, potential: Callable, n: int, generator: torch.Generator | None = None, **climb) -> Tensor:
-        """n chains, distinct ones, climb a potential (`ascend`'s options) and are kept -> x_s (n, C, H, W), detached."""
-        index = torch.randperm(len(self.images), generator=generator, device=self.images.device)[:n]
-        anew = _draw(torch.rand, (len(index), 1, 1, 1), generator, self.images[:0].float()) < self.reinit
-        x = torch.where(anew, self.fresh(len(index), generator), self.images[index].float())
-        x = ascend(potential, x, norm="none", generator=generator, **climb)
+    def _uniform(self, n: int, generator) -> Tensor:
+        return _draw(torch.rand, (n, *self.shape), generator, self.images).float()
+
+    def sample(self, potential: Callable, n: int, generator=None, **options) -> Tensor:
+        """n distinct chains climb a potential (`ascend`'s options) and are stored again.
+
+        -> x_s (n, C, H, W), detached. Raises CEMError where the buffer has fewer than n chains.
+        """
+        if n > len(self.images):
+            raise CEMError(f"the replay buffer has {len(self.images)} chains, fewer than {n}")
+        index = torch.randperm(len(self.images), generator=generator, device=self.images.device)
+        index = index[:n]
+        drawn = _draw(torch.rand, (n, 1, 1, 1), generator, self.images[:0].float())
+        x = self.images[index].float()
+        x = torch.where(drawn < self.reinit, self.fresh(n, generator), x)
+        x = ascend(potential, x, norm="none", generator=generator, **options)
         self.images[index] = x.half()
         return x
 
 
-# --------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------- checkpoints
 
 KINDS = {"ParametricCEM": ParametricCEM, "NonParametricCEM": NonParametricCEM}
 
 
-def replace(path: str | os.PathLike, write: Callable) -> None:
-    """Write a file whole or not at all: `write` fills a temporary one beside it, which then takes its name."""
-    (temporary := Path(f"{path}.{os.getpid()}.tmp")).parent.mkdir(parents=True, exist_ok=True)
+def write_atomically(path: str | os.PathLike, write: Callable) -> None:
+    """write(file) fills a temporary file beside `path`, which is renamed only once it is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.cem-tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -552,36 +700,45 @@ def replace(path: str | os.PathLike, write: Callable) -> None:
 
 
 def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **extra) -> None:
-    """Write model and `extra` (tensors, plain values, lists, dicts), whole or not at all; half: weights in half precision."""
-    state = {k: v.half() if half and v.is_floating_point() else v for k, v in model.state_dict().items()}
-    content = {"format": "cem", "kind": type(model).__name__, "config": model.config, "state": state, "extra": extra}
-    replace(path, lambda file: torch.save(content, file))
+    """Write the model and `extra` (tensors, plain values, lists, dicts) atomically.
+
+    half: store the weights in half precision. Raises CEMError for a model that `load` could not
+    rebuild from its configuration: a subclass, a folded copy, a changed layer.
+    """
+    kind = type(model).__name__
+    rebuilt = {}
+    if type(model) is KINDS.get(kind):
+        with torch.device("meta"):
+            rebuilt = KINDS[kind](**model.config).state_dict()
+    state = model.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in rebuilt.items()}:
+        raise CEMError(
+            f"cannot save this {kind}: load could not rebuild it from its config. "
+            "Save a ParametricCEM or NonParametricCEM, or torch.save the state_dict yourself"
+        )
+    if half:
+        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    content = {"format": "cem", "kind": kind, "config": model.config, "state": state}
+    content["extra"] = extra
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu", mean=None, std=None) -> nn.Module:
-    """The model in `path`, in eval mode on `device`, with what `save` was given beside it as `model.extra`.
+def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
+    """The model that `save` wrote, in eval mode on `device`, with its extra as `model.extra`.
 
-    Other codebases' classifiers are read too, by foreign.py: MadryLab's robustness, RobustBench, torchvision. `mean` and
-    `std` then replace the file's channel normalisation, in [0, 1] units; where neither says one it is 0 and 1, and
-    `model.extra["normalised"]` is False. Tensors and plain values are read, code in the file does not run. Raises CEMError
-    for a file that is missing, damaged or no checkpoint, and for an architecture that cannot be told.
+    Only tensors and plain values are read; no code in the file runs. Raises CEMError for a file
+    that is missing, damaged or not one of this project's.
     """
     if not Path(path).is_file():
-        raise CEMError(f"no checkpoint at {path}: train one, or name another with --ckpt")
-    content = None
-    with suppress(Exception):  # damaged, hostile, or of a codebase that pickles more than tensors
+        raise CEMError(f"checkpoint {path} not found")
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    foreigner = not isinstance(content, dict) or content.get("format") != "cem"
-    if (mean is None) != (std is None) or not (foreigner or mean is None):
-        raise CEMError("mean and std go together, and are for other codebases' checkpoints")
-    if foreigner:
-        try:
-            import foreign  # here, so that this file works alone for its own checkpoints
-        except ImportError as error:
-            raise CEMError(f"{path} is no checkpoint of this project (foreign.py reads others, and is not here)") from error
-        return foreign.load(path, mean, std).to(device).eval()
-    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():  # torch.load looks at no checksum
-        raise CEMError(f"{path} is damaged: its contents do not fit their checksums")
+    except Exception as error:  # a damaged or hostile file can fail in any way
+        raise CEMError(f"cannot read {path}: damaged, or {NOT_OURS}") from error
+    if not isinstance(content, dict) or content.get("format") != "cem":
+        raise CEMError(f"{path} is {NOT_OURS}")
+    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
+        raise CEMError(f"{path} is damaged: checksum mismatch")  # torch.load does not check
     try:
         model = KINDS[content["kind"]](**content["config"])
         model.load_state_dict(content["state"])
@@ -591,8 +748,6 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu", mean=None,
     return model.to(device).eval()
 
 
-def export(path: str | os.PathLike, model: ParametricCEM, format: str = "torchvision") -> None:
-    """Write a classifier so that other codebases load it: "torchvision" or "robustness" (see foreign.export)."""
-    import foreign  # see load
-
-    foreign.export(path, model, format)
+NOT_OURS = (
+    "not a checkpoint of this project (sample.py and eval_robust.py read third-party classifiers)"
+)

@@ -1,10 +1,11 @@
-"""The likelihood's view of training: what --diagnose logged every epoch, as results/energies-<name>.png.
+"""Plot energies, likelihood gradients and calibration over training: results/energies-<name>.png.
 
     python train_sup.py --dataset digits --loss jeat --diagnose --out runs/jeat
     python results/energies.py --runs runs/at runs/jeat --name digits        # needs matplotlib
 
-Four panels over the epochs, a colour a run: the mean energies E(x), E(x_adv) and E(x_s) of held-out images, attacked ones and
-the model's own samples; the norms of the consistency and the contrastive gradient; their cosine; the calibration error.
+Four panels over the epochs, one colour per run: the mean energies E(x), E(x_adv) and E(x_s) of
+test images, attacked test images and samples of the model; the norms of the two halves of the
+likelihood gradient, consistency and contrastive; their cosine; the expected calibration error.
 """
 
 import json
@@ -14,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
-import cli  # noqa: E402
+from lib import cli  # noqa: E402
 
-PANELS = {
+PANELS = {  # title -> keys of log.jsonl and their line styles
     "energy": {"E_x": "-", "E_x_adv": "--", "E_x_s": ":"},
-    "norm of the gradient": {"consistency_norm": "-", "contrastive_norm": "--"},
+    "gradient norm": {"consistency_norm": "-", "contrastive_norm": "--"},
     "cosine of the two gradients": {"cosine": "-"},
     "expected calibration error": {"calibration_error": "-"},
 }
@@ -26,8 +27,32 @@ PANELS = {
 
 @dataclass
 class Options:
-    runs: list[str] = cli.options(str, "folders of runs that were trained with --diagnose (default: runs/sup)")
+    runs: list[str] = cli.options(
+        str, "folders of runs trained with --diagnose (default: runs/sup)"
+    )
     name: str = cli.option("digits", "name of the figure")
+
+
+def read_log(run: Path) -> list[dict]:
+    """The epochs of a run. Raises CEMError if it was trained without --diagnose."""
+    path = run / "log.jsonl"
+    cli.require(path.is_file(), f"{path} not found: train with --diagnose")
+    log = [json.loads(line) for line in path.read_text().splitlines()]
+    log = [line for line in log if "E_x" in line]
+    cli.require(bool(log), f"{path} has no energies: train with --diagnose")
+    return log
+
+
+def draw_panel(axis, title: str, names: list[str], logs: list[list[dict]]) -> None:
+    for number, (name, log) in enumerate(zip(names, logs)):
+        epochs = [line["epoch"] for line in log]
+        for key, style in PANELS[title].items():
+            label = f"{name} {key}" if len(PANELS[title]) > 1 else name
+            values = [line[key] for line in log]
+            axis.plot(epochs, values, style, color=f"C{number}", label=label)
+    axis.set_title(title)
+    axis.set_xlabel("epoch")
+    axis.legend(fontsize=8)
 
 
 def main() -> None:
@@ -36,23 +61,15 @@ def main() -> None:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
+    runs = [Path(run) for run in opt.runs or ["runs/sup"]]
+    names, logs = [run.name for run in runs], [read_log(run) for run in runs]
     figure, axes = plt.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4))
-    for colour, run in enumerate(opt.runs or ["runs/sup"]):
-        path = Path(run) / "log.jsonl"
-        cli.require(path.is_file(), f"there is no {path}: train with --diagnose")
-        log = [json.loads(line) for line in path.read_text().splitlines()]
-        log = [line for line in log if "E_x" in line]
-        cli.require(bool(log), f"{path} has no energies: train with --diagnose")
-        for axis, (title, lines) in zip(axes, PANELS.items()):
-            for key, style in lines.items():
-                label = f"{Path(run).name} {key}" if len(lines) > 1 else Path(run).name
-                axis.plot([line["epoch"] for line in log], [line[key] for line in log], style, color=f"C{colour}", label=label)
-            axis.set_title(title)
-            axis.set_xlabel("epoch")
-    for axis in axes:
-        axis.legend(fontsize=8)
+    for axis, title in zip(axes, PANELS):
+        draw_panel(axis, title, names, logs)
     out = Path("results") / f"energies-{opt.name}.png"
-    cem.replace(out, lambda file: figure.savefig(file, format="png", dpi=100, bbox_inches="tight"))
+    cem.write_atomically(
+        out, lambda file: figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
+    )
     print(f"wrote {out}")
 
 

@@ -1,8 +1,9 @@
-"""MaxEnt raises a batch's entropy estimate, PGD lowers it: both curves over 50 steps, as results/entropy.png and .json.
+"""Plot a batch's entropy along the maxent and pgd samplers: results/entropy.png and .json.
 
     python results/entropy.py --ckpt checkpoints/unsup.pt        # needs matplotlib
 
-The estimate is the mean over the batch of -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j), by the encoder that climbs.
+The estimate is the mean over the batch of -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j), by the encoder
+that draws: the potential of maxent. maxent raises it, pgd lowers it.
 """
 
 import json
@@ -11,57 +12,74 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
-import cli  # noqa: E402
-import hardware  # noqa: E402
 import sample  # noqa: E402
+from lib import cli  # noqa: E402
+from lib.device import pick_device  # noqa: E402
 
 
 @dataclass
 class Options:
-    ckpt: str = cli.option(str(cli.SHIPPED / "unsup.pt"), "encoder checkpoint")
+    ckpt: str = cli.option("", "encoder checkpoint (default: the shipped unsup.pt)", **cli.PATH)
     n: int = cli.option(250, "images in the batch")
     steps: int = cli.option(50, "steps of the ascent")
     step_size: float = cli.option(0.25, "l2 length of a step")
-    out: str = cli.option("results/entropy", "PNG and JSON file to write, without their endings")
-    device: str = cli.option("auto", "auto, cpu, cuda, cuda:1, mps")
+    out: str = cli.option(
+        "results/entropy", "PNG and JSON file to write, without suffix", **cli.PATH
+    )
+    device: str = cli.option("auto", cli.DEVICE)
+
+
+@torch.no_grad()
+def entropy(model: nn.Module, x: Tensor) -> float:
+    return cem.potential("maxent", model)(x).mean().item()
+
+
+def curve(sampler: str, model: nn.Module, seeds: Tensor, opt: Options) -> list[float]:
+    """The entropy estimate at the seeds and after each step of the sampler."""
+    potential = cem.potential(sampler, model, seeds if sampler == "pgd" else None)
+    x = seeds
+    values = [entropy(model, x)]
+    for _ in range(opt.steps):
+        x = cem.ascend(potential, x, steps=1, step_size=opt.step_size)
+        values.append(entropy(model, x))
+    return [round(value, 4) for value in values]
 
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
+    cli.require(opt.n >= 2, "--n must be at least 2")
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
-    where = hardware.device(opt.device)
-    model = sample.load_model(Path(opt.ckpt), where, sample.Options(sampler="maxent"))
-    entropy = cem.potential("maxent", model)
-    seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"], where)
-    classes, curves = torch.arange(opt.n) % seeds.num_classes, {}
-    for label, kind in (("class-wise seeds", classes), ("one Gaussian", opt.n)):
-        start = seeds.sample(kind, torch.Generator(where).manual_seed(0))
-        for name in ("maxent", "pgd"):
-            potential, values = cem.potential(name, model, start), []
-
-            def watched(x, potential=potential, values=values):
-                with torch.no_grad():
-                    values.append(entropy(x).mean().item())
-                return potential(x)
-
-            x = cem.ascend(watched, start, steps=opt.steps, step_size=opt.step_size)
-            with torch.no_grad():
-                values.append(entropy(x).mean().item())
-            curves[f"{name}, {label}"] = [round(v, 4) for v in values]
-            plt.plot(values, label=f"{name}, {label}", linestyle="-" if kind is classes else "--")
+    device = pick_device(opt.device)
+    ckpt = Path(opt.ckpt or cli.SHIPPED / "unsup.pt")
+    model = sample.load_model(ckpt, device, sample.Options(sampler="maxent"))
+    gaussians = cem.GaussianSeeds.from_state_dict(model.extra["seeds"], device)
+    classes = torch.arange(opt.n) % gaussians.num_classes
+    curves = {}
+    for kind, labels, style in (
+        ("class-wise seeds", classes, "-"),
+        ("one Gaussian", opt.n, "--"),
+    ):
+        seeds = gaussians.sample(labels, torch.Generator(device).manual_seed(0))
+        for sampler in ("maxent", "pgd"):
+            name = f"{sampler}, {kind}"
+            curves[name] = curve(sampler, model, seeds, opt)
+            plt.plot(curves[name], label=name, linestyle=style)
     plt.xlabel(f"step (l2 length {opt.step_size:g})")
     plt.ylabel(f"entropy estimate of {opt.n} images")
     plt.legend()
-    out = Path(opt.out)
-    cem.replace(out.with_suffix(".png"), lambda file: plt.savefig(file, dpi=120, bbox_inches="tight"))
-    cli.write_text(out.with_suffix(".json"), json.dumps(curves) + "\n")
-    print(f"wrote {out.with_suffix('.png')} and .json")
+    png = Path(f"{opt.out}.png")
+    cem.write_atomically(
+        png, lambda file: plt.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    )
+    cli.write_text(Path(f"{opt.out}.json"), json.dumps(curves) + "\n")
+    print(f"wrote {png} and {opt.out}.json")
 
 
 if __name__ == "__main__":

@@ -1,41 +1,49 @@
-"""The tests run beside the project's modules and call its scripts as the command line does."""
+"""Tests import the project's modules and call its scripts as the command line does."""
 
 import contextlib
 import importlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is a promise for the CPU
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "results")]
 
 import cem  # noqa: E402
-import cli  # noqa: E402
+from lib import cli  # noqa: E402
 
-KINDS_OF_ARCH = ["resnet18", "resnet50", "resnet34-imagenet", "wrn-28-10"]
+ARCHS = ["resnet18", "resnet50", "resnet34-imagenet", "wrn-28-10"]
 
 
 def process(name: str, *args, cwd: Path) -> subprocess.CompletedProcess:
-    """A script in a process of its own."""
+    """Run a script in its own process."""
     command = [sys.executable, str(ROOT / name), *(str(a) for a in args)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 def script(name: str, *args, cwd: Path, **env) -> SimpleNamespace:
-    """The same within this process, which spares the seconds that importing torch takes; an unforeseen exception gets out."""
-    main, before = importlib.import_module(name.removesuffix(".py")).main, os.getcwd()
+    """Run a script in this process, without the seconds of importing torch.
+
+    An exception that the script does not handle propagates.
+    """
+    main = importlib.import_module(Path(name).stem).main
+    before, argv = os.getcwd(), [name, *(str(a) for a in args)]
     stdout, stderr, returncode = io.StringIO(), io.StringIO(), 0
-    argv = mock.patch.object(sys, "argv", [name, *(str(a) for a in args)])
-    redirected = contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)
-    with argv, mock.patch.dict(os.environ, env), redirected[0], redirected[1]:
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(os.environ, env),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
         try:
             os.chdir(cwd)
             cli.run(main)
@@ -43,19 +51,47 @@ def script(name: str, *args, cwd: Path, **env) -> SimpleNamespace:
             returncode = end.code
         finally:
             os.chdir(before)
-    return SimpleNamespace(returncode=returncode, stdout=stdout.getvalue(), stderr=stderr.getvalue())
+    return SimpleNamespace(
+        returncode=returncode, stdout=stdout.getvalue(), stderr=stderr.getvalue()
+    )
+
+
+def last_line(done) -> str:
+    return done.stderr.replace("\r", "\n").strip().splitlines()[-1]
+
+
+def assert_refused(done, *parts: str) -> None:
+    """Exit status 2 and one line `error: ...` that contains all parts."""
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert done.stderr.replace("\r", "\n").count("error: ") == 1
+    assert last_line(done).startswith("error: ")
+    for part in parts:
+        assert part in last_line(done), last_line(done)
 
 
 def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
+def drawn_images(folder: Path, *args) -> tuple[np.ndarray, np.ndarray]:
+    """The images, as signed integers, and labels that sample.py draws with these options."""
+    done = script("sample.py", *args, "--out", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (path,) = (folder / "out").glob("samples-*.npz")
+    with np.load(path, allow_pickle=False) as z:
+        images, labels = z["arr_0"].astype(int), z["arr_1"]
+    shutil.rmtree(folder / "out")
+    return images, labels
+
+
 def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """BatchNorm with statistics and scales that differ from 0 and 1, as in a trained network."""
+    """Give BatchNorm statistics and scales other than 0 and 1, as in a trained network."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
+            statistics = (module.running_mean, module.running_var)
+            for tensor in (*statistics, module.weight.data, module.bias.data):
                 tensor.add_(0.3 * torch.rand(tensor.shape, generator=generator))
     return model
 
@@ -79,8 +115,19 @@ def batch():
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
-    """A folder in which a small classifier was trained on digits for five epochs."""
+    """A folder with runs/sup, a small classifier trained on digits for five epochs."""
     folder = tmp_path_factory.mktemp("digits")
-    done = script("train_sup.py", "--dataset", "digits", "--width", 8, "--epochs", 5, "--ema", 0.5, cwd=folder)
+    options = ["--dataset", "digits", "--width", 8, "--epochs", 5, "--ema", 0.5]
+    done = script("train_sup.py", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unsup_run(tmp_path_factory):
+    """A folder with runs/unsup, a small encoder trained on digits for two epochs."""
+    folder = tmp_path_factory.mktemp("unsup")
+    options = ["--dataset", "digits", "--width", 8, "--epochs", 2, "--eval-every", 1]
+    done = script("train_unsup.py", *options, "--n-eval", 100, "--ema", 0.5, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder

@@ -3,22 +3,22 @@
 import ast
 import copy
 import math
-import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import KINDS_OF_ARCH, ROOT, perturb
+from conftest import ARCHS, ROOT, perturb
 from torch import nn
 
 import cem
 
-# ------------------------------------------------------------------------------------------------- networks
+# ---------------------------------------------------------------------------------------- networks
 
 
-@pytest.mark.parametrize("arch", KINDS_OF_ARCH)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, 32), (4, 20)])
 def test_networks_take_any_channels_and_size(arch, channels, size):
     model = cem.ParametricCEM(arch, 7, width=8, in_channels=channels).eval()
@@ -35,10 +35,14 @@ def test_resnets_carry_torchvisions_parameter_names_and_shapes(arch):
     theirs = getattr(torchvision.models, arch)(num_classes=10).state_dict()
     ours = cem.ParametricCEM(arch, 10).net.state_dict()
     assert ours.keys() == theirs.keys()
-    assert [k for k in ours if ours[k].shape != theirs[k].shape] == ["conv1.weight"]  # 3x3 instead of 7x7
+    assert [k for k in ours if ours[k].shape != theirs[k].shape] == [
+        "conv1.weight"
+    ]  # 3x3 instead of 7x7
 
 
-@pytest.mark.parametrize("arch, millions", [("resnet18", 11.17), ("resnet50", 23.52), ("wrn-28-10", 36.48)])
+@pytest.mark.parametrize(
+    "arch, millions", [("resnet18", 11.17), ("resnet50", 23.52), ("wrn-28-10", 36.48)]
+)
 def test_networks_have_the_published_sizes(arch, millions):
     size = sum(p.numel() for p in cem.ParametricCEM(arch, 10).parameters()) / 1e6
     assert size == pytest.approx(millions, abs=0.01)
@@ -59,40 +63,39 @@ def test_normalisation_is_inside_the_model(batch):
     ours = cem.ParametricCEM("resnet18", 5, 4, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7]).eval()
     plain = cem.ParametricCEM("resnet18", 5, 4, mean=0.0, std=1.0).eval()
     plain.net.load_state_dict(ours.net.state_dict())
-    mean, std = torch.tensor([0.1, 0.2, 0.3])[:, None, None], torch.tensor([0.5, 0.6, 0.7])[:, None, None]
+    mean, std = (
+        torch.tensor([0.1, 0.2, 0.3])[:, None, None],
+        torch.tensor([0.5, 0.6, 0.7])[:, None, None],
+    )
     torch.testing.assert_close(ours(x), plain((x - mean) / std))
 
 
-@pytest.mark.parametrize("arch", KINDS_OF_ARCH)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_folded_is_the_same_function_and_leaves_the_model_alone(arch):
     model = perturb(cem.ParametricCEM(arch, 5, width=8).double()).train()
     before = copy.deepcopy(model.state_dict())
     x = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     folded = cem.folded(model)
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == (13 if arch == "wrn-28-10" else 0)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == (
+        13 if arch == "wrn-28-10" else 0
+    )
     assert not any(p.requires_grad for p in folded.parameters()) and not folded.training
     assert model.training and all(p.requires_grad for p in model.parameters())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     torch.testing.assert_close(folded(x), model.eval()(x))  # float64: rounding alone
 
 
-def test_cem_imports_torch_alone_and_works_when_copied(tmp_path):
-    tree = ast.parse((ROOT / "cem.py").read_text())
-    names = [n.module for n in tree.body if isinstance(n, ast.ImportFrom)]
-    names += [alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names]
-    assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"torch", "torchvision"}
-    (tmp_path / "cem.py").write_bytes((ROOT / "cem.py").read_bytes())
-    code = """
-import torch, cem
-model = cem.ParametricCEM("resnet18", 3, width=4)
-x = cem.ascend(cem.potential("rcs", model, torch.tensor([0, 1])), torch.rand(2, 3, 8, 8), steps=2, step_size=0.1)
-print(tuple(x.shape))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == "(2, 3, 8, 8)", done.stderr[-500:]
+def test_cem_imports_only_torch_and_torchvision():
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "cem.py").read_text())):  # inside functions, too
+        if isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            imported.update(alias.name.split(".")[0] for alias in node.names)
+    assert imported - set(sys.stdlib_module_names) == {"torch", "torchvision"}
 
 
-# --------------------------------------------------------------------- log-densities, potentials and losses
+# ------------------------------------------------------------ log-densities, potentials and losses
 
 
 def definitions(logits, y):
@@ -104,7 +107,8 @@ def definitions(logits, y):
         out["langevin"].append(lse)
         out["cs"].append(row[label])
         out["rcs"].append(row[label] + lse)
-        out["ce"].append(lse - row[label])
+        others = math.log(sum(math.exp(v) for k, v in enumerate(row) if k != label))
+        out["ce"].append(others - row[label])
         out["joint"].append(-row[label])
         out["margin"].append(max(v for k, v in enumerate(row) if k != label) - row[label])
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in out.items()}
@@ -124,21 +128,41 @@ def test_potential_equals_its_definition_and_its_gradient_finite_differences(nam
     direction, h = torch.randn(x.shape, generator=generator, dtype=torch.float64), 1e-6
     with torch.no_grad():
         numeric = (potential(x + h * direction) - potential(x - h * direction)) / (2 * h)
-    # central differences err by h² |U'''|, and rounding by 1e-16 / h: both far below 1e-6 of the slope, save at a ReLU's kink
-    torch.testing.assert_close((gradient * direction).flatten(1).sum(1), numeric, rtol=1e-5, atol=1e-7)
+    # central differences err by h² |U'''|, rounding by 1e-16 / h: both far below 1e-6 of the slope
+    torch.testing.assert_close(
+        (gradient * direction).flatten(1).sum(1), numeric, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_potentials_differ_by_the_marginal(model64, batch):
     x, y = batch[0].double(), batch[1]
-    ta, lse, cs, rcs = (cem.potential(name, model64, y)(x) for name in ("ta", "langevin", "cs", "rcs"))
+    names = ("ta", "langevin", "cs", "rcs")
+    ta, lse, cs, rcs = (cem.potential(name, model64, y)(x) for name in names)
     torch.testing.assert_close(ta + lse, cs, rtol=0, atol=1e-14)
     torch.testing.assert_close(cs + lse, rcs, rtol=0, atol=1e-14)
+
+
+def test_attack_climbs_the_cross_entropy_without_its_vanishing_factor(model64, batch):
+    """∇CE = (1 - p(y | x)) ∇U image by image; U's gradient survives where softmax saturates."""
+    x, y = batch[0].double().requires_grad_(), batch[1]
+    logits = model64(x)
+    wrong = 1 - logits.softmax(1).gather(1, y[:, None]).squeeze(1)
+    losses = F.cross_entropy(logits, y, reduction="none")
+    (expected,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
+    (ours,) = torch.autograd.grad(cem.log_odds_against(logits, y).sum(), x)
+    torch.testing.assert_close(wrong.detach().view(-1, 1, 1, 1) * ours, expected)
+
+    certain = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        cem.log_odds_against(certain, torch.tensor([0])).sum(), certain
+    )
+    torch.testing.assert_close(gradient, torch.tensor([[-1.0, 0.5, 0.5]]))
 
 
 def test_potential_refuses_what_it_does_not_know(model):
     with pytest.raises(cem.CEMError, match="unknown potential 'dream'"):
         cem.potential("dream", model, torch.tensor([0]))
-    with pytest.raises(cem.CEMError, match="needs the labels"):
+    with pytest.raises(cem.CEMError, match="needs y, the labels"):
         cem.potential("rcs", model)
 
 
@@ -152,7 +176,7 @@ def test_contrastive_half_of_the_likelihood_gradient_is_adversarial_training(mod
     cross_entropy = gradients(model64, F.cross_entropy(logits, y))
     for ours, theirs in zip(gradients(model64, -cem.contrastive(logits, y).mean()), cross_entropy):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    # the same by its definition: every ŷ enumerated with its probability, ∇f(x̂, y) - Σ_ŷ p(ŷ | x̂) ∇f(x̂, ŷ)
+    # by the definition, with every ŷ enumerated: ∇f(x̂, y) - Σ_ŷ p(ŷ | x̂) ∇f(x̂, ŷ)
     p = logits.softmax(1).detach()
     total = [torch.zeros_like(g) for g in cross_entropy]
     for k in range(p.shape[1]):
@@ -169,7 +193,9 @@ def test_losses_equal_their_definitions(model64, batch):
     ce, ce_adv = (-definitions(v.detach(), y)["ta"].mean() for v in (f, f_adv))
     gap = (f_adv.gather(1, y[:, None]) - f.gather(1, y[:, None])).mean()
     assert cem.supervised_loss("st", model64, x, y)[0].item() == pytest.approx(ce.item(), abs=1e-12)
-    assert cem.supervised_loss("at", model64, x, y, x_adv)[0].item() == pytest.approx(ce_adv.item(), abs=1e-12)
+    assert cem.supervised_loss("at", model64, x, y, x_adv)[0].item() == pytest.approx(
+        ce_adv.item(), abs=1e-12
+    )
     mle = cem.supervised_loss("mle", model64, x, y, x_adv, weight=0.7)[0]
     assert mle.item() == pytest.approx((ce_adv + 0.7 * gap).item(), abs=1e-12)
     # mle with weight 1 is the negative of both halves of the likelihood gradient
@@ -191,7 +217,7 @@ def test_mle_with_weight_0_is_at_to_the_last_bit(model, batch):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
-# --------------------------------------------------------------------------------------- attack and samplers
+# ----------------------------------------------------------------------------- attack and samplers
 
 
 def test_langevin_step_without_noise_is_gradient_ascent(model64, batch):
@@ -204,7 +230,7 @@ def test_langevin_step_without_noise_is_gradient_ascent(model64, batch):
 
 
 def test_langevin_dynamics_samples_a_gaussian():
-    """U = -x²/2: after n steps of size α from 0 the variance is 2α (1 - q^n) / (1 - q), q = (1 - α)²."""
+    """U = -x²/2: n steps of size α from 0 have variance 2α (1 - q^n) / (1 - q), q = (1 - α)²."""
     alpha, steps, n = 0.1, 60, 40_000
     x = cem.ascend(
         lambda x: -0.5 * x.square().flatten(1).sum(1),
@@ -221,7 +247,13 @@ def test_langevin_dynamics_samples_a_gaussian():
 def test_momentum_is_the_heavy_ball():
     """On a linear potential d is constant: v_t = 1 + m + ... + m^(t-1)."""
     x = cem.ascend(
-        lambda x: 3 * x.flatten(1).sum(1), torch.zeros(1, 1), steps=3, step_size=0.1, norm="none", momentum=0.5, clip=None
+        lambda x: 3 * x.flatten(1).sum(1),
+        torch.zeros(1, 1),
+        steps=3,
+        step_size=0.1,
+        norm="none",
+        momentum=0.5,
+        clip=None,
     )
     assert x.item() == pytest.approx(0.1 * 3 * (1 + 1.5 + 1.75))
 
@@ -243,7 +275,17 @@ def test_every_iterate_stays_inside_ball_and_box(norm, model, batch):
         seen.append(z.detach().clone())
         return attack(z)
 
-    seen.append(cem.pgd(watched, x, eps=eps, norm=norm, step_size=0.2, steps=8, generator=torch.Generator().manual_seed(3)))
+    seen.append(
+        cem.pgd(
+            watched,
+            x,
+            eps=eps,
+            norm=norm,
+            step_size=0.2,
+            steps=8,
+            generator=torch.Generator().manual_seed(3),
+        )
+    )
     assert len(seen) == 9
     for z in seen:
         delta = (z - x).flatten(1)
@@ -271,29 +313,32 @@ def test_random_start_is_uniform_in_the_ball(norm):
     assert delta.mean(0).abs().max() < 4 * eps / math.sqrt(n)
 
 
-class Recorder(nn.Module):
-    """A classifier with BatchNorm whose forward may raise."""
+def cross_entropy(name, model, y):
+    """A plain callable, which does not know its model."""
+    return lambda x: F.cross_entropy(model(x), y, reduction="none")
 
-    def __init__(self):
+
+class FailsAt(nn.Module):
+    """A classifier with BatchNorm whose forward records its mode and raises at one call."""
+
+    def __init__(self, call=None):
         super().__init__()
         self.net = cem.ParametricCEM("resnet18", 5, width=4)
-        self.calls, self.fail_at, self.frozen = 0, None, []
+        self.call = call
+        self.modes = []
 
     def forward(self, x):
-        self.calls += 1
-        if self.calls == self.fail_at:
+        self.modes.append({m.training for m in self.net.modules()})
+        if len(self.modes) == self.call:
             raise ZeroDivisionError
-        self.frozen.append(not self.net.training and not any(p.requires_grad for p in self.net.net.layer1.parameters()))
         return self.net(x)
 
 
-@pytest.mark.parametrize("fail_at", [None, 2])
-@pytest.mark.parametrize(
-    "through", [cem.potential, lambda name, model, y: lambda x: -F.cross_entropy(model(x), y, reduction="none")]
-)
-def test_attack_leaves_the_model_as_it_was(fail_at, through, batch):
+@pytest.mark.parametrize("fails_at", [None, 2])
+@pytest.mark.parametrize("make, given", [(cem.potential, False), (cross_entropy, True)])
+def test_attack_leaves_the_model_as_it_was(fails_at, make, given, batch):
     x, y = batch
-    model = Recorder().train()
+    model = FailsAt(fails_at).train()
     model.net.net.layer2.eval()
     model.net.net.fc.weight.requires_grad_(False)
     F.cross_entropy(model.net(x), y).backward()
@@ -301,18 +346,80 @@ def test_attack_leaves_the_model_as_it_was(fail_at, through, batch):
     grads = {k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()}
     modes = {k: m.training for k, m in model.named_modules()}
     needs = {k: p.requires_grad for k, p in model.named_parameters()}
-    model.fail_at = fail_at
-    if fail_at:
+    attack, options = make("ce", model, y), {"model": model} if given else {}
+    if fails_at:
         with pytest.raises(ZeroDivisionError):
-            cem.pgd(through("ce", model, y), x, eps=0.5, steps=3)
+            cem.pgd(attack, x, eps=0.5, steps=3, **options)
     else:
-        cem.pgd(through("ce", model, y), x, eps=0.5, steps=3)
-        assert model.frozen[1:] == [True, True]  # the first call is the one that freezes what lies below
+        cem.pgd(attack, x, eps=0.5, steps=3, **options)
+    assert all(mode == {False} for mode in model.modes) and len(model.modes) == (fails_at or 3)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert modes == {k: m.training for k, m in model.named_modules()}
     assert needs == {k: p.requires_grad for k, p in model.named_parameters()}
     for k, p in model.named_parameters():
-        assert (p.grad is None) == (grads[k] is None) and (p.grad is None or torch.equal(p.grad, grads[k]))
+        assert (p.grad is None) == (grads[k] is None)
+        assert p.grad is None or torch.equal(p.grad, grads[k])
+
+
+def test_attack_computes_no_weight_gradients(model, batch):
+    """Not even of a network that is not frozen: autograd.grad asks for the images' alone."""
+    x, y = batch
+    called = []
+    for parameter in model.parameters():
+        parameter.register_hook(called.append)
+    cem.pgd(cem.potential("ce", model, y), x, eps=0.5, steps=2)
+    assert called == []
+    F.cross_entropy(model(x), y).backward()
+    assert len(called) == len(list(model.parameters()))
+
+
+def test_ascent_in_one_thread_leaves_another_threads_network_alone(model, batch):
+    """The other thread trains meanwhile: always in train mode, with gradients, and to the weights
+    that it reaches alone."""
+    x, y = batch
+    alone = cem.ParametricCEM("resnet18", 5, width=4).train()
+    trained = copy.deepcopy(alone)
+    modes = []
+
+    def train(network, steps=20):
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(x), y)
+            modes.append((network.net.bn1.training, network.net.conv1.weight.requires_grad))
+            loss.backward()
+            optimizer.step()
+
+    train(alone)
+    thread = threading.Thread(target=train, args=(trained,))
+    potential, sampled = cem.potential("rcs", model.train(), y), []
+    thread.start()
+    while thread.is_alive() or not sampled:
+        sampled.append(cem.ascend(potential, x, steps=3, step_size=0.1))
+    thread.join()
+    assert modes == [(True, True)] * 40
+    for ours, expected in zip(trained.state_dict().values(), alone.state_dict().values()):
+        assert torch.equal(ours, expected)
+    assert all(torch.equal(image, sampled[0]) for image in sampled)
+
+
+def test_positives_are_embedded_once_per_ascent_by_the_network_of_that_moment(batch):
+    x, _ = batch
+    torch.manual_seed(0)
+    model = perturb(cem.NonParametricCEM("resnet18", embed_dim=6, width=4)).eval()
+    positives = (x + 0.1).clamp(0, 1)
+    potential = cem.potential("pgd", model, positives)
+    forward, calls = model.forward, []
+    model.forward = lambda images: calls.append(len(images)) or forward(images)
+    climb = dict(steps=3, step_size=0.1)
+    first = cem.ascend(potential, x, **climb)
+    assert len(calls) == 1 + 3
+    with torch.no_grad():  # an optimiser step
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    second = cem.ascend(potential, x, **climb)
+    anew = cem.ascend(cem.potential("pgd", model, positives), x, **climb)
+    assert torch.equal(second, anew) and not torch.equal(second, first)
 
 
 def test_attack_works_under_no_grad(model, batch):
@@ -333,7 +440,15 @@ def test_pgd_agrees_with_torchattacks(norm, eps, alpha, model, batch):
         model, eps=eps, alpha=alpha, steps=10, random_start=False
     )
     theirs = peer(x, y)
-    ours = cem.pgd(cem.potential("ce", model, y), x, eps=eps, norm=norm, step_size=alpha, steps=10, random_start=False)
+    ours = cem.pgd(
+        cem.potential("ce", model, y),
+        x,
+        eps=eps,
+        norm=norm,
+        step_size=alpha,
+        steps=10,
+        random_start=False,
+    )
     assert (ours - x).abs().max() > 0.9 * alpha / 10  # both moved
     torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=1e-5)
 
@@ -349,7 +464,9 @@ def test_pgd_agrees_with_torchattacks(norm, eps, alpha, model, batch):
 )
 def test_ascend_refuses_options_out_of_range(options, message):
     with pytest.raises(cem.CEMError, match=message):
-        cem.ascend(lambda x: x.sum(1), torch.zeros(2, 3), **{"steps": 1, "step_size": 0.1, **options})
+        cem.ascend(
+            lambda x: x.sum(1), torch.zeros(2, 3), **{"steps": 1, "step_size": 0.1, **options}
+        )
 
 
 def test_generators_one_an_image_make_images_independent_of_the_batch(model, batch):
@@ -360,23 +477,29 @@ def test_generators_one_an_image_make_images_independent_of_the_batch(model, bat
     def run(rows):
         generators = [torch.Generator().manual_seed(i) for i in range(6)[rows]]
         climb = dict(steps=3, step_size=0.1, noise=0.05)
-        return cem.ascend(cem.potential("cs", model, y[rows]), x[rows], **climb, generator=generators)
+        return cem.ascend(
+            cem.potential("cs", model, y[rows]), x[rows], **climb, generator=generators
+        )
 
     whole = run(slice(0, 6))
-    torch.testing.assert_close(torch.cat([run(slice(0, 2)), run(slice(2, 6))]), whole, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        torch.cat([run(slice(0, 2)), run(slice(2, 6))]), whole, rtol=0, atol=1e-9
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ seeds
+# ------------------------------------------------------------------------------------------- seeds
 
 
 def gaussian_images(n=4000):
-    """Two classes of 1x2x3 images with different, far from diagonal covariances, well inside [0, 1]."""
+    """Two classes of 1x2x3 images with different, full covariances, well inside [0, 1]."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) % 2
     images = torch.empty(n, 1, 2, 3)
     for k in range(2):
         a = 0.03 * torch.randn(6, 6, generator=generator)
-        images[labels == k] = (0.4 + 0.2 * k + torch.randn(n // 2, 6, generator=generator) @ a.T).view(-1, 1, 2, 3)
+        images[labels == k] = (
+            0.4 + 0.2 * k + torch.randn(n // 2, 6, generator=generator) @ a.T
+        ).view(-1, 1, 2, 3)
     return images, labels
 
 
@@ -386,12 +509,17 @@ def test_seeds_have_the_fitted_mean_and_covariance(k, per_image):
     images, labels = gaussian_images()
     seeds = cem.GaussianSeeds.fit(images, labels)
     n = 20_000
-    generator = [torch.Generator().manual_seed(i) for i in range(n)] if per_image else torch.Generator().manual_seed(1)
+    generator = (
+        [torch.Generator().manual_seed(i) for i in range(n)]
+        if per_image
+        else torch.Generator().manual_seed(1)
+    )
     x = seeds.sample(n if k == 2 else torch.full((n,), k), generator).flatten(1).double()
     data = (images if k == 2 else images[labels == k]).flatten(1).double()
     mu, sigma = data.mean(0), data.T.cov() + 1e-4 * torch.eye(6, dtype=torch.float64)
     scale = sigma.diagonal().sqrt()
-    # sampling errors: σ / √n of the mean, √((σ_ij² + σ_ii σ_jj) / n) of a covariance; 5 of them for 27 comparisons
+    # sampling errors: σ / √n of a mean, √((σ_ij² + σ_ii σ_jj) / n) of a covariance;
+    # 5 of them, for 27 comparisons
     assert ((x.mean(0) - mu).abs() < 5 * scale / math.sqrt(n)).all()
     error = ((sigma.square() + torch.outer(scale, scale).square()) / n).sqrt()
     assert ((x.T.cov() - sigma).abs() < 5 * error).all()
@@ -399,14 +527,17 @@ def test_seeds_have_the_fitted_mean_and_covariance(k, per_image):
 
 def test_low_rank_seeds_keep_the_leading_directions():
     generator = torch.Generator().manual_seed(0)
-    images = (0.5 + 0.05 * torch.randn(200, 3, generator=generator) @ torch.randn(3, 192, generator=generator)).view(
-        200, 3, 8, 8
-    )
+    images = (
+        0.5
+        + 0.05 * torch.randn(200, 3, generator=generator) @ torch.randn(3, 192, generator=generator)
+    ).view(200, 3, 8, 8)
     labels = torch.zeros(200, dtype=torch.int64)
     exact, low = (cem.GaussianSeeds.fit(images, labels, rank) for rank in (None, 3))
     assert low.factor.shape == (2, 192, 3)
     for k in range(2):  # the data have rank 3, so nothing is lost
-        torch.testing.assert_close(low.factor[k] @ low.factor[k].T, exact.factor[k] @ exact.factor[k].T, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            low.factor[k] @ low.factor[k].T, exact.factor[k] @ exact.factor[k].T, rtol=0, atol=1e-5
+        )
 
 
 def test_seeds_need_two_images_a_class_and_known_labels():
@@ -417,13 +548,15 @@ def test_seeds_need_two_images_a_class_and_known_labels():
         cem.GaussianSeeds.fit(images, labels).sample(torch.tensor([2]))
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------- checkpoints
 
 
 def test_save_and_load_give_the_same_model(tmp_path, model, batch):
     x, _ = batch
     seeds = cem.GaussianSeeds.fit(*gaussian_images(100))
-    cem.save(tmp_path / "a" / "m.pt", model, seeds=seeds.state_dict(torch.float32), classes=["a", "b"])
+    cem.save(
+        tmp_path / "a" / "m.pt", model, seeds=seeds.state_dict(torch.float32), classes=["a", "b"]
+    )
     loaded = cem.load(tmp_path / "a" / "m.pt")
     assert torch.equal(loaded(x), model(x)) and not loaded.training
     assert loaded.extra["classes"] == ["a", "b"]
@@ -438,7 +571,9 @@ def test_half_precision_saves_half_the_bytes_and_three_digits(tmp_path, model, b
     assert (tmp_path / "half.pt").stat().st_size < 0.8 * (tmp_path / "full.pt").stat().st_size
     loaded = cem.load(tmp_path / "half.pt")
     assert next(loaded.parameters()).dtype == torch.float32
-    torch.testing.assert_close(loaded(batch[0]), model(batch[0]), rtol=2e-2, atol=2e-3)  # 2^-11 a weight, over 20 layers
+    torch.testing.assert_close(
+        loaded(batch[0]), model(batch[0]), rtol=2e-2, atol=2e-3
+    )  # 2^-11 a weight, over 20 layers
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, model):
@@ -448,6 +583,20 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, model):
     with pytest.raises(Exception, match="pickle"):
         cem.save(path, model, trouble=lambda: 0)  # cannot be written
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+class Subclass(cem.ParametricCEM):
+    pass
+
+
+def test_save_refuses_what_load_could_not_rebuild(tmp_path, model):
+    """A subclass, a folded copy, a replaced layer: refused with advice, and nothing is written."""
+    replaced = copy.deepcopy(model)
+    replaced.net.fc = nn.Linear(replaced.net.out_features, 7)
+    for network in (Subclass("resnet18", 3, width=4), cem.folded(model), replaced, nn.Linear(2, 3)):
+        with pytest.raises(cem.CEMError, match="state_dict yourself"):
+            cem.save(tmp_path / "m.pt", network)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Hostile:
@@ -472,7 +621,13 @@ def test_load_refuses_what_is_no_checkpoint(tmp_path, model):
     torch.save({"format": "cem", "kind": "ParametricCEM"}, tmp_path / "fields.pt")
     config = {**model.config, "num_classes": 9}
     torch.save(
-        {"format": "cem", "kind": "ParametricCEM", "config": config, "state": model.state_dict(), "extra": {}},
+        {
+            "format": "cem",
+            "kind": "ParametricCEM",
+            "config": config,
+            "state": model.state_dict(),
+            "extra": {},
+        },
         tmp_path / "shape.pt",
     )
     torch.save({"x": Hostile(tmp_path / "ran")}, tmp_path / "hostile.pt")

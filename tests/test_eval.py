@@ -1,19 +1,40 @@
-"""eval_is_fid.py: scores against closed forms and SciPy, and the script on image files."""
+"""eval_is_fid.py: scores against closed forms and reference libraries, and the script on files."""
 
 import json
 import math
+import shutil
 from unittest import mock
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch.nn.functional as F
 from conftest import files, script
 from PIL import Image
 
 import cem
 import eval_is_fid
-import metrics
+from lib import metrics
+
+CKPT = "runs/sup/ckpt.pt"
+
+
+def evaluate(folder, *args):
+    return script("eval_is_fid.py", *args, cwd=folder)
+
+
+def read_rows(done, path):
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text())["rows"]
+
+
+def noise_images(n=30, channels=1):
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 256, (n, 8, 8, channels), dtype=np.uint8)
+
+
+# ---------------------------------------------------------------------------------------- scores
 
 
 def gaussian(d, seed, rank=None):
@@ -22,25 +43,29 @@ def gaussian(d, seed, rank=None):
     return torch.randn(d, generator=generator, dtype=torch.float64), a @ a.T
 
 
-def test_frechet_distance_equals_the_matrix_square_root():
-    (mu1, s1), (mu2, s2) = gaussian(12, 0), gaussian(12, 1)
-    root = scipy.linalg.sqrtm((s1 @ s2).numpy())
-    expected = (mu1 - mu2).square().sum() + s1.trace() + s2.trace() - 2 * np.trace(root).real
-    assert metrics.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected.item(), rel=1e-9)
+def test_frechet_distance_matches_matrix_square_root():
+    mu1, sigma1 = gaussian(12, 0)
+    mu2, sigma2 = gaussian(12, 1)
+    root = scipy.linalg.sqrtm((sigma1 @ sigma2).numpy())
+    expected = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()
+    expected = expected.item() - 2 * np.trace(root).real
+    distance = metrics.frechet_distance(mu1, sigma1, mu2, sigma2)
+    assert distance == pytest.approx(expected, rel=1e-9)
 
 
-def test_frechet_distance_of_commuting_covariances_has_a_closed_form():
-    """(√a - √b)² summed over the axes, here with rank-deficient covariances, on which a matrix square root may fail."""
-    a, b = torch.tensor([4.0, 1.0, 0.0, 0.0]).double(), torch.tensor([9.0, 0.0, 16.0, 0.0]).double()
-    zero = torch.zeros(4).double()
+def test_frechet_distance_of_rank_deficient_covariances():
+    """For commuting covariances it is Σ (√a - √b)²; a matrix square root may fail on these."""
+    a = torch.tensor([4.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    b = torch.tensor([9.0, 0.0, 16.0, 0.0], dtype=torch.float64)
+    zero = torch.zeros(4, dtype=torch.float64)
     expected = (a.sqrt() - b.sqrt()).square().sum().item()
-    # the root of an eigenvalue's rounding error, 1e-16, is 1e-8
-    assert metrics.frechet_distance(zero, a.diag(), zero, b.diag()) == pytest.approx(expected, abs=1e-6)
+    distance = metrics.frechet_distance(zero, a.diag(), zero, b.diag())
+    assert distance == pytest.approx(expected, abs=1e-6)  # an eigenvalue's error 1e-16 gives 1e-8
     mu, sigma = gaussian(30, 3, rank=5)
     assert metrics.frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-5)
 
 
-def test_inception_score_equals_its_definition_split_by_split():
+def test_inception_score_matches_definition():
     p = torch.rand(57, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p[3, 2] = 0  # 0 log 0 = 0
     p = p / p.sum(1, keepdim=True)
@@ -50,19 +75,24 @@ def test_inception_score_equals_its_definition_split_by_split():
         marginal = part.mean(0)
         kls = [sum(v * math.log(v / m) for v, m in zip(row, marginal) if v > 0) for row in part]
         scores.append(math.exp(sum(kls) / len(kls)))
-    mean, std = metrics.inception_score(p.log() + torch.arange(57)[:, None], splits=5)
-    assert mean == pytest.approx(np.mean(scores), rel=1e-12) and std == pytest.approx(np.std(scores), rel=1e-9)
+    logits = p.log() + torch.arange(57)[:, None]
+    mean, std = metrics.inception_score(logits, splits=5)
+    assert mean == pytest.approx(np.mean(scores), rel=1e-12)
+    assert std == pytest.approx(np.std(scores), rel=1e-9)
 
 
-def test_inception_score_lies_between_1_and_the_number_of_classes():
-    assert metrics.inception_score(torch.zeros(100, 4))[0] == pytest.approx(1)
-    assert metrics.inception_score(1000 * torch.eye(4).repeat(25, 1), splits=1)[0] == pytest.approx(4)
+def test_inception_score_is_between_1_and_the_number_of_classes():
+    uniform = torch.zeros(100, 4)
+    assert metrics.inception_score(uniform)[0] == pytest.approx(1)
+    certain = 1000 * torch.eye(4).repeat(25, 1)
+    assert metrics.inception_score(certain, splits=1)[0] == pytest.approx(4)
 
 
-def test_kernel_distance_equals_a_double_loop():
-    """With the one subset that there is, all the rows."""
-    x, y = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (5, 5))
-    y = y + 1
+def test_kernel_distance_matches_double_loop():
+    """With 5 rows, every subset is the whole set."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    y = x + 1
 
     def k(a, b):
         return (float(a @ b) / 3 + 1) ** 3
@@ -70,338 +100,420 @@ def test_kernel_distance_equals_a_double_loop():
     within = sum(k(z[i], z[j]) for z in (x, y) for i in range(5) for j in range(5) if i != j) / 20
     across = sum(k(a, b) for a in x for b in y) / 25
     mean, std = metrics.kernel_distance(x, y, subsets=3)
-    assert mean == pytest.approx(within - 2 * across, rel=1e-12) and std == pytest.approx(0, abs=1e-12)
+    assert mean == pytest.approx(within - 2 * across, rel=1e-12)
+    assert std == pytest.approx(0, abs=1e-12)
 
 
-def test_scores_equal_torch_fidelitys_on_the_same_features():
+def test_scores_match_torch_fidelity():
+    """Its functions on the same features and logits."""
     pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
     from torch_fidelity import metric_fid, metric_isc, metric_kid
 
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.rand(n, 40, generator=generator, dtype=torch.float64) ** p for n, p in ((230, 1), (310, 2)))
-    logits = 3 * torch.randn(233, 12, generator=generator)  # no multiple of the splits
-    theirs = metric_isc.isc_features_to_metric(logits, splits=10, shuffle=False)
-    assert metrics.inception_score(logits) == pytest.approx(tuple(theirs.values()), rel=1e-6)
-    theirs = [metric_fid.fid_features_to_statistics(z) for z in (x, y)]
-    theirs = metric_fid.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
-    assert metrics.Reference.of([y]).frechet([x], False) == pytest.approx(theirs, rel=1e-6)
+    x = torch.rand(230, 40, generator=generator, dtype=torch.float64)
+    y = torch.rand(310, 40, generator=generator, dtype=torch.float64) ** 2
+    logits = 3 * torch.randn(233, 12, generator=generator)  # not a multiple of the splits
+    expected = metric_isc.isc_features_to_metric(logits, splits=10, shuffle=False)
+    assert metrics.inception_score(logits) == pytest.approx(tuple(expected.values()), rel=1e-6)
+    moments = [metric_fid.fid_features_to_statistics(z) for z in (x, y)]
+    expected = metric_fid.fid_statistics_to_metric(*moments, verbose=False)
+    distance = metrics.Reference.from_blocks([y]).frechet([x], standardised=False)
+    assert distance == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     options = dict(kid_subsets=20, kid_subset_size=100, verbose=False)
-    theirs = metric_kid.kid_features_to_metric(x, y, **options)
-    assert metrics.kernel_distance(x, y, subsets=20, size=100) == pytest.approx(tuple(theirs.values()), rel=1e-6)
+    expected = metric_kid.kid_features_to_metric(x, y, **options)
+    distance = metrics.kernel_distance(x, y, subsets=20, size=100)
+    assert distance == pytest.approx(tuple(expected.values()), rel=1e-6)
 
 
-def test_classifier_blocks_are_pooled_means_and_deviations(model, tmp_path):
+def test_classifier_blocks_are_spatial_means_and_deviations(model, tmp_path):
     cem.save(tmp_path / "m.pt", model)
     network = metrics.Classifier(str(tmp_path / "m.pt"), torch.device("cpu"))
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     blocks, logits = metrics.extract(network, images, 2, "test")
-    stages = model.double().stages(images.double() / 255)
+    x = images.double() / 255
+    stages = model.double().stages(x)
     assert [b.shape for b in blocks] == [(5, 2 * s.shape[1]) for s in stages]
+    tolerance = dict(rtol=1e-3, atol=1e-5)  # float32 against float64
     for block, stage in zip(blocks, stages):
-        channels = stage.flatten(2)
-        expected = torch.cat([channels.mean(2), (channels - channels.mean(2, keepdim=True)).square().mean(2).sqrt()], 1)
-        torch.testing.assert_close(block.double(), expected, rtol=1e-3, atol=1e-5)  # float32 against float64
-    torch.testing.assert_close(logits.double(), model(images.double() / 255), rtol=1e-3, atol=1e-5)
+        pixels = stage.flatten(2)
+        mean = pixels.mean(2)
+        std = (pixels - mean[..., None]).square().mean(2).sqrt()
+        torch.testing.assert_close(block.double(), torch.cat([mean, std], 1), **tolerance)
+    torch.testing.assert_close(logits.double(), model(x), **tolerance)
 
 
-def test_distances_are_standardised_by_the_reference():
-    """Scaling every feature of both sets leaves the standardised distances as they are; means over blocks."""
-    generator, scale = torch.Generator().manual_seed(0), torch.logspace(-2, 2, 6).double()
-    x, y = (torch.randn(50, 6, generator=generator, dtype=torch.float64) + shift for shift in (0, 0.5))
-    reference, scaled = metrics.Reference.of([y]), metrics.Reference.of([y * scale])
-    assert scaled.frechet([x * scale], True) == pytest.approx(reference.frechet([x], True), rel=1e-8)
-    assert scaled.frechet([x * scale], False) != pytest.approx(reference.frechet([x], False), rel=0.1)
+def test_standardised_distances_do_not_depend_on_scale():
+    """Nor does the mean over blocks that differ only in scale."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(-2, 2, 6, dtype=torch.float64)
+    x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    y = torch.randn(50, 6, generator=generator, dtype=torch.float64) + 0.5
+    reference = metrics.Reference.from_blocks([y])
+    scaled = metrics.Reference.from_blocks([y * scale])
+    both = metrics.Reference.from_blocks([y, y * scale])
+    expected = pytest.approx(reference.frechet([x], True), rel=1e-8)
+    assert scaled.frechet([x * scale], True) == expected
+    assert both.frechet([x, x * scale], True) == expected
+    assert scaled.frechet([x * scale], False) != pytest.approx(
+        reference.frechet([x], False), rel=0.1
+    )
     cpu = torch.device("cpu")
-    assert scaled.kernel([x * scale], True, cpu) == pytest.approx(reference.kernel([x], True, cpu), rel=1e-8)
-    two = metrics.Reference.of([y, y * scale])
-    assert two.frechet([x, x * scale], True) == pytest.approx(reference.frechet([x], True), rel=1e-8)
+    expected = pytest.approx(reference.kernel([x], True, cpu), rel=1e-8)
+    assert scaled.kernel([x * scale], True, cpu) == expected
 
 
-def test_real_digits_are_nearer_to_digits_than_noise(digits_run):
+# ----------------------------------------------------------------------------------- the command
+
+
+def test_digits_are_closer_to_digits_than_noise(digits_run):
     from sklearn.datasets import load_digits
 
-    real = (load_digits().images[:300, :, :, None] / 16 * 255).astype(np.uint8)
-    noise = np.random.default_rng(0).integers(0, 256, real.shape, dtype=np.uint8)
-    np.savez(digits_run / "real.npz", arr_0=real, arr_1=load_digits().target[:300])
+    digits = load_digits()
+    real = (digits.images[:300, :, :, None] / 16 * 255).astype(np.uint8)
+    target = digits.target[:300]
+    noise = noise_images(300)
+    np.savez(digits_run / "real.npz", arr_0=real, arr_1=target)
     np.savez(digits_run / "noise.npz", arr_0=noise)
     folder = digits_run / "images" / "some"
     folder.mkdir(parents=True)
     for i, image in enumerate(real[:40]):
         Image.fromarray(image[:, :, 0]).save(folder / f"{i:03d}.png")
-    paths = [digits_run / "real.npz", digits_run / "noise.npz", digits_run / "images"]
-    arguments = ["--ref", "digits", "--features", "runs/sup/ckpt.pt", "--out", "m.json"]
-    done = script("eval_is_fid.py", "--samples", *paths, *arguments, cwd=digits_run)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((digits_run / "m.json").read_text())["rows"]
+    options = ["--ref", "digits", "--features", CKPT, "--out", "m.json"]
+    done = evaluate(digits_run, "--samples", "real.npz", "noise.npz", "images", *options)
+    rows = read_rows(done, digits_run / "m.json")
     assert [row["n"] for row in rows] == [300, 300, 40]
     assert rows[0]["C-FD"] < rows[2]["C-FD"] < rows[1]["C-FD"]
-    said = cem.load(digits_run / "runs/sup/ckpt.pt")(torch.from_numpy(real).permute(0, 3, 1, 2) / 255).argmax(1)
-    share = (said.numpy() == load_digits().target[:300]).mean()
-    assert rows[0]["wanted"] == pytest.approx(share, abs=1.5 / 300) and share > 0.3 and "wanted" not in rows[1]
-    assert "| samples | n | C-IS |" in done.stdout and not {"IS", "FID"} & rows[0].keys()
+    model = cem.load(digits_run / CKPT)
+    predicted = model(torch.from_numpy(real).permute(0, 3, 1, 2) / 255).argmax(1)
+    share = (predicted.numpy() == target).mean()
+    assert share > 0.3
+    assert rows[0]["wanted"] == pytest.approx(share, abs=1.5 / 300)
+    assert "wanted" not in rows[1]
+    assert not {"IS", "FID"} & rows[0].keys()
+    assert "| samples | n | C-IS |" in done.stdout
 
 
-def test_inception_weights_that_cannot_be_had_name_both_ways_out(digits_run, monkeypatch):
+def test_missing_inception_weights(digits_run, monkeypatch):
     def offline(*_args, **_kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr("torch.hub.urlopen", offline)
+    monkeypatch.setenv("TORCH_HOME", str(digits_run))
     np.savez(digits_run / "i.npz", arr_0=np.zeros((20, 8, 8, 3), np.uint8))
     before = files(digits_run)
     for weights in ([], ["--weights", "missing.pth"]):
-        done = script(
-            "eval_is_fid.py",
-            *("--samples", "i.npz", "--ref", "i.npz"),
-            *weights,
-            cwd=digits_run,
-            TORCH_HOME=str(digits_run),
-        )
-        assert done.returncode == 2 and done.stderr.count("error: ") == 1
+        done = evaluate(digits_run, "--samples", "i.npz", "--ref", "i.npz", *weights)
+        assert done.returncode == 2
+        assert done.stderr.count("error: ") == 1
         assert "--weights" in done.stderr and "--features CHECKPOINT" in done.stderr
-    assert [f for f in files(digits_run) if "hub" not in f] == before
+    assert [name for name in files(digits_run) if "hub" not in name] == before
+
+
+UINT8 = np.zeros((30, 8, 8, 1), np.uint8)
 
 
 @pytest.mark.parametrize(
     "arrays, message",
     [
-        ({"arr_1": np.zeros(3)}, "holds no images"),
-        ({"arr_0": np.full((30, 8, 8, 1), 1.01, np.float32)}, "does not lie in [0, 1]"),
-        ({"arr_0": np.full((30, 8, 8, 1), np.nan, np.float32)}, "does not lie in [0, 1]"),
+        ({"arr_1": np.zeros(3)}, "contains no images"),
+        ({"arr_0": np.full((30, 8, 8, 1), 1.01, np.float32)}, "not in [0, 1]"),
+        ({"arr_0": np.full((30, 8, 8, 1), np.nan, np.float32)}, "not in [0, 1]"),
         ({"arr_0": np.zeros((30, 8, 8, 1), np.int32)}, "must be uint8"),
         ({"arr_0": np.zeros((30, 8, 8), np.uint8)}, "must be uint8"),
-        ({"arr_0": np.zeros((30, 9, 9, 1), np.uint8)}, "nothing is resized"),
-        ({"arr_0": np.zeros((5, 8, 8, 1), np.uint8)}, "more than --splits"),
-        ({"arr_0": np.zeros((30, 8, 8, 1), np.uint8), "arr_1": np.zeros(4, int)}, "arr_1 (N,)"),
-        ({"arr_0": np.zeros((30, 8, 8, 1), np.uint8), "arr_1": np.full(30, "cat")}, "integer labels"),
+        ({"arr_0": np.uint8(3)}, "must be uint8"),
+        ({"arr_0": np.zeros((30, 9, 9, 1), np.uint8)}, "images are not resized"),
+        ({"arr_0": np.zeros((5, 8, 8, 1), np.uint8)}, "--splits 10 needs more"),
+        ({"arr_0": UINT8, "arr_1": np.zeros(4, int)}, "arr_1 (N,)"),
+        ({"arr_0": UINT8, "arr_1": np.full(30, "cat")}, "integer labels"),
     ],
 )
-def test_bad_samples(arrays, message, digits_run, tmp_path):
+def test_invalid_samples(arrays, message, digits_run, tmp_path):
     np.savez(tmp_path / "bad.npz", **arrays)
-    arguments = ["--ref", "digits", "--features", digits_run / "runs/sup/ckpt.pt"]
-    done = script("eval_is_fid.py", "--samples", "bad.npz", *arguments, cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and files(tmp_path) == ["bad.npz"]
+    options = ["--ref", "digits", "--features", digits_run / CKPT]
+    done = evaluate(tmp_path, "--samples", "bad.npz", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert files(tmp_path) == ["bad.npz"]
 
 
-def test_damaged_files_are_refused(digits_run, tmp_path):
-    np.savez(tmp_path / "good.npz", arr_0=np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8))
+def test_damaged_files(digits_run, tmp_path):
+    np.savez(tmp_path / "good.npz", arr_0=noise_images())
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(3), sigma=np.eye(3))
-    good = (tmp_path / "good.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(good[: len(good) // 2])
+    content = (tmp_path / "good.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.npz").write_text("hello")
-    before, features = files(tmp_path), ["--features", digits_run / "runs/sup/ckpt.pt"]
-    for samples, ref, part in [
+    before = files(tmp_path)
+    for samples, ref, message in [
         ("cut.npz", "digits", "cut.npz"),
         ("text.npz", "digits", "text.npz"),
         ("good.npz", "cut.npz", "cut.npz"),
         ("good.npz", "text.npz", "text.npz"),
-        ("good.npz", "statistics.npz", "statistics.npz: mu and sigma are not of 2,048"),
+        ("good.npz", "statistics.npz", "statistics.npz: mu and sigma must be finite, of 2,048"),
     ]:
-        done = script("eval_is_fid.py", "--samples", samples, "--ref", ref, *features, cwd=tmp_path)
-        assert done.returncode == 2 and part in done.stderr and files(tmp_path) == before
-    done = script("eval_is_fid.py", "--samples", "good.npz", "--features", "incepton", cwd=tmp_path)
-    assert done.returncode == 2 and "neither 'inception'" in done.stderr
+        options = ["--ref", ref, "--features", digits_run / CKPT]
+        done = evaluate(tmp_path, "--samples", samples, *options)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert files(tmp_path) == before
+    done = evaluate(tmp_path, "--samples", "good.npz", "--features", "incepton")
+    assert done.returncode == 2
+    assert "--features must be inception or a classifier checkpoint" in done.stderr
 
 
-def test_sweep_writes_every_point(digits_run, monkeypatch):
-    monkeypatch.setattr("sweep.DISPLACEMENTS", (0.5, 1.0))
-    judge = ["--ref", "digits", "--ckpt", "runs/sup/ckpt.pt", "--judge", "runs/sup/ckpt.pt", "--n", 20, "--out", "sweep.json"]
-    done = script("sweep.py", "--samplers", "cs", *judge, cwd=digits_run)
-    assert done.returncode == 0 and "best:" in done.stdout, done.stderr
-    rows = json.loads((digits_run / "sweep.json").read_text())["rows"]
-    assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * (2 + 3 + 2 + 5 + 1)
-    assert rows[-1]["raw"] and {row["norm"] for row in rows} == {"l2", "linf", "none"}
-
-
-# ------------------------------------------------------------------------------- Inception, on random weights
+# ------------------------------------------------------------------ Inception, on random weights
 
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """A folder with random weights in the published file's format, and 512 images in two halves: npz files and folders."""
+    """A folder with weights.pth, random but in the published file's format, and two sets of 256
+    images, a and b, each as an npz file and as an image folder."""
     from pytorch_fid import inception
 
     folder = tmp_path_factory.mktemp("inception")
     torch.manual_seed(0)
-    with mock.patch.object(inception, "load_state_dict_from_url"), mock.patch.object(torch.nn.Module, "load_state_dict"):
-        full = inception.fid_inception_v3()
+    no_download = mock.patch.object(inception, "load_state_dict_from_url")
+    with no_download, mock.patch.object(torch.nn.Module, "load_state_dict"):
+        network = inception.fid_inception_v3()
     random = np.random.default_rng(0)
     for name, contrast in (("a", 40), ("b", 90)):
-        smooth = torch.from_numpy(random.normal(128, contrast, (256, 3, 8, 8)))
-        images = torch.nn.functional.interpolate(smooth, (32, 32), mode="bilinear").clamp(0, 255).byte()
-        images = images.permute(0, 2, 3, 1).numpy()
-        np.savez(folder / f"{name}.npz", arr_0=images)
+        small = torch.from_numpy(random.normal(128, contrast, (256, 3, 8, 8)))
+        images = F.interpolate(small, (32, 32), mode="bilinear").clamp(0, 255).byte()
+        pixels = images.permute(0, 2, 3, 1).numpy()
+        np.savez(folder / f"{name}.npz", arr_0=pixels)
         (folder / name).mkdir()
-        for i, image in enumerate(images):
+        for i, image in enumerate(pixels):
             Image.fromarray(image).save(folder / name / f"{i:03d}.png")
-    for module in full.modules():  # random layers let signals die out: BatchNorm's statistics from images keep them alive
+    # in random layers signals vanish, unless BatchNorm has statistics of images
+    for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
     with torch.no_grad():
-        full.train()(
-            torch.nn.functional.interpolate(torch.from_numpy(images[:16]).permute(0, 3, 1, 2) / 127.5 - 1, (299, 299))
-        )
-    torch.save(full.state_dict(), folder / "weights.pth")
+        network.train()(F.interpolate(images[:16] / 127.5 - 1, (299, 299)))
+    torch.save(network.state_dict(), folder / "weights.pth")
     return folder
 
 
-def scores(done, folder):
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "metrics.json").read_text())["rows"][0]
+def fid(a, b):
+    """pytorch-fid's formula; its own code passes SciPy an argument that SciPy 1.18 removed.
+
+    With Σ1 = A Aᵀ and Σ2 = B Bᵀ, tr (Σ1 Σ2)^½ is the sum of the singular values of Aᵀ B.
+    """
+    root_a, root_b = ((z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (a, b))
+    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    shift = np.square(a.mean(0) - b.mean(0)).sum()
+    return shift + np.square(root_a).sum() + np.square(root_b).sum() - 2 * cross
 
 
-def test_inception_figures_are_pytorch_fids(inception):
-    """Pool features and FID, the files of statistics in both directions, and the warnings."""
+@pytest.fixture(scope="module")
+def pytorch_fid_features(inception):
+    """pytorch-fid's network, and its pool features of a and b."""
     from pytorch_fid import fid_score
 
-    weights = ["--weights", "weights.pth", "--batch-size", 60]
-    done = script("eval_is_fid.py", "--samples", "a", "--ref", "b", *weights, "--save-stats", "b-stats.npz", cwd=inception)
-    ours = scores(done, inception / "a")
-    (kept,) = (inception / "b").glob("stats-b-train-inception-*.npz")
-    assert f"kept the reference's statistics in b/{kept.name}" in done.stdout
-    assert "256 images: FID is biased" in done.stderr and "the published weights 6726825d" in done.stderr
     state = torch.load(inception / "weights.pth", weights_only=True)
-    theirs = metrics.pytorch_fid(state).to(memory_format=torch.channels_last)
-    a, b = (
-        fid_score.get_activations(sorted(map(str, (inception / name).glob("*.png"))), theirs, 64, 2048, "cpu", num_workers=0)
-        for name in "ab"
-    )
-    with np.load(kept) as arrays:  # float32, folded, in other batches; a few elements are the small end of large sums
+    network = metrics.pytorch_fid(state).eval().to(memory_format=torch.channels_last)
+    features = []
+    for name in "ab":
+        paths = sorted(str(path) for path in (inception / name).glob("*.png"))
+        options = dict(batch_size=64, dims=2048, device="cpu", num_workers=0)
+        features.append(fid_score.get_activations(paths, network, **options))
+    return network, *features
+
+
+def test_inception_matches_pytorch_fid(inception, pytorch_fid_features):
+    """Features, scores and warnings."""
+    _, a, b = pytorch_fid_features
+    options = ["--weights", "weights.pth", "--batch-size", 60]
+    done = evaluate(inception, "--samples", "a", "--ref", "b", *options)
+    (row,) = read_rows(done, inception / "a/metrics.json")
+    (cache,) = (inception / "b").glob("stats-b-train-inception-*.npz")
+    assert f"cached the reference's statistics in b/{cache.name}" in done.stdout
+    assert "256 images: below 2,048, FID is biased" in done.stderr
+    assert "the published weights 6726825d" in done.stderr
+    with np.load(cache) as arrays:
         gap = arrays["features"] - b
-    assert np.linalg.norm(gap) < 1e-4 * np.linalg.norm(b) and np.abs(gap).max() < 2e-3 * b.std()
-
-    def fid(a, b):
-        """pytorch-fid's formula, its own code calls SciPy with an argument that SciPy 1.18 removed. With Σ = A Aᵀ and B Bᵀ
-        the trace of (Σ1 Σ2)^½ is the sum of the singular values of Aᵀ B."""
-        centered = [(z - z.mean(0)) / np.sqrt(len(z) - 1) for z in (a, b)]
-        root = np.linalg.svd(centered[0] @ centered[1].T, compute_uv=False).sum()
-        return np.square(a.mean(0) - b.mean(0)).sum() + sum(np.square(c).sum() for c in centered) - 2 * root
-
-    assert ours["FID"] == pytest.approx(fid(a, b), rel=1e-4)
+    # float32, folded, in other batches: a few elements are small differences of large sums
+    assert np.linalg.norm(gap) < 1e-4 * np.linalg.norm(b)
+    assert np.abs(gap).max() < 2e-3 * b.std()
+    state = torch.load(inception / "weights.pth", weights_only=True)
     logits = torch.from_numpy(a) @ state["fc.weight"].double().T
-    assert ours["IS"] == pytest.approx(metrics.inception_score(logits)[0], rel=1e-4)
-    assert ours["KID"] == pytest.approx(metrics.kernel_distance(*map(torch.from_numpy, (a, b)))[0], rel=1e-3)
-    # statistics files: pytorch-fid reads ours, and ours reads pytorch-fid's
-    mu, sigma = fid_score.compute_statistics_of_path(str(inception / "b-stats.npz"), theirs, 64, 2048, "cpu")
+    kid, _ = metrics.kernel_distance(torch.from_numpy(a), torch.from_numpy(b))
+    assert row["FID"] == pytest.approx(fid(a, b), rel=1e-4)
+    assert row["IS"] == pytest.approx(metrics.inception_score(logits)[0], rel=1e-4)
+    assert row["KID"] == pytest.approx(kid, rel=1e-3)
+
+
+def test_pytorch_fid_reads_saved_statistics(inception, pytorch_fid_features):
+    from pytorch_fid import fid_score
+
+    network, _, b = pytorch_fid_features
+    options = ["--weights", "weights.pth", "--save-stats", "saved.npz"]
+    done = evaluate(inception, "--ref", "b", *options)
+    assert done.returncode == 0, done.stderr
+    path = str(inception / "saved.npz")
+    mu, sigma = fid_score.compute_statistics_of_path(path, network, 64, 2048, "cpu")
     np.testing.assert_allclose(mu, b.mean(0), rtol=1e-4, atol=1e-4 * b.std())
     np.testing.assert_allclose(sigma, np.cov(b, rowvar=False), rtol=1e-3, atol=1e-4 * b.var())
+
+
+def test_statistics_of_pytorch_fid_as_reference(inception, pytorch_fid_features):
+    _, a, b = pytorch_fid_features
     np.savez(inception / "theirs.npz", mu=b.mean(0), sigma=np.cov(b, rowvar=False))
     with np.load(inception / "a.npz") as arrays:
         np.savez(inception / "few.npz", arr_0=arrays["arr_0"][:40])
-    row = scores(script("eval_is_fid.py", "--samples", "few.npz", "--ref", "theirs.npz", *weights, cwd=inception), inception)
-    assert row["FID"] == pytest.approx(fid(a[:40], b), rel=1e-4) and "KID" not in row
+    options = ["--ref", "theirs.npz", "--weights", "weights.pth"]
+    done = evaluate(inception, "--samples", "few.npz", *options)
+    (row,) = read_rows(done, inception / "metrics.json")
+    assert row["FID"] == pytest.approx(fid(a[:40], b), rel=1e-4)
+    assert "KID" not in row  # it needs the features
 
 
-def test_tf1_figures_are_torch_fidelitys(inception):
+def test_tf1_matches_torch_fidelity(inception):
     torch_fidelity = pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
     for name in "ab":  # torch-fidelity is slow: every fourth image
         with np.load(inception / f"{name}.npz") as arrays:
             np.savez(inception / f"{name}4.npz", arr_0=arrays["arr_0"][::4])
         (inception / f"{name}4").mkdir()
         for path in sorted((inception / name).glob("*.png"))[::4]:
-            path.rename(inception / f"{name}4" / path.name)
-    theirs = torch_fidelity.calculate_metrics(
-        input1=str(inception / "a4"), input2=str(inception / "b4"), isc=True, fid=True, kid=True, kid_subset_size=64,
-        samples_shuffle=False, feature_extractor_weights_path=str(inception / "weights.pth"), cuda=False, cache=False,
-        save_cpu_ram=True, verbose=False,
+            shutil.copy(path, inception / f"{name}4")
+    expected = torch_fidelity.calculate_metrics(
+        input1=str(inception / "a4"), input2=str(inception / "b4"),
+        isc=True, fid=True, kid=True, kid_subset_size=64, samples_shuffle=False,
+        feature_extractor_weights_path=str(inception / "weights.pth"),
+        cuda=False, cache=False, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
-    arguments = ["--ref", "b4.npz", "--weights", "weights.pth", "--preprocess", "tf1", "--samples", "a4.npz"]
-    ours = scores(script("eval_is_fid.py", *arguments, cwd=inception), inception)
-    assert ours["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    assert ours["IS"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
-    assert ours["KID"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    options = ["--ref", "b4.npz", "--weights", "weights.pth", "--preprocess", "tf1"]
+    done = evaluate(inception, "--samples", "a4.npz", *options)
+    (row,) = read_rows(done, inception / "metrics.json")
+    assert row["FID"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
+    assert row["IS"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
+    assert row["KID"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
 
 
-def test_weights_of_another_network_are_refused(inception):
+def test_weights_of_another_network(inception):
     torch.save({"conv1.weight": torch.ones(3)}, inception / "other.pth")
-    done = script("eval_is_fid.py", "--samples", "a.npz", "--ref", "b.npz", "--weights", "other.pth", cwd=inception)
-    assert done.returncode == 2 and "no FID Inception" in done.stderr
+    options = ["--ref", "b.npz", "--weights", "other.pth"]
+    done = evaluate(inception, "--samples", "a.npz", *options)
+    assert done.returncode == 2
+    assert "other.pth is not an FID Inception" in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------- the kept statistics
+# --------------------------------------------------------------------------- reference statistics
 
 
-def test_statistics_are_kept_and_computed_anew_where_they_must(digits_run, tmp_path):
-    from PIL import Image as pil
-
+def test_statistics_cache(digits_run, tmp_path):
+    """Used again; recomputed for a damaged file, a changed dataset, another split or precision."""
     random = np.random.default_rng(0)
-    np.savez(tmp_path / "s.npz", arr_0=random.integers(0, 256, (30, 8, 8, 1), dtype=np.uint8))
-    for part in ("train", "test"):
-        for k in "ab":
-            (tmp_path / "set" / part / k).mkdir(parents=True)
-            for i in range(20):
-                pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
-                pil.fromarray(pixels).save(tmp_path / "set" / part / k / f"{i}.png")
-    arguments = ["--samples", "s.npz", "--ref", "set", "--features", digits_run / "runs/sup/ckpt.pt"]
+    np.savez(tmp_path / "s.npz", arr_0=noise_images())
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        for i in range(20):
+            pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / folder / f"{i}.png")
+    arguments = ["--samples", "s.npz", "--ref", "set", "--features", digits_run / CKPT]
 
-    def run():
-        done = script("eval_is_fid.py", *arguments, cwd=tmp_path)
-        return scores(done, tmp_path), done.stdout
+    def run(*options):
+        done = evaluate(tmp_path, *arguments, *options)
+        (row,) = read_rows(done, tmp_path / "metrics.json")
+        return row, done.stdout
 
-    first, said = run()
-    (file,) = (tmp_path / "set").glob("stats-set-train-ckpt-*.npz")
-    assert f"statistics in set/{file.name}" in said
-    with mock.patch("metrics.Reference.of", side_effect=AssertionError("computed again")):
+    first, stdout = run()
+    (cache,) = (tmp_path / "set").glob("stats-set-train-ckpt-*.npz")
+    assert f"statistics in set/{cache.name}" in stdout
+    with mock.patch("lib.metrics.Reference.from_blocks", side_effect=AssertionError("recomputed")):
         assert run()[0] == first
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    again, said = run()
-    assert again == first and "is damaged" in said and file.stat().st_size == len(whole)
-    pil.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "set/train/a/0.png")
-    changed, said = run()
-    assert changed["C-FD"] != first["C-FD"] and "has changed" in said
-    arguments += ["--split", "test"]
-    assert run()[0]["C-FD"] != changed["C-FD"] and len(list((tmp_path / "set").glob("stats-*.npz"))) == 2
-    arguments[-2:] = ["--precision", "bfloat16"]
-    half = run()[0]["C-FD"]
-    # the covariances of 40 images of noise are nearly singular: bfloat16's three digits become one
-    assert half != changed["C-FD"] and half == pytest.approx(changed["C-FD"], rel=0.2)
+    content = cache.read_bytes()
+    cache.write_bytes(content[: len(content) // 2])
+    again, stdout = run()
+    assert again == first
+    assert "is damaged" in stdout
+    assert cache.stat().st_size == len(content)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "set/train/a/0.png")
+    changed, stdout = run()
+    assert changed["C-FD"] != first["C-FD"]
+    assert "the dataset has changed" in stdout
+    assert run("--split", "test")[0]["C-FD"] != changed["C-FD"]
+    assert len(list((tmp_path / "set").glob("stats-*.npz"))) == 2
+    rounded = run("--precision", "bfloat16")[0]["C-FD"]
+    assert rounded != changed["C-FD"]
+    # the covariances of 40 noise images are nearly singular: of bfloat16's 3 digits, 1 is left
+    assert rounded == pytest.approx(changed["C-FD"], rel=0.2)
 
 
-def test_statistics_that_cannot_be_kept_are_only_a_warning(digits_run, tmp_path, monkeypatch):
-    np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8))
-    (tmp_path / "data").write_text("a file where the folder should be")
-    arguments = ["--samples", "s.npz", "--ref", "digits", "--features", digits_run / "runs/sup/ckpt.pt"]
-    done = script("eval_is_fid.py", *arguments, cwd=tmp_path)
-    assert done.returncode == 0 and "are not kept" in done.stderr
+def test_unwritable_cache_is_a_warning(digits_run, tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=noise_images())
+    (tmp_path / "data").write_text("a file in the place of the folder")
+    options = ["--ref", "digits", "--features", digits_run / CKPT]
+    done = evaluate(tmp_path, "--samples", "s.npz", *options)
+    assert done.returncode == 0
+    assert "cannot cache" in done.stderr
     table = (tmp_path / "metrics.md").read_text()
-    assert table.startswith("| samples | n | C-IS |") and table in done.stdout and len(table.splitlines()) == 3
+    assert table.startswith("| samples | n | C-IS |")
+    assert len(table.splitlines()) == 3
+    assert table in done.stdout
 
 
-def test_statistics_of_another_network_and_sorted_samples(digits_run, tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
-    np.savez(tmp_path / "s.npz", arr_0=images, arr_1=np.arange(30) // 3)
-    moments = dict(mu=np.zeros(2048), sigma=np.eye(2048))
-    np.savez(tmp_path / "tf1.npz", **moments, key=np.array("inception-6726825d-tf1-float32"))
-    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=moments["sigma"])
-    with pytest.raises(cem.CEMError, match="tf1-float32, which is not inception-6726825d-torch-float32"):
-        eval_is_fid.stored_moments(tmp_path / "tf1.npz", "inception-6726825d-torch-float32")
-    assert eval_is_fid.stored_moments(tmp_path / "tf1.npz", "inception-6726825d-tf1-float32").features is None
-    with pytest.raises(cem.CEMError, match="not finite"):
-        eval_is_fid.stored_moments(tmp_path / "nan.npz", "inception-6726825d-torch-float32")
-    features = ["--features", digits_run / "runs/sup/ckpt.pt"]
-    done = script("eval_is_fid.py", "--samples", "s.npz", "--ref", "digits", *features, cwd=tmp_path)
-    assert done.returncode == 0 and "sorted by class" in done.stderr
-    done = script("eval_is_fid.py", "--samples", "s.npz", "--ref", "tf1.npz", *features, cwd=tmp_path)
-    assert done.returncode == 2 and "--features inception only" in done.stderr
-    (tmp_path / "digits").mkdir()  # a folder does not stand in for the dataset of its name
+def test_statistics_of_another_network(digits_run, tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=noise_images())
+    torch_key = "inception-6726825d-torch-float32"
+    tf1_key = "inception-6726825d-tf1-float32"
+    sigma = np.eye(2048)
+    np.savez(tmp_path / "tf1.npz", mu=np.zeros(2048), sigma=sigma, key=np.array(tf1_key))
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=sigma)
+    assert eval_is_fid.read_statistics(tmp_path / "tf1.npz", tf1_key).features is None
+    with pytest.raises(cem.CEMError, match=f"computed with {tf1_key}, not {torch_key}"):
+        eval_is_fid.read_statistics(tmp_path / "tf1.npz", torch_key)
+    with pytest.raises(cem.CEMError, match="must be finite"):
+        eval_is_fid.read_statistics(tmp_path / "nan.npz", torch_key)
+    options = ["--ref", "tf1.npz", "--features", digits_run / CKPT]
+    done = evaluate(tmp_path, "--samples", "s.npz", *options)
+    assert done.returncode == 2
+    assert "need --features inception" in done.stderr
+
+
+def test_samples_sorted_by_class_are_a_warning(digits_run, tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=noise_images(), arr_1=np.arange(30) // 3)
+    options = ["--ref", "digits", "--features", digits_run / CKPT]
+    done = evaluate(tmp_path, "--samples", "s.npz", *options)
+    assert done.returncode == 0
+    assert "sorted by class" in done.stderr
+
+
+def test_dataset_name_takes_precedence_over_folder(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
     assert len(eval_is_fid.reference_images(eval_is_fid.Options(ref="digits"), "x")) > 1000
 
 
-def test_float_images_are_those_in_0_to_1(digits_run, tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
-    np.savez(tmp_path / "bytes.npz", arr_0=images)
-    np.savez(tmp_path / "floats.npz", arr_0=(images / 255).astype(np.float32))
-    paths, features = ["--samples", "bytes.npz", "floats.npz"], ["--features", digits_run / "runs/sup/ckpt.pt"]
-    done = script("eval_is_fid.py", *paths, "--ref", "digits", *features, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    first, second = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+def test_float_images_in_0_to_1(digits_run, tmp_path):
+    np.savez(tmp_path / "bytes.npz", arr_0=noise_images())
+    np.savez(tmp_path / "floats.npz", arr_0=(noise_images() / 255).astype(np.float32))
+    options = ["--ref", "digits", "--features", digits_run / CKPT]
+    done = evaluate(tmp_path, "--samples", "bytes.npz", "floats.npz", *options)
+    first, second = read_rows(done, tmp_path / "metrics.json")
     assert first | {"samples": ""} == second | {"samples": ""}
 
 
-def test_features_that_are_not_finite_are_refused(digits_run, tmp_path):
-    model = cem.load(digits_run / "runs/sup/ckpt.pt")
+def test_nonfinite_features_are_an_error(digits_run, tmp_path):
+    model = cem.load(digits_run / CKPT)
     model.net.bn1.weight.data[0] = torch.nan
     cem.save(tmp_path / "nan.pt", model)
-    np.savez(tmp_path / "s.npz", arr_0=np.zeros((30, 8, 8, 1), np.uint8))
-    done = script("eval_is_fid.py", "--samples", "s.npz", "--ref", "s.npz", "--features", "nan.pt", cwd=tmp_path)
-    assert done.returncode == 2 and "not finite" in done.stderr and files(tmp_path) == ["nan.pt", "s.npz"]
+    np.savez(tmp_path / "s.npz", arr_0=UINT8)
+    options = ["--ref", "s.npz", "--features", "nan.pt"]
+    done = evaluate(tmp_path, "--samples", "s.npz", *options)
+    assert done.returncode == 2
+    assert "not finite" in done.stderr
+    assert files(tmp_path) == ["nan.pt", "s.npz"]
+
+
+# ------------------------------------------------------------------------------- results/sweep.py
+
+
+def test_sweep_writes_every_point(digits_run, monkeypatch):
+    monkeypatch.setattr("sweep.DISPLACEMENTS", (0.5, 1.0))
+    options = ["--ref", "digits", "--ckpt", CKPT, "--judge", CKPT, "--n", 20, "--out", "sweep.json"]
+    done = script("results/sweep.py", "--samplers", "cs", *options, cwd=digits_run)
+    rows = read_rows(done, digits_run / "sweep.json")
+    assert "best:" in done.stdout
+    assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * (2 + 3 + 2 + 5 + 1)
+    assert rows[-1]["raw"]
+    assert {row["norm"] for row in rows} == {"l2", "linf", "none"}

@@ -1,359 +1,530 @@
-"""Runs that are killed, interrupted, damaged or short of space; runs of several processes. On digits, as a user would."""
+"""Runs that are killed, stopped, damaged or out of space, and runs of several processes."""
 
+import importlib
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, files, script
-from test_scripts import assert_refused
+from conftest import ROOT, assert_refused, files, script
 
 import cem
-import data
-import engine
-import hardware
-import parallel
 import sample
 import train_sup
+from lib import cli, data, distributed, loop
+from lib.device import try_batch_size
 
-TINY = ["--dataset", "digits", "--width", "4", "--n-eval", "36", "--epochs", "3", "--ema", "0.9", "--seed-rank", "4"]
+TINY = "--dataset digits --width 4 --n-eval 36 --epochs 3 --ema 0.9 --seed-rank 4".split()
+
+# ------------------------------------------------------------------------------------- processes
+
+FORKS = multiprocessing.get_context("forkserver")
+SCRIPTS = ["train_sup", "train_unsup", "sample", "eval_is_fid", "eval_robust"]
+FORKS.set_forkserver_preload(["conftest", *SCRIPTS, "sklearn.datasets", "test_survival"])
 
 
-def start(*args, cwd: Path) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train_sup.py"), *args]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def run_forked(name: str, args: list[str], cwd: str, env: dict, outputs: list[str], prepare):
+    """The body of a forked process, equivalent to `python name args` in the folder cwd."""
+    for descriptor, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY), descriptor)
+    os.chdir(cwd)
+    os.environ.update(env)
+    sys.argv = [name, *args]
+    if prepare is not None:
+        prepare()
+    cli.run(importlib.import_module(Path(name).stem).main)
+
+
+class ForkedScript:
+    """A script in its own single-threaded process, started without the seconds of importing torch.
+
+    prepare() is called in the process before the script.
+    """
+
+    def __init__(self, name: str, *args, cwd: Path, prepare=None, **env):
+        self.outputs = [tempfile.NamedTemporaryFile("r") for _ in range(2)]
+        paths = [file.name for file in self.outputs]
+        arguments = (name, [str(a) for a in args], str(cwd), env, paths, prepare)
+        self.process = FORKS.Process(target=run_forked, args=arguments, daemon=True)
+        # read by the fork server, which the first call starts
+        server = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(__file__).parent))
+        with mock.patch.dict(os.environ, server):
+            self.process.start()
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> SimpleNamespace:
+        """Exit status (-n for a process that signal n killed) and outputs."""
+        self.process.join(120)
+        stdout, stderr = (file.read() for file in self.outputs)
+        assert self.process.exitcode is not None, f"the process does not end: {stderr}"
+        return SimpleNamespace(returncode=self.process.exitcode, stdout=stdout, stderr=stderr)
+
+    def wait_for(self, condition) -> None:
+        """Return once condition() is true. The process must not end before."""
+        while not condition():
+            assert self.process.is_alive(), self.wait()
+            time.sleep(0.005)
+
+
+def forked(name: str, *args, cwd: Path) -> SimpleNamespace:
+    return ForkedScript(name, *args, cwd=cwd).wait()
+
+
+def launch(n: int, name: str, *args, cwd: Path, prepare=None) -> SimpleNamespace:
+    """Run a script in n processes, with the environment that torchrun would give them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = dict(WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    processes = []
+    for rank in range(n):
+        ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        processes.append(ForkedScript(name, *args, cwd=cwd, prepare=prepare, **env, **ranks))
+    ends = [process.wait() for process in processes]
+    return SimpleNamespace(
+        returncode=max(end.returncode for end in ends),
+        stdout="".join(end.stdout for end in ends),
+        stderr="".join(end.stderr for end in ends),
+    )
+
+
+def torchrun(n: int, name: str, *args, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--", str(ROOT / name)]
+    command += [str(a) for a in args]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
+
+
+# ---------------------------------------------------------------------------------- runs on disk
 
 
 def log_of(run: Path) -> list[dict]:
-    """The lines of a log without what a clock says."""
+    """The lines of a run's log, without its times."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    for line in lines:
+        del line["seconds"], line["images_per_second"]
+    return lines
 
 
-def assert_same_run(a: Path, b: Path):
+def training_of(checkpoint: Path) -> dict:
+    return cem.load(checkpoint).extra["training"]
+
+
+def assert_equal_states(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Both weights and their running averages are equal bit for bit, and so are the logs."""
     one, other = (cem.load(run / "ckpt.pt") for run in (a, b))
-    raw = [model.extra["training"]["model"] for model in (one, other)]
-    for states in ((one.state_dict(), other.state_dict()), raw):
-        assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+    assert_equal_states(one.state_dict(), other.state_dict())
+    assert_equal_states(one.extra["training"]["model"], other.extra["training"]["model"])
     assert log_of(a) == log_of(b)
+
+
+def modified(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nothing disturbs."""
+    """A run of TINY that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole")
-    with start(*TINY, cwd=folder) as process:
-        assert process.wait() == 0, process.stderr.read()
+    done = forked("train_sup.py", *TINY, cwd=folder)
+    assert done.returncode == 0, done.stderr
     return folder / "runs/sup"
 
 
-# ----------------------------------------------------------------------------------------------------- survival
+@pytest.fixture
+def copy_of_whole(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "runs/sup"))
 
 
-def test_killed_at_twenty_random_times_a_run_resumes_to_the_same_bits(tmp_path):
-    options, chance, killed_at = [*TINY, "--epochs", "40"], random.Random(0), []
-    run, whole = tmp_path / "parts", tmp_path / "whole"
-    with start(*options, "--out", "whole", cwd=tmp_path) as process:
-        assert process.wait() == 0, process.stderr.read()
-    epoch = json.loads((whole / "log.jsonl").read_text().splitlines()[-1])["seconds"] / 40
+# ---------------------------------------------------------------------------------- interruption
+
+
+def step_of_killed_life(options: list, run: Path, delay: float, after_checkpoint: bool) -> int:
+    """Start or resume a run; kill it `delay` seconds after it begins to train, or after its first
+    checkpoint -> the step of the checkpoint that it leaves."""
+    before = modified(run / "options.json")
+    life = ForkedScript("train_sup.py", *options, "--resume", "--out", run, cwd=run.parent)
+    life.wait_for(lambda: modified(run / "options.json") != before)  # written before training
+    if after_checkpoint:
+        saved = modified(run / "ckpt.pt")
+        life.wait_for(lambda: modified(run / "ckpt.pt") != saved)
+    time.sleep(delay)
+    life.send(signal.SIGKILL)
+    assert life.wait().returncode == -signal.SIGKILL
+    return training_of(run / "ckpt.pt")["step"] if (run / "ckpt.pt").exists() else 0
+
+
+@pytest.mark.slow
+def test_run_that_is_killed_twenty_times_ends_with_the_same_bits(tmp_path):
+    options = [*TINY, "--epochs", 20, "--batch-size", 359, "--attack-steps", 1]
+    whole, run = tmp_path / "whole", tmp_path / "parts"
+    done = forked("train_sup.py", *options, "--out", whole, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last_line = (whole / "log.jsonl").read_text().splitlines()[-1]
+    epoch = json.loads(last_line)["seconds"] / 20
+    chance = random.Random(0)
+    steps = []
     for life in range(20):
-        began = (run / "options.json").stat().st_mtime_ns if life else 0
-        process = start(*options, "--out", "parts", *(["--resume"] if life else []), cwd=tmp_path)
-        while not (run / "options.json").exists() or (run / "options.json").stat().st_mtime_ns == began:
-            time.sleep(0.01)
-            assert process.poll() in (None, 0), process.stderr.read()
-        time.sleep(chance.uniform(0, 3 * epoch + 0.5))  # beginning takes about half a second
-        process.kill()
-        process.communicate()
-        killed_at.append(cem.load(run / "ckpt.pt").extra["training"]["step"])
-    assert killed_at == sorted(killed_at)
-    with start(*options, "--out", "parts", "--resume", cwd=tmp_path) as process:
-        assert process.wait() == 0, process.stderr.read()
+        delay = chance.uniform(0, epoch)
+        steps.append(step_of_killed_life(options, run, delay, after_checkpoint=life % 2 == 1))
+    assert steps == sorted(steps) and steps[-1] < 80
+    done = forked("train_sup.py", *options, "--resume", "--out", run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert_same_run(run, whole)
-    assert [line["epoch"] for line in log_of(run)] == [*range(1, 41)]
+    assert [line["epoch"] for line in log_of(run)] == [*range(1, 21)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_says_how_to_resume_and_loses_no_step(number, whole, tmp_path):
-    process = start(*TINY, cwd=tmp_path)
+def test_signal_stops_a_run_after_a_checkpoint_and_loses_no_step(number, whole, tmp_path):
     run = tmp_path / "runs/sup"
-    while not (run / "ckpt.pt").exists():  # it is saved when training begins
-        time.sleep(0.02)
-        assert process.poll() is None, process.stderr.read()
-    time.sleep(0.5)
-    process.send_signal(number)
-    output, errors = process.communicate()
-    assert process.returncode == 128 + number, errors
-    assert f"stopped by {number.name} at step" in output and "--resume" in output and "Traceback" not in errors
-    step = cem.load(run / "ckpt.pt").extra["training"]["step"]
-    assert f"at step {step} of 33" in output and step > 0
-    with start(*TINY, "--resume", cwd=tmp_path) as process:
-        assert process.wait() == 0, process.stderr.read()
+    life = ForkedScript("train_sup.py", *TINY, cwd=tmp_path)
+    life.wait_for((run / "ckpt-previous.pt").exists)  # the first of three epochs has ended
+    life.send(number)
+    done = life.wait()
+    assert done.returncode == 128 + number, done.stderr
+    assert "Traceback" not in done.stderr
+    step = training_of(run / "ckpt.pt")["step"]
+    assert f"stopped by {number.name} at step {step} of 33: --resume continues" in done.stdout
+    assert 11 <= step < 33
+    done = forked("train_sup.py", *TINY, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and f"resuming at step {step} of 33" in done.stdout
     assert_same_run(run, whole)
 
 
-def test_contents_that_do_not_fit_their_checksums_are_noticed(whole, tmp_path):
-    """A block of zeros in the middle, as a failing disk leaves it: torch.load reads it as numbers."""
+def test_resuming_writes_a_log_line_that_is_missing(copy_of_whole, tmp_path):
+    log = copy_of_whole / "log.jsonl"
+    text = log.read_text()
+    log.write_text(text[: text.rindex("{")])  # killed between the last checkpoint and its log
+    (copy_of_whole / ".ckpt.pt.0123.cem-tmp").write_text("left by a process that was killed")
+    done = script("train_sup.py", *TINY, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and log.read_text() == text
+    assert not list(copy_of_whole.glob("*.cem-tmp"))
+
+
+def test_epochs_may_grow_and_other_options_may_not(copy_of_whole, tmp_path):
+    options = [*TINY, "--resume", "--epochs"]
+    done = script("train_sup.py", *options, 4, cwd=tmp_path)
+    assert done.returncode == 0
+    assert [line["epoch"] for line in log_of(copy_of_whole)] == [1, 2, 3, 4]
+    assert_refused(script("train_sup.py", *options, 3, cwd=tmp_path), "--epochs 4, not 3")
+    done = script("train_sup.py", *options, 5, "--lr", 0.3, cwd=tmp_path)
+    assert_refused(done, "--lr 0.1, not 0.3")
+
+
+# ------------------------------------------------------------------------------------ damage
+
+
+def test_checksums_reveal_damage_that_torch_does_not_notice(whole, tmp_path):
+    """A block of zeros in the middle of the file, as a failing disk may leave it."""
     content = bytearray((whole / "ckpt.pt").read_bytes())
     middle = len(content) // 2
     content[middle : middle + 4096] = bytes(4096)
     (tmp_path / "ckpt.pt").write_bytes(content)
     torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    with pytest.raises(cem.CEMError, match="checksums"):
+    with pytest.raises(cem.CEMError, match="checksum"):
         cem.load(tmp_path / "ckpt.pt")
 
 
-def test_a_log_that_was_not_written_is_caught_up_with(whole, tmp_path):
-    run = Path(shutil.copytree(whole, tmp_path / "runs/sup"))
-    log = (run / "log.jsonl").read_text()
-    (run / "log.jsonl").write_text(log[: log.rindex("{")])  # killed between the last checkpoint and its log
-    (run / "ckpt.pt.1234.tmp").write_text("of a process that was killed")
-    done = script("train_sup.py", *TINY, "--resume", cwd=tmp_path)
-    assert done.returncode == 0 and (run / "log.jsonl").read_text() == log and not list(run.glob("*.tmp"))
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_aloud(whole, tmp_path):
-    shutil.copytree(whole, run := tmp_path / "runs/sup")
-    steps = [cem.load(run / f"{name}.pt").extra["training"]["step"] for name in ("ckpt-previous", "ckpt")]
-    assert steps == [22, 33]
-    content = (run / "ckpt.pt").read_bytes()
-    (run / "ckpt.pt").write_bytes(content[: len(content) // 2])
-    process = start(*TINY, "--resume", cwd=tmp_path)  # with as many threads as the whole run had: sums in the same order
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert "ckpt.pt is damaged" in errors and "going on from" in errors and "step 22" in errors
-    assert_same_run(run, whole)
-    for name in ("ckpt-previous.pt", "ckpt.pt"):
-        (run / name).write_bytes(b"")
+def test_damaged_checkpoint_is_replaced_by_the_previous_one(copy_of_whole, whole, tmp_path):
+    checkpoints = [copy_of_whole / name for name in ("ckpt-previous.pt", "ckpt.pt")]
+    assert [training_of(path)["step"] for path in checkpoints] == [22, 33]
+    content = checkpoints[1].read_bytes()
+    checkpoints[1].write_bytes(content[: len(content) // 2])
+    done = forked("train_sup.py", *TINY, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: cannot read runs/sup/ckpt.pt: damaged" in done.stderr
+    assert "continuing from runs/sup/ckpt-previous.pt, step 22" in done.stderr
+    assert_same_run(copy_of_whole, whole)
+    for path in checkpoints:
+        path.write_bytes(b"")
     assert_refused(script("train_sup.py", *TINY, "--resume", cwd=tmp_path), "ckpt-previous.pt")
 
 
-def test_a_full_disk_is_a_clear_error_and_leaves_the_checkpoint_whole(whole, tmp_path):
-    shutil.copytree(whole, run := tmp_path / "runs/sup")
-    before = (run / "ckpt.pt").read_bytes()
+def test_full_disk_is_a_clear_error_and_keeps_the_checkpoint(copy_of_whole, tmp_path):
+    before = (copy_of_whole / "ckpt.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # no file may grow beyond that
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # of each file
     try:
-        done = script("train_sup.py", *TINY, "--resume", "--epochs", 4, cwd=tmp_path)
+        resumed = script("train_sup.py", *TINY, "--resume", "--epochs", 4, cwd=tmp_path)
+        new = script("train_sup.py", *TINY, "--out", "new", cwd=tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert_refused(done, "ckpt.pt")
-    assert (run / "ckpt.pt").read_bytes() == before and not [n for n in files(run) if n.endswith(".tmp")]
+    assert_refused(resumed, "runs/sup/ckpt")
+    assert_refused(new, "new/ckpt.pt")
+    assert (copy_of_whole / "ckpt.pt").read_bytes() == before
+    assert not [name for name in files(tmp_path) if name.endswith(".cem-tmp")]
 
 
-def test_a_folder_without_permission_is_a_clear_error(tmp_path):
+def test_file_in_the_place_of_the_run_folder_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     assert_refused(script("train_sup.py", *TINY, "--out", "file/run", cwd=tmp_path), "file")
 
 
-def test_epochs_may_grow_and_other_options_may_not(whole, tmp_path):
-    shutil.copytree(whole, run := tmp_path / "runs/sup")
-    done = script("train_sup.py", *TINY, "--resume", "--epochs", 4, cwd=tmp_path)
-    assert done.returncode == 0 and [line["epoch"] for line in log_of(run)] == [1, 2, 3, 4]
-    assert_refused(script("train_sup.py", *TINY, "--resume", cwd=tmp_path), "--epochs 4, not 3")
-    assert_refused(script("train_sup.py", *TINY, "--resume", "--epochs", 5, "--lr", 0.3, cwd=tmp_path), "--lr 0.1, not 0.3")
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder)}
 
 
-# ------------------------------------------------------------------------------------------------- many processes
+def test_new_run_moves_only_the_files_of_the_earlier_run(tmp_path):
+    options = [*TINY, "--epochs", 1, "--loss", "st", "--out", "."]
+    assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    (tmp_path / "diverged.pt").write_text("of a run that diverged")
+    earlier = contents(tmp_path)
+    (events,) = (name for name in earlier if name.endswith(".cem"))
+    names = {"ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json", events}
+    assert earlier.keys() == names
+    others = ["notes.txt", "model.pt", "x.tmp", "x.cem-tmp", "samples-rcs.npz", "accuracy.json"]
+    others += ["ckpt.pt.1234.tmp", ".ckpt.pt.swp", "events.out.tfevents.1.host.1.0"]
+    others += ["src/main.py", "src/ckpt.pt", "src/log.jsonl"]
+    (tmp_path / "src").mkdir()
+    for name in others:
+        (tmp_path / name).write_text(f"the user's {name}")
+    before = contents(tmp_path)
+    done = script("train_sup.py", *options, "--seed", 1, cwd=tmp_path)
+    assert done.returncode == 0 and "moved the earlier run to previous-1" in done.stdout
+    assert contents(tmp_path / "previous-1") == earlier
+    after = contents(tmp_path)
+    assert {name: after[name] for name in others} == {name: before[name] for name in others}
+    assert after["ckpt.pt"] != earlier["ckpt.pt"]
+    assert len(after) == len(others) + 2 * len(earlier) - 1  # the new run has no diverged.pt
 
 
-def torchrun(n: int, *args, cwd: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--", *(str(a) for a in args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+# ----------------------------------------------------------------------------- several processes
 
 
 @pytest.mark.parametrize("rank, local, turn", [(0, 0, 0), (1, 1, 2), (8, 0, 1), (9, 1, 2)])
-def test_one_process_downloads_then_one_of_each_other_machine_then_the_rest(rank, local, turn, monkeypatch):
-    """Everyone meets at the same two barriers, `turn` of them before the block."""
-    met = []
-    monkeypatch.setattr(parallel, "barrier", lambda: met.append("barrier"))
+def test_downloads_run_in_the_first_process_of_each_machine_first(rank, local, turn, monkeypatch):
+    """Each process passes the same two barriers, `turn` of them before the block."""
+    passed = []
+    monkeypatch.setattr(distributed, "barrier", lambda: passed.append("barrier"))
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("LOCAL_RANK", str(local))
-    with parallel.first_then_others():
-        met.append("block")
-    assert len(met) == 3 and met.index("block") == turn
+    with distributed.first_then_others():
+        passed.append("block")
+    assert len(passed) == 3 and passed.index("block") == turn
 
 
-DOUBLE = """
-import runpy, sys, torch
-torch.set_default_dtype(torch.float64)
-torch.Tensor.float = torch.Tensor.double
-sys.argv = sys.argv[1:]
-sys.path.insert(0, {root!r})
-runpy.run_path({root!r} + "/" + sys.argv[0], run_name="__main__")
-"""
-TRAINING = {
-    "train_sup.py": ["--loss", "mle", "--attack-steps", 2],
-    "train_unsup.py": ["--attack-steps", 2, "--eval-every", 1],
-}
+def compute_in_float64() -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
 
 
-@pytest.mark.parametrize("name", TRAINING)
-def test_two_processes_train_as_one_does(name, tmp_path):
-    """The same global batch and seed: after three steps the weights differ by rounding alone.
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("train_sup.py", ["--loss", "mle", "--attack-steps", 2]),
+        ("train_unsup.py", ["--attack-steps", 2, "--eval-every", 1]),
+    ],
+)
+def test_two_processes_train_as_one_does(name, more, tmp_path):
+    """With the same batch and seed, the weights after three steps differ by rounding alone.
 
-    In float64: in float32 an attack turns rounding into 1e-4 of a gradient, and so does PyTorch's BatchNorm on the CPU.
+    In float64: in float32, an attack turns rounding into 1e-4 of a gradient, and so does PyTorch's
+    BatchNorm on the CPU.
     """
-    options = ["--dataset", "digits", "--width", 4, "--epochs", 1, "--n-eval", 36, "--seed-rank", 4, "--ema", 0, "--lr", 0.01]
-    options += ["--precision", "float32", "--batch-size", 478, *TRAINING[name]]
-    (tmp_path / "double.py").write_text(DOUBLE.format(root=str(ROOT)))
-    one = torchrun(1, "double.py", name, *options, "--out", "one", cwd=tmp_path)
-    two = torchrun(2, "double.py", name, *options, "--out", "two", cwd=tmp_path)
-    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
-    assert two.stdout.count("wrote two/ckpt.pt") == 1
-    assert cem.load(tmp_path / "two/ckpt.pt").extra["training"]["step"] == 3
-    states = [cem.load(tmp_path / run / "ckpt.pt").extra["training"]["model"] for run in ("one", "two")]
-    assert states[0]["net.conv1.weight"].dtype == torch.float64
-    for key, value in states[0].items():
-        torch.testing.assert_close(states[1][key], value, rtol=1e-9, atol=1e-9)
-    logs = [log_of(tmp_path / run)[0] for run in ("one", "two")]
-    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)  # the log's last digit
-    assert logs[0]["gradient_norm"] == pytest.approx(logs[1]["gradient_norm"], abs=1e-5)
+    options = [*TINY, "--epochs", 1, "--ema", 0, "--lr", 0.01, "--batch-size", 478, *more]
+    options += ["--precision", "float32"]
+    for n in (1, 2):
+        out = ["--out", f"out{n}"]
+        done = launch(n, name, *options, *out, cwd=tmp_path, prepare=compute_in_float64)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"wrote out{n}/ckpt.pt") == 1
+    one, two = (training_of(tmp_path / f"out{n}/ckpt.pt") for n in (1, 2))
+    assert two["step"] == 3
+    assert one["model"]["net.conv1.weight"].dtype == torch.float64
+    for key, value in one["model"].items():
+        torch.testing.assert_close(two["model"][key], value, rtol=1e-9, atol=1e-9)
+    logs = [log_of(tmp_path / f"out{n}")[0] for n in (1, 2)]
+    for key in ("loss", "gradient_norm"):
+        assert logs[0][key] == pytest.approx(logs[1][key], abs=1e-5)  # the log's last digit
 
 
-HALFWAY = """
-import itertools, sys
-sys.path.insert(0, {root!r})
-import cli, train_sup
-asked = itertools.count()
-cli.Stop.due = lambda self: next(asked) >= 1  # before the first step, then every twenty
-cli.run(train_sup.main)
-"""
+def stop_after_twenty_steps() -> None:
+    """Processes ask whether to stop before the first step, then every twenty."""
+    asked = itertools.count()
+    cli.Stop.due = lambda self: next(asked) >= 1
 
 
-def test_processes_with_statistics_of_their_own_resume_in_mid_epoch_to_the_same_bits(tmp_path):
-    options = [*TINY, "--epochs", 1, "--batch-size", 32, "--attack-steps", 1, "--batch-norm", "local"]
-    (tmp_path / "halfway.py").write_text(HALFWAY.format(root=str(ROOT)))
-    train = str(ROOT / "train_sup.py")
-    for name, more in ((train, "whole"), ("halfway.py", "parts"), (train, "parts --resume")):
-        done = torchrun(2, name, *options, "--out", *more.split(), cwd=tmp_path)
-        assert done.returncode == 0 and ("at step 20 of 44" in done.stdout) == (name == "halfway.py"), done
+@pytest.mark.slow
+def test_processes_with_local_statistics_resume_within_an_epoch_to_the_same_bits(tmp_path):
+    options = [*TINY, "--epochs", 1, "--batch-size", 32, "--attack-steps", 1]
+    options += ["--batch-norm", "local"]
+    whole, parts, resumed = ["--out", "whole"], ["--out", "parts"], ["--out", "parts", "--resume"]
+    for out, prepare in ((whole, None), (parts, stop_after_twenty_steps), (resumed, None)):
+        done = launch(2, "train_sup.py", *options, *out, cwd=tmp_path, prepare=prepare)
+        assert done.returncode == 0, done.stderr
+        assert ("stopped" in done.stdout) == (prepare is not None)
+    assert "resuming at step 20 of 44" in done.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_more_images_a_step_than_there_are_cannot_be_shared(monkeypatch):
-    monkeypatch.setattr(parallel, "size", lambda: 2)
-    with pytest.raises(cem.CEMError, match="--batch-size 8 is more than the 6 images"):
-        engine.fit(train_sup.Options(batch_size=8), cem.ParametricCEM("resnet18", width=4), 6, None, None, None)
-
-
-def test_two_processes_train_an_energy_model_with_chains_of_their_own_and_resume(tmp_path):
-    options = [*TINY, "--loss", "jeat", "--attack-steps", 1, "--sgld-steps", 1, "--buffer", 300, "--diagnose"]
-    for more in (["--epochs", 1], ["--epochs", 2, "--resume"]):
-        done = torchrun(2, ROOT / "train_sup.py", *options, *more, cwd=tmp_path)
-        assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
-    model = cem.load(tmp_path / "runs/sup/ckpt.pt")
-    training = model.extra["training"]
-    chains = training["state"]["images"]
-    assert training["step"] == 22 and len(chains) == 300 == len(chains.flatten(1).unique(dim=0))
-    assert all(v.isfinite().all() for v in model.state_dict().values())
-    test = data.load("digits", "test")  # what the log says is of the statistics that were saved: those of both processes
-    energy = -cem.log_marginal(model(test.pixels(test.spread(36)))).mean().item()
-    assert energy == pytest.approx(log_of(tmp_path / "runs/sup")[-1]["E_x"], abs=1e-4)
-    done = torchrun(2, ROOT / "train_sup.py", *options, "--batch-norm", "sync", cwd=tmp_path)
-    assert done.returncode and "--batch-norm local" in done.stderr
-    done = torchrun(2, ROOT / "train_sup.py", "--evaluate", cwd=tmp_path)
-    assert done.returncode and "--evaluate is for one process" in done.stderr
-
-
 def test_local_statistics_are_saved_as_their_mean_over_the_processes(tmp_path):
-    """Without learning the first BatchNorm's running mean is linear in the images, its average over the steps too: the mean
-    of two processes' is that of one process with the whole batch. Each process's own is off by some 1e-3."""
-    options = [*TINY, "--epochs", 1, "--loss", "st", "--lr", 1e-30, "--precision", "float32", "--batch-norm", "local"]
-    states = []
+    """Without learning, the first BatchNorm's running mean is linear in the images, and so is its
+    average over the steps: two processes' mean is that of one process with the whole batch.
+
+    Each process's own differs by some 1e-3.
+    """
+    options = [*TINY, "--epochs", 1, "--loss", "st", "--lr", 1e-30, "--precision", "float32"]
+    statistics = []
     for n in (1, 2):
-        done = torchrun(n, ROOT / "train_sup.py", *options, "--out", f"out{n}", cwd=tmp_path)
+        out = ["--batch-norm", "local", "--out", f"out{n}"]
+        done = launch(n, "train_sup.py", *options, *out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         model = cem.load(tmp_path / f"out{n}/ckpt.pt")
-        states.append([state["net.bn1.running_mean"] for state in (model.extra["training"]["model"], model.state_dict())])
-    for one, two in zip(*states):  # of the weights themselves, and of their running average
-        torch.testing.assert_close(two, one, rtol=0, atol=1e-6)
+        states = (model.extra["training"]["model"], model.state_dict())
+        statistics.append([state["net.bn1.running_mean"] for state in states])
+    torch.testing.assert_close(*statistics, rtol=0, atol=1e-6)
 
 
-def test_processes_share_out_sampling_and_metrics_and_get_the_same(whole, tmp_path):
-    """The union of the samples is the one process's set; the figures agree (features are of batches of other sizes)."""
+def test_processes_cannot_share_a_batch_larger_than_the_dataset(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    opt, model = train_sup.Options(batch_size=8), cem.ParametricCEM("resnet18", width=4)
+    unused = dict.fromkeys(["shuffle", "batch_loss", "measure"])
+    with pytest.raises(cem.CEMError, match="--batch-size 8 exceeds the 6 training images"):
+        loop.Trainer(opt, model, 6, **unused)
+
+
+@pytest.mark.slow
+def test_two_processes_train_an_energy_model_with_separate_chains_and_resume(tmp_path):
+    options = [*TINY, "--loss", "jeat", "--attack-steps", 1, "--sgld-steps", 1]
+    options += ["--buffer", 300, "--diagnose"]
+    done = torchrun(2, "train_sup.py", *options, "--epochs", 1, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
+    done = launch(2, "train_sup.py", *options, "--epochs", 2, "--resume", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
+    run = tmp_path / "runs/sup"
+    model = cem.load(run / "ckpt.pt")
+    training = model.extra["training"]
+    chains = training["chains"]["images"]
+    assert training["step"] == 22 and len(chains) == 300
+    assert len(chains.flatten(1).unique(dim=0)) == 300  # no chain is in both processes
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    # the log's energies are those of the saved BatchNorm statistics, the mean of both processes'
+    test = data.load("digits", "test")
+    x = test.pixels(test.evenly_spaced(36))
+    energy = -cem.log_marginal(model(x)).mean().item()
+    assert energy == pytest.approx(log_of(run)[-1]["E_x"], abs=1e-4)
+
+
+def test_what_several_processes_cannot_do_is_refused(tmp_path):
+    options = [*TINY, "--loss", "jeat", "--batch-norm", "sync"]
+    done = launch(2, "train_sup.py", *options, cwd=tmp_path)
+    assert done.returncode == 2 and "--loss jeat needs --batch-norm local" in done.stderr
+    done = launch(2, "eval_robust.py", cwd=tmp_path)
+    assert done.returncode == 2 and "runs in one process" in done.stderr
+    assert files(tmp_path) == []
+
+
+def test_processes_share_sampling_and_scores_and_get_the_same_results(whole, tmp_path):
+    """The samples are equal; scores agree up to rounding, as batches have other sizes."""
     shutil.copy(whole / "ckpt.pt", tmp_path / "ckpt.pt")
-    options = ["--ckpt", "ckpt.pt", "--n", 90, "--batch-size", 20, "--steps", 3]
-    judge = ["--ref", "digits", "--features", "ckpt.pt", "--batch-size", 40]
+    options = "--ckpt ckpt.pt --n 90 --batch-size 20 --steps 3".split()
+    judge = "--samples out1/samples-rcs.npz --ref digits --features ckpt.pt --batch-size 40".split()
+    samples, rows = [], []
     for n in (1, 2):
-        done = torchrun(n, ROOT / "sample.py", *options, "--out", f"out{n}", cwd=tmp_path)
+        out = tmp_path / f"out{n}"
+        done = launch(n, "sample.py", *options, "--out", out, cwd=tmp_path)
         assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
-        assert files(tmp_path / f"out{n}") == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
-        samples = ["--samples", "out1/samples-rcs.npz", "--out", f"out{n}/metrics.json"]
-        done = torchrun(n, ROOT / "eval_is_fid.py", *samples, *judge, "--data-dir", f"data{n}", cwd=tmp_path)
+        assert files(out) == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
+        with np.load(out / "samples-rcs.npz") as arrays:
+            samples.append((arrays["arr_0"], arrays["arr_1"]))
+        more = ["--data-dir", f"data{n}", "--out", out / "metrics.json"]
+        done = launch(n, "eval_is_fid.py", *judge, *more, cwd=tmp_path)
         assert done.returncode == 0 and done.stdout.count("wrote ") == 1, done.stderr
-    drawn, rows = [], []
-    for n in (1, 2):
-        with np.load(tmp_path / f"out{n}/samples-rcs.npz") as z:
-            drawn.append((z["arr_0"].astype(int), z["arr_1"]))
-        rows.append(json.loads((tmp_path / f"out{n}/metrics.json").read_text())["rows"][0])
-    assert np.array_equal(drawn[0][1], drawn[1][1]) and np.array_equal(drawn[0][0], drawn[1][0])
-    for key, value in rows[0].items():
-        assert rows[1][key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), key
+        rows.append(json.loads((out / "metrics.json").read_text())["rows"][0])
+    np.testing.assert_equal(*samples)
+    assert rows[0].pop("samples") == rows[1].pop("samples")
+    assert rows[1] == pytest.approx(rows[0], rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------ sampling
+# -------------------------------------------------------------------------------------- sampling
 
 
-def test_sampling_goes_on_with_the_batches_that_were_finished(whole, tmp_path, monkeypatch):
+class Interrupted:
+    """sample.draw_batch that records the batches that it draws and is interrupted after `limit`."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.draw_batch = sample.draw_batch
+        self.drawn = []  # the number of each batch's first image
+
+    def __call__(self, model, seeds, opt, device, first, size):
+        if len(self.drawn) == self.limit:
+            raise KeyboardInterrupt
+        self.drawn.append(first)
+        return self.draw_batch(model, seeds, opt, device, first, size)
+
+
+def test_sampling_resumes_with_the_batches_that_were_finished(whole, tmp_path):
     options = ["--ckpt", whole / "ckpt.pt", "--n", 50, "--batch-size", 10, "--steps", 2]
     assert script("sample.py", *options, "--out", "one", cwd=tmp_path).returncode == 0
-    draw_batch, drawn = sample.draw_batch, []
-
-    def killed_at_the_third(*args):
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
-        drawn.append(args[-2])
-        return draw_batch(*args)
-
-    monkeypatch.setattr(sample, "draw_batch", killed_at_the_third)
-    done = script("sample.py", *options, "--out", "two", cwd=tmp_path)
-    assert done.returncode == 130 and "the same command goes on" in done.stderr
-    assert [Path(name).suffix for name in files(tmp_path / "two")] == [".npz"] * 2  # two parts and nothing half-written
-    monkeypatch.setattr(sample, "draw_batch", lambda *args: drawn.append(args[-2]) or draw_batch(*args))
-    other = script("sample.py", *options, "--seed", 1, "--out", "two", cwd=tmp_path)  # its batches are not taken for ours
-    assert other.returncode == 0 and "going on" not in other.stdout and len(drawn) == 7
-    (parts,) = (tmp_path / "two").glob("*.parts")
+    options += ["--out", "two"]
+    with mock.patch.object(sample, "draw_batch", Interrupted(2)):
+        done = script("sample.py", *options, cwd=tmp_path)
+    assert done.returncode == 130 and "the same command resumes" in done.stderr
+    (parts,) = (tmp_path / "two").iterdir()
+    assert files(parts) == ["000000000.npz", "000000010.npz"]
+    with mock.patch.object(sample, "draw_batch", Interrupted(99)) as batches:
+        done = script("sample.py", *options, "--seed", 1, cwd=tmp_path)
+    assert done.returncode == 0 and "resuming" not in done.stdout
+    assert batches.drawn == [0, 10, 20, 30, 40]  # the batches of another seed are not reused
     (parts / "000000010.npz").write_bytes(b"")
-    done = script("sample.py", *options, "--out", "two", cwd=tmp_path)
-    assert done.returncode == 0 and "going on with 2 finished batches" in done.stdout, done.stderr
-    assert "000000010.npz is damaged (EOFError): drawn anew" in done.stderr and drawn[7:] == [10, 20, 30, 40]
+    with mock.patch.object(sample, "draw_batch", Interrupted(99)) as batches:
+        done = script("sample.py", *options, cwd=tmp_path)
+    assert done.returncode == 0 and "resuming with 2 finished batches" in done.stdout, done.stderr
+    assert "000000010.npz is damaged" in done.stderr
+    assert batches.drawn == [10, 20, 30, 40]
     assert files(tmp_path / "two") == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
-    with np.load(tmp_path / "one/samples-rcs.npz") as one, np.load(tmp_path / "two/samples-rcs.npz") as two:
-        assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
+    paths = [tmp_path / out / "samples-rcs.npz" for out in ("one", "two")]
+    with np.load(paths[0]) as one, np.load(paths[1]) as two:
+        for name in ("arr_0", "arr_1"):
+            assert np.array_equal(one[name], two[name])
 
 
-def test_sigterm_ends_sampling_and_says_how_to_go_on(whole, tmp_path):
-    options = ["--ckpt", str(whole / "ckpt.pt"), "--n", "100000", "--batch-size", "10", "--out", str(tmp_path)]
-    command = [sys.executable, str(ROOT / "sample.py"), *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(tmp_path.glob("*.parts/*.npz")):
-            time.sleep(0.05)
-        process.terminate()
-        errors = process.communicate()[1]
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in errors and "Traceback" not in errors
+def test_sigterm_ends_sampling_and_says_how_to_resume(whole, tmp_path):
+    options = ["--ckpt", whole / "ckpt.pt", "--n", 100_000, "--batch-size", 10, "--out", tmp_path]
+    life = ForkedScript("sample.py", *options, cwd=tmp_path)
+    life.wait_for(lambda: list(tmp_path.glob("*.parts/*.npz")))
+    life.send(signal.SIGTERM)
+    done = life.wait()
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "the same command resumes" in done.stderr and "Traceback" not in done.stderr
 
 
-# -------------------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------------------------- memory
 
 
-def test_the_search_for_a_batch_that_fits_begins_with_free_memory():
-    """What ran out of memory is let go before smaller batches are tried: here there is space for 100 numbers at a time."""
+def test_search_for_a_batch_size_that_fits_starts_with_free_memory():
+    """The tensors of an attempt that ran out of memory are freed before smaller sizes are tried.
+
+    Here the memory holds 100 numbers.
+    """
     held = weakref.WeakSet()
 
     def work(n: int, scale: float) -> float:
@@ -363,12 +534,12 @@ def test_the_search_for_a_batch_that_fits_begins_with_free_memory():
             raise torch.OutOfMemoryError("CUDA out of memory")
         return tensor.sum().item()
 
-    assert hardware.fitting(100, work, 2.0) == 200
-    with pytest.raises(cem.CEMError, match="the largest that does is about (99|100)"):
-        hardware.fitting(300, work, 2.0)
+    assert try_batch_size(100, work, 2.0) == 200
+    with pytest.raises(cem.CEMError, match="--batch-size 300 does not fit .*: about (99|100) does"):
+        try_batch_size(300, work, 2.0)
 
 
-def test_out_of_memory_names_the_largest_batch_that_fits(whole, tmp_path, monkeypatch):
+def test_out_of_memory_names_the_largest_batch_size_that_fits(whole, tmp_path, monkeypatch):
     forward = cem.ParametricCEM.forward
 
     def small(self, x):
@@ -378,7 +549,8 @@ def test_out_of_memory_names_the_largest_batch_that_fits(whole, tmp_path, monkey
 
     monkeypatch.setattr(cem.ParametricCEM, "forward", small)
     done = script("train_sup.py", *TINY, "--out", "run", cwd=tmp_path)
-    assert_refused(done, "--batch-size 128 does not fit", "the largest that does is about 37")
-    done = script("sample.py", "--ckpt", whole / "ckpt.pt", "--n", 100, "--out", "out", cwd=tmp_path)
-    assert_refused(done, "--batch-size 250 does not fit", "about 37")
+    assert_refused(done, "--batch-size 128 does not fit", "about 37 does")
+    options = ["--ckpt", whole / "ckpt.pt", "--n", 100, "--out", "out"]
+    done = script("sample.py", *options, cwd=tmp_path)
+    assert_refused(done, "--batch-size 250 does not fit", "about 37 does")
     assert not (tmp_path / "out").exists()

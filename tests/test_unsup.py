@@ -1,4 +1,5 @@
-"""The non-parametric half of cem.py against double loops in float64 and finite differences, and train_unsup.py."""
+"""The non-parametric CEM, against double loops in float64 and finite differences; SimCLR's
+augmentation, against torchvision; train_unsup.py and the samplers of an encoder."""
 
 import json
 import math
@@ -7,21 +8,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS_OF_ARCH, files, perturb, script
-from test_scripts import assert_refused, images
+from conftest import ARCHS, assert_refused, files, perturb, script
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torchvision import transforms
+from torchvision.transforms import functional
 
 import cem
-import data
 import train_unsup
+from lib import data, robustness
 
 TAU = 0.4
+EXACT = dict(rtol=0, atol=1e-12)
+CKPT = "runs/unsup/ckpt.pt"
 
 
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    return perturb(cem.NonParametricCEM("resnet18", embed_dim=6, temperature=TAU, width=4)).double().eval()
+    model = cem.NonParametricCEM("resnet18", embed_dim=6, temperature=TAU, width=4)
+    return perturb(model).double().eval()
 
 
 @pytest.fixture
@@ -30,112 +36,140 @@ def x():
 
 
 def unit(n, d, seed):
+    """n random vectors of unit length."""
     z = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return F.normalize(z, dim=1)
 
 
-@pytest.mark.parametrize("arch", KINDS_OF_ARCH)
+def f(z1, z2):
+    """f(x, x') of two embeddings, as lists."""
+    return sum(a * b for a, b in zip(z1, z2)) / TAU
+
+
+# -------------------------------------------------------------------------- model and potentials
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 def test_encoder_gives_unit_vectors(arch):
     model = cem.NonParametricCEM(arch, embed_dim=11, width=8, in_channels=1)
-    z = model(torch.rand(3, 1, 8, 8))
-    assert z.shape == (3, 11) and model.features(torch.rand(3, 1, 8, 8)).shape == (3, model.net.out_features)
+    x = torch.rand(3, 1, 8, 8)
+    z = model(x)
+    assert z.shape == (3, 11)
+    assert model.features(x).shape == (3, model.net.out_features)
     torch.testing.assert_close(z.norm(dim=1), torch.ones(3))
 
 
 def test_info_nce_equals_a_double_loop_over_pairs():
     z1, z2 = unit(4, 3, 0), unit(4, 3, 1)
-    z, losses = torch.cat([z1, z2]).tolist(), []
+    z = torch.cat([z1, z2]).tolist()
+    losses = []
     for i in range(8):
-        f = [sum(a * b for a, b in zip(z[i], z[j])) / TAU for j in range(8)]
-        losses.append(math.log(sum(math.exp(f[j]) for j in range(8) if j != i)) - f[(i + 4) % 8])
-    each = torch.tensor([(losses[i] + losses[i + 4]) / 2 for i in range(4)], dtype=torch.float64)
-    torch.testing.assert_close(cem.info_nce(z1, z2, TAU, "none"), each, rtol=0, atol=1e-12)
+        others = sum(math.exp(f(z[i], z[j])) for j in range(8) if j != i)
+        losses.append(math.log(others) - f(z[i], z[(i + 4) % 8]))
+    per_pair = [(losses[i] + losses[i + 4]) / 2 for i in range(4)]
+    expected = torch.tensor(per_pair, dtype=torch.float64)
+    torch.testing.assert_close(cem.info_nce(z1, z2, TAU, "none"), expected, **EXACT)
     assert cem.info_nce(z1, z2, TAU).item() == pytest.approx(sum(losses) / 8, abs=1e-12)
 
 
-def test_info_nce_keeps_its_digits_under_autocast():
+def test_info_nce_keeps_its_precision_under_autocast():
     z1, z2 = unit(4, 3, 0).float(), unit(4, 3, 1).float()
     with torch.autocast("cpu", torch.bfloat16):
         inside = cem.info_nce(z1, z2, TAU)
     assert torch.equal(inside, cem.info_nce(z1, z2, TAU))
 
 
-def test_with_class_centroids_as_the_other_side_it_is_a_parametric_cross_entropy(model64):
+def test_info_nce_with_class_centroids_is_a_parametric_cross_entropy(model64):
     """InfoNCE over candidates w_k is the cross-entropy of the P-CEM whose classifier is w / τ."""
     features = torch.randn(6, model64.net.out_features, dtype=torch.float64)
-    z, centroids, y = F.normalize(features, dim=1), unit(5, features.shape[1], 2), torch.tensor([0, 1, 2, 3, 4, 0])
-    model64.net.fc.weight.data, model64.net.fc.bias.data = centroids / TAU, torch.zeros(5).double()
+    z, centroids = F.normalize(features, dim=1), unit(5, features.shape[1], 2)
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    model64.net.fc.weight.data.copy_(centroids / TAU)
+    model64.net.fc.bias.data.zero_()
     ours = -cem.log_posterior(cem.similarity(z, centroids, TAU), y)
-    torch.testing.assert_close(ours, F.cross_entropy(model64.net.fc(z), y, reduction="none"), rtol=0, atol=1e-12)
+    expected = F.cross_entropy(model64.net.fc(z), y, reduction="none")
+    torch.testing.assert_close(ours, expected, **EXACT)
 
 
 def test_maxent_equals_its_definition(encoder, x):
-    z, expected = encoder(x).tolist(), []
+    z = encoder(x).tolist()
+    expected = []
     for i in range(5):
-        terms = [math.exp(sum(a * b for a, b in zip(z[i], z[j])) / TAU) for j in range(5) if j != i]
-        expected.append(-math.log(sum(terms) / 4))
+        others = sum(math.exp(f(z[i], z[j])) for j in range(5) if j != i)
+        expected.append(-math.log(others / 4))
     ours = cem.potential("maxent", encoder)(x)
-    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-10)
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
 
 
 def test_pgd_potential_is_info_nce_with_fixed_positives(encoder, x):
     positives = (x + 0.1).clamp(0, 1)
     ours = cem.potential("pgd", encoder, positives)(x)
-    torch.testing.assert_close(ours, cem.info_nce(encoder(x), encoder(positives), TAU, "none"), rtol=0, atol=1e-12)
+    expected = cem.info_nce(encoder(x), encoder(positives), TAU, "none")
+    torch.testing.assert_close(ours, expected, **EXACT)
 
 
 @pytest.mark.parametrize("name", ["maxent", "pgd"])
 def test_gradient_flows_through_both_arguments(name, encoder, x):
-    """The slope of Σ_i U(x)_i along a direction in the whole batch, by central differences; and along one image alone."""
+    """The slope of Σ_i U(x)_i in a direction of the whole batch and of one image, by central
+    differences."""
     y = (x + 0.05).clamp(0, 1) if name == "pgd" else None
     potential = cem.potential(name, encoder, y)
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(potential(x).sum(), x)
-    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    direction = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     alone = torch.zeros_like(direction)
     alone[2] = direction[2]
     h = 1e-6
     with torch.no_grad():
         for d in (direction, alone):
-            numeric = (potential(x + h * d).sum() - potential(x - h * d).sum()) / (2 * h)
-            assert (gradient * d).sum().item() == pytest.approx(numeric.item(), rel=1e-5, abs=1e-8)
-        # image 2 moves the others' potential too: that part is in the gradient
-        others = torch.arange(5) != 2
-        assert (potential(x + 1e-3 * alone) - potential(x))[others].abs().max() > 1e-7
+            slope = (potential(x + h * d).sum() - potential(x - h * d).sum()) / (2 * h)
+            assert (gradient * d).sum().item() == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
+        # image 2 also changes the others' potentials, and the gradient includes that
+        change = potential(x + 1e-3 * alone) - potential(x)
+        assert change[torch.arange(5) != 2].abs().max() > 1e-7
 
 
 def test_importance_sampling_of_log_z_is_the_second_half_of_info_nce(encoder, x):
-    """∇ log Z by self-normalised importance sampling with the data as proposal: Σ_j w_j ∇f(x_0, x_j), w ∝ exp f."""
-    parameters = list(encoder.parameters())
+    """∇ log Z by self-normalised importance sampling with the data as proposal is
+    Σ_j w_j ∇f(x_0, x_j), w ∝ exp f."""
 
-    def gradients(value):
-        return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    def gradient(value):
+        parts = torch.autograd.grad(value.sum(), list(encoder.parameters()), retain_graph=True)
+        return torch.cat([part.flatten() for part in parts])
 
-    f = cem.similarity(*encoder(x)[:1].split(1), encoder(x)[1:], TAU)[0]
-    weights = [math.exp(v) for v in f.tolist()]
-    estimate = [0.0] * len(parameters)
-    for weight, value in zip(weights, f):
-        estimate = [e + weight / sum(weights) * (0 if g is None else g) for e, g in zip(estimate, gradients(value))]
-    first = gradients(f[0])
-    for loss in (cem.log_posterior(f[None], torch.tensor([0])), cem.contrastive(f[None], torch.tensor([0]))):
-        for g, a, b in zip(gradients(loss.sum()), first, estimate):
-            torch.testing.assert_close(g, a - b, rtol=1e-9, atol=1e-12)
+    z = encoder(x)
+    values = cem.similarity(z[:1], z[1:], TAU)
+    weights = [math.exp(value) for value in values[0].tolist()]
+    estimate = 0
+    for weight, value in zip(weights, values[0]):
+        estimate = estimate + weight / sum(weights) * gradient(value)
+    expected = gradient(values[0, 0]) - estimate
+    first = torch.tensor([0])
+    for loss in (cem.log_posterior(values, first), cem.contrastive(values, first)):
+        torch.testing.assert_close(gradient(loss), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_likelihood_gradient_splits_into_consistency_and_contrastive_halves():
-    """f(x, x') - E f(x̂, x̂') = [f(x, x') - f(x̂, x')] + [f(x̂, x') - E f(x̂, x̂')], x̂' ~ p(x' | x̂) over the candidates."""
+    """f(x, x') - E f(x̂, x̂') = [f(x, x') - f(x̂, x')] + [f(x̂, x') - E f(x̂, x̂')] with
+    x̂' ~ p(x' | x̂) over the candidates."""
     z, z_hat, z_plus = unit(4, 3, 0), unit(4, 3, 1), unit(4, 3, 2)
     y = torch.arange(4)
-    f, f_hat = cem.similarity(z, z_plus, TAU), cem.similarity(z_hat, z_plus, TAU)
-    whole = f.diagonal() - (f_hat.softmax(1) * f_hat).sum(1)
-    torch.testing.assert_close(cem.consistency(f, f_hat, y) + cem.contrastive(f_hat, y), whole, rtol=0, atol=1e-12)
+    logits, logits_hat = cem.similarity(z, z_plus, TAU), cem.similarity(z_hat, z_plus, TAU)
+    whole = logits.diagonal() - (logits_hat.softmax(1) * logits_hat).sum(1)
+    halves = cem.consistency(logits, logits_hat, y) + cem.contrastive(logits_hat, y)
+    torch.testing.assert_close(halves, whole, **EXACT)
 
 
 def test_potentials_refuse_the_other_kind_of_model(encoder, model):
     for name, wrong in (("maxent", model), ("pgd", model), ("rcs", encoder), ("ce", encoder)):
-        with pytest.raises(cem.CEMError, match="is not for a"):
+        with pytest.raises(cem.CEMError, match="is not defined for a"):
             cem.potential(name, wrong, torch.zeros(1))
-    with pytest.raises(cem.CEMError, match="needs the positives"):
+
+
+def test_wrong_arguments_are_errors(encoder):
+    with pytest.raises(cem.CEMError, match="needs y, the positives"):
         cem.potential("pgd", encoder)
     with pytest.raises(cem.CEMError, match="temperature"):
         cem.NonParametricCEM(temperature=0)
@@ -143,210 +177,247 @@ def test_potentials_refuse_the_other_kind_of_model(encoder, model):
         cem.info_nce(unit(1, 3, 0), unit(1, 3, 0), TAU)
 
 
-# -------------------------------------------------------------------------------------------- augmentations
-
-
-functional = transforms.functional
+# --------------------------------------------------------------------------------- augmentations
 
 
 def photographs(n=6, side=16):
-    """Smooth random images, not too near to 0 and 1."""
+    """Smooth random images with values away from 0 and 1."""
     coarse = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     return F.interpolate(coarse, side, mode="bicubic").clamp(0.02, 0.98)
 
 
-def test_resized_crop_equals_torchvisions():
+def test_resized_crop_equals_that_of_torchvision():
     x = photographs()
-    top, left, height, width = (
-        torch.tensor(v).float() for v in ([0, 3, 5, 1, 0, 2], [0, 1, 8, 2, 4, 9], [16, 9, 8, 15, 7, 6], [16, 12, 8, 10, 9, 7])
-    )
+    boxes = [  # top, left, height, width
+        [0, 0, 16, 16],
+        [3, 1, 9, 12],
+        [5, 8, 8, 8],
+        [1, 2, 15, 10],
+        [0, 4, 7, 9],
+        [2, 9, 6, 7],
+    ]
     mirror = torch.tensor([False, True] * 3)
-    ours = data.resized_crop(x, top, left, height, width, mirror)
-    for i in range(6):
-        box = [int(v[i]) for v in (top, left, height, width)]
+    ours = data.resized_crop(x, *torch.tensor(boxes).float().unbind(1), mirror)
+    for i, box in enumerate(boxes):
         expected = functional.resized_crop(x[i], *box, [16, 16], antialias=True)
-        torch.testing.assert_close(ours[i], functional.hflip(expected) if mirror[i] else expected, rtol=0, atol=1e-5)
+        if mirror[i]:
+            expected = functional.hflip(expected)
+        torch.testing.assert_close(ours[i], expected, rtol=0, atol=1e-5)
 
 
-def test_colour_operations_equal_torchvisions():
+def test_colour_operations_equal_those_of_torchvision():
     x = photographs()
     factor = torch.tensor([0.6, 0.8, 1.0, 1.1, 1.3, 1.4])
     shift = torch.tensor([-0.1, -0.05, 0.0, 0.03, 0.08, 0.1])
-    ones, zeros = torch.ones(6), torch.zeros(6)
+    one, zero = torch.ones(6), torch.zeros(6)
     cases = {
-        "adjust_brightness": (factor, (factor, ones, ones, zeros)),
-        "adjust_contrast": (factor, (ones, factor, ones, zeros)),
-        "adjust_saturation": (factor, (ones, ones, factor, zeros)),
-        "adjust_hue": (shift, (ones, ones, ones, shift)),
+        "adjust_brightness": (factor, [factor, one, one, zero]),
+        "adjust_contrast": (factor, [one, factor, one, zero]),
+        "adjust_saturation": (factor, [one, one, factor, zero]),
+        "adjust_hue": (shift, [one, one, one, shift]),
     }
     for name, (values, arguments) in cases.items():
+        adjust = getattr(functional, name)
+        expected = torch.stack([adjust(image, float(v)) for image, v in zip(x, values)])
         ours = data.colour_jitter(x, *arguments)
-        expected = torch.stack([getattr(functional, name)(image, float(v)) for image, v in zip(x, values)])
-        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-4, msg=name)  # torchvision's luma has four digits
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6, msg=name)
 
 
 def compare_moments(ours, theirs):
-    """Pixel means and variances over n draws each, within 5 standard errors and a floor for the small-valued ones."""
+    """Pixel means and variances over n draws each agree within 5 standard errors."""
     n = len(ours)
+    # the added constants allow for rounding where the spread is nearly 0
     spread = theirs.std(0) + ours.std(0) + 1e-3
     assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * spread / math.sqrt(n)).all()
-    moments = [(v - v.mean(0)).square() for v in (ours, theirs)]
-    spread = moments[0].std(0) + moments[1].std(0) + 1e-4
-    assert ((moments[0].mean(0) - moments[1].mean(0)).abs() < 5 * spread / math.sqrt(n)).all()
+    ours, theirs = ((v - v.mean(0)).square() for v in (ours, theirs))
+    spread = theirs.std(0) + ours.std(0) + 1e-4
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * spread / math.sqrt(n)).all()
 
 
-@pytest.mark.parametrize("operation", ["crop and flip", "brightness", "contrast", "saturation", "hue", "grey"])
-def test_distribution_of_each_operation_is_torchvisions(operation):
-    n, image = 1500, photographs(1, 8)[0]
-    u = torch.rand(n, data.SIMCLR_DRAWS, generator=torch.Generator().manual_seed(0))
-    rest = u[:, 2 * data.TRIES + 2 :]
-    rest[:, 1:3] = 0.9  # neither jitter nor grey ...
-    whole = torch.cat([torch.ones(n, data.TRIES), torch.full((n, data.TRIES), 0.5), torch.zeros(n, 2)], 1)
-    if operation != "crop and flip":
-        u[:, : 2 * data.TRIES + 2] = whole  # ... and no crop, no mirror, but where that is the question
-        rest[:, 0] = 0.9
-    jitters = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-    if operation in jitters:
-        theirs = transforms.RandomApply([transforms.ColorJitter(**{operation: jitters[operation]})], 0.8)
-        rest[:, 1] = torch.rand(n, generator=torch.Generator().manual_seed(1))
-        for i, name in enumerate(jitters):
-            if name != operation:
-                rest[:, 3 + i] = 0.5  # a factor of 1, a shift of 0
+JITTERS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
+MIRROR, JITTER, GREY, STRENGTH = range(data.BOX_DRAWS, data.BOX_DRAWS + 4)  # columns of the draws
+
+
+def draws_of(operation, n):
+    """SimCLR's draws that leave an image as it is, except for a random `operation`."""
+    random = torch.rand(n, data.SIMCLR_DRAWS, generator=torch.Generator().manual_seed(0))
+    u = torch.zeros_like(random)
+    u[:, : data.TRIES] = 1  # the whole area
+    u[:, data.TRIES : 2 * data.TRIES] = 0.5  # aspect ratio 1
+    u[:, [MIRROR, JITTER, GREY]] = 0.9  # above each probability
+    u[:, STRENGTH:] = 0.5  # factors of 1, a shift of 0
+    if operation == "crop and flip":
+        columns = list(range(MIRROR + 1))
     elif operation == "grey":
-        theirs = transforms.RandomGrayscale(0.2)
-        rest[:, 2] = torch.rand(n, generator=torch.Generator().manual_seed(1))
+        columns = [GREY]
     else:
+        columns = [JITTER, STRENGTH + list(JITTERS).index(operation)]
+    u[:, columns] = random[:, columns]
+    return u
+
+
+def torchvision_transform(operation):
+    if operation == "crop and flip":
         crop = transforms.RandomResizedCrop(8, (0.2, 1.0), antialias=True)
-        theirs = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
+        return transforms.Compose([crop, transforms.RandomHorizontalFlip()])
+    if operation == "grey":
+        return transforms.RandomGrayscale(0.2)
+    jitter = transforms.ColorJitter(**{operation: JITTERS[operation]})
+    return transforms.RandomApply([jitter], 0.8)
+
+
+@pytest.mark.parametrize("operation", ["crop and flip", *JITTERS, "grey"])
+def test_distribution_of_each_operation_is_that_of_torchvision(operation):
+    n = 1500
+    image = photographs(1, 8)[0]
+    ours = data.simclr(image.expand(n, -1, -1, -1), draws_of(operation, n))
+    transform = torchvision_transform(operation)
     torch.manual_seed(0)
-    expected = torch.stack([theirs(image) for _ in range(n)])
-    compare_moments(data.simclr(image.expand(n, -1, -1, -1), u), expected)
+    compare_moments(ours, torch.stack([transform(image) for _ in range(n)]))
 
 
-def test_grey_images_are_only_cropped_and_an_image_does_not_depend_on_the_batch():
+def test_greyscale_images_are_only_cropped():
     x, u = torch.rand(6, 1, 8, 8), torch.rand(6, data.SIMCLR_DRAWS)
-    out = data.simclr(x, u, scale=(0.6, 1.0), flip=False)
     boxes = data.crop_boxes(u, 8, (0.6, 1.0))
-    assert torch.equal(out, data.resized_crop(x, *boxes, mirror=torch.zeros(6, dtype=torch.bool)))
-    x = torch.rand(6, 3, 8, 8)
+    expected = data.resized_crop(x, *boxes, mirror=torch.zeros(6, dtype=torch.bool))
+    assert torch.equal(data.simclr(x, u, scale=(0.6, 1.0), flip=False), expected)
+
+
+def test_a_view_does_not_depend_on_the_batch():
+    x, u = torch.rand(6, 3, 8, 8), torch.rand(6, data.SIMCLR_DRAWS)
     torch.testing.assert_close(data.simclr(x, u)[2:4], data.simclr(x[2:4], u[2:4]))
 
 
-# ------------------------------------------------------------------------------------------------ train_unsup.py
+# ----------------------------------------------------------------------- training and evaluation
 
 
-def test_knn_alignment_and_uniformity_equal_their_definitions():
+def test_knn_accuracy_equals_its_definition():
     bank, query = unit(9, 4, 0), unit(5, 4, 1)
-    y, truth = torch.arange(9) % 3, torch.tensor([0, 1, 2, 0, 1])
-    right = 0
-    for q, t in zip(query, truth):
-        cosine = bank @ q
+    bank_labels, labels = torch.arange(9) % 3, torch.tensor([0, 1, 2, 0, 1])
+    correct = 0
+    for z, y in zip(query, labels):
+        cosine = bank @ z
         votes = [0.0, 0.0, 0.0]
         for j in cosine.argsort(descending=True)[:4]:
-            votes[y[j]] += math.exp(cosine[j] / 0.1)
-        right += votes.index(max(votes)) == t
-    assert train_unsup.knn_accuracy(3 * bank, y, 2 * query, truth, k=4) == pytest.approx(right / 5)
-    pairs = [math.exp(-2 * (bank[i] - bank[j]).square().sum()) for i in range(9) for j in range(i)]
-    assert train_unsup.uniformity(bank) == pytest.approx(math.log(sum(pairs) / len(pairs)))
-    assert train_unsup.alignment(bank[:5], query) == pytest.approx(
-        sum(float((a - b).square().sum()) for a, b in zip(bank[:5], query)) / 5
-    )
+            votes[bank_labels[j]] += math.exp(cosine[j] / 0.1)
+        correct += votes.index(max(votes)) == y
+    ours = robustness.knn_accuracy(3 * bank, bank_labels, 2 * query, labels, k=4)
+    assert ours == pytest.approx(correct / 5)
 
 
-def test_probe_is_scikit_learns_classifier(encoder, x):
-    """On standardised features, folded back into one affine layer."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
+def test_alignment_and_uniformity_equal_their_definitions():
+    z1, z2 = unit(9, 4, 0), unit(9, 4, 1)
+    squares = [(a - b).square().sum().item() for a, b in zip(z1, z2)]
+    assert train_unsup.alignment(z1, z2) == pytest.approx(sum(squares) / 9)
+    pairs = [math.exp(-2 * (z1[i] - z1[j]).square().sum()) for i in range(9) for j in range(i)]
+    assert train_unsup.uniformity(z1) == pytest.approx(math.log(sum(pairs) / len(pairs)))
 
+
+def test_probe_is_the_classifier_of_scikit_learn(encoder):
+    """On standardised features, written as one affine layer on the features themselves."""
     x = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    encoder, labels = encoder.float(), torch.arange(60) % 3
+    labels = torch.arange(60) % 3
+    encoder = encoder.float()
     known = encoder.features(x).detach()
     scaled = StandardScaler().fit_transform(known.double().numpy())
     scaled *= math.sqrt(59 / 60)  # torch's standard deviation divides by n - 1
-    expected = LogisticRegression(C=0.1, max_iter=300).fit(scaled, labels.numpy()).predict_proba(scaled)
-    probe = train_unsup.fit_probe(encoder, known, labels)
-    np.testing.assert_allclose(probe(x).softmax(1).detach().numpy(), expected, atol=2e-3)  # L-BFGS stops at 1e-4
+    regression = LogisticRegression(C=0.1, max_iter=300).fit(scaled, labels.numpy())
+    probe = robustness.fit_probe(encoder, known, labels)
+    ours = probe(x).softmax(1).detach().numpy()
+    # L-BFGS stops at a gradient of 1e-4
+    np.testing.assert_allclose(ours, regression.predict_proba(scaled), atol=2e-3)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unsup")
-    options = ["--dataset", "digits", "--width", 8, "--epochs", 2, "--eval-every", 1, "--n-eval", 100, "--ema", 0.5]
-    done = script("train_unsup.py", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def test_training_logs_what_it_learns_without_labels(run):
-    log = [json.loads(line) for line in (run / "runs/unsup/log.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in log] == [1, 2] and log[1]["loss"] < log[0]["loss"]
+def test_training_logs_what_it_learns_without_labels(unsup_run):
+    lines = (unsup_run / "runs/unsup/log.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    assert [line["epoch"] for line in log] == [1, 2]
+    assert log[1]["loss"] < log[0]["loss"]
     assert {"alignment", "uniformity", "knn_accuracy"} <= log[0].keys()
-    assert isinstance(cem.load(run / "runs/unsup/ckpt.pt"), cem.NonParametricCEM)
+    assert isinstance(cem.load(unsup_run / CKPT), cem.NonParametricCEM)
 
 
-def test_evaluate_reports_probe_and_knn(run):
-    done = script("train_unsup.py", "--dataset", "digits", "--evaluate", cwd=run)
+def test_evaluation_of_an_encoder_reports_probe_and_knn(unsup_run):
+    done = script("eval_robust.py", "--ckpt", CKPT, cwd=unsup_run)
     assert done.returncode == 0, done.stderr
-    result = json.loads((run / "runs/unsup/probe.json").read_text())
-    assert 0.5 < result["clean_accuracy"] <= 1 and result["adversarial_accuracy"] < result["clean_accuracy"]
+    result = json.loads((unsup_run / "runs/unsup/probe.json").read_text())
+    assert result["dataset"] == "digits"
+    assert 0.5 < result["clean_accuracy"] <= 1
+    assert result["adversarial_accuracy"] == result["pgd-20"] < result["clean_accuracy"]
     assert result["knn_accuracy"] > 0.5
+    assert "knn accuracy: " in done.stdout
+    assert not (unsup_run / "runs/unsup/accuracy.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [["maxent"], ["maxent", "--cond"], ["pgd"], ["pgd", "--cond"]])
-def test_samples_are_reproducible_from_seed_and_batch_size(arguments, run):
-    sampler, *cond = arguments
-    name = f"runs/unsup/samples-{sampler}{'-cond' * bool(cond)}"
+def test_ood_scores_of_an_encoder_are_refused(unsup_run):
+    before = files(unsup_run)
+    done = script("eval_robust.py", "--ckpt", CKPT, "--ood", "digits", cwd=unsup_run)
+    assert_refused(done, "--ood", "encoder")
+    assert files(unsup_run) == before
 
-    def drawn(*options):
-        done = script("sample.py", "--sampler", sampler, *cond, "--n", 30, "--batch-size", 20, *options, cwd=run)
-        assert done.returncode == 0, done.stderr
-        with np.load(run / f"{name}.npz") as z:
-            return z["arr_0"].astype(int), z["arr_1"].tolist()
 
-    first, labels = drawn()
+# -------------------------------------------------------------------------------------- sampling
+
+
+def draw(folder, sampler, *options):
+    """The images, as integers, and labels that sample.py draws from the run in `folder`."""
+    done = script("sample.py", "--sampler", sampler, *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    name = f"samples-{sampler}-cond.npz" if "--cond" in options else f"samples-{sampler}.npz"
+    with np.load(folder / "runs/unsup" / name) as z:
+        return z["arr_0"].astype(int), z["arr_1"].tolist()
+
+
+@pytest.mark.parametrize("cond", [False, True])
+@pytest.mark.parametrize("sampler", ["maxent", "pgd"])
+def test_samples_are_reproducible_from_seed_and_batch_size(sampler, cond, unsup_run):
+    base = [sampler, "--n", 30, "--batch-size", 20, *["--cond"] * cond]
+    first, labels = draw(unsup_run, *base)
     assert labels == ([*range(10)] * 3 if cond else [-1] * 30)
-    assert np.array_equal(drawn()[0], first)
-    assert np.abs(drawn("--n", 25)[0] - first[:25]).max() <= 1  # whole batches climb, also the last
-    assert np.abs(drawn("--batch-size", 10)[0] - first).max() > 3
+    assert np.array_equal(draw(unsup_run, *base)[0], first)
+    # the last batch is drawn whole, even if fewer of its images are kept
+    fewer, _ = draw(unsup_run, *base, "--n", 25)
+    assert np.abs(fewer - first[:25]).max() <= 1
+    smaller_batches, _ = draw(unsup_run, *base, "--batch-size", 10)
+    assert np.abs(smaller_batches - first).max() > 3
 
 
-def test_maxent_raises_the_batch_entropy_further_than_pgd(run):
-    """The entropy estimate of the drawn batch against that of the seeds, by the network that drew."""
-    model = cem.load(run / "runs/unsup/ckpt.pt")
+def test_maxent_raises_the_batch_entropy_more_than_pgd(unsup_run):
+    """Entropy as estimated by the network that drew the batch."""
+    model = cem.load(unsup_run / CKPT)
     entropy = {}
     for sampler in ("seeds", "maxent", "pgd"):
-        drawn, _ = images(run, "--sampler", sampler, "--ckpt", "runs/unsup/ckpt.pt", "--n", 100, "--batch-size", 100)
-        x = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 255
+        options = ["--ckpt", CKPT, "--n", 100, "--batch-size", 100]
+        images, _ = draw(unsup_run, sampler, *options)
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
         entropy[sampler] = cem.potential("maxent", model)(x).mean().item()
-    assert entropy["maxent"] > entropy["seeds"] + 0.1 and entropy["maxent"] > entropy["pgd"] + 0.1
+    assert entropy["maxent"] > entropy["seeds"] + 0.1
+    assert entropy["maxent"] > entropy["pgd"] + 0.1
+
+
+def test_samplers_refuse_the_other_kind_of_checkpoint(unsup_run, digits_run):
+    for folder, ckpt, sampler, kind in (
+        (unsup_run, CKPT, "rcs", "encoder"),
+        (digits_run, "runs/sup/ckpt.pt", "maxent", "classifier"),
+    ):
+        before = files(folder)
+        done = script("sample.py", "--sampler", sampler, "--ckpt", ckpt, cwd=folder)
+        assert_refused(done, kind)
+        assert files(folder) == before
 
 
 @pytest.mark.parametrize(
-    "name, arguments, part",
+    "command, part",
     [
-        ("train_unsup.py", ["--temperature", 0], "--temperature"),
-        ("train_unsup.py", ["--batch-size", 1], "--batch-size"),
-        ("train_unsup.py", ["--min-crop", 0], "--min-crop"),
-        ("train_unsup.py", ["--loss", "mle"], "mle"),
-        ("train_unsup.py", ["--evaluate"], "ckpt.pt"),
-        ("sample.py", ["--sampler", "maxent", "--batch-size", 1], "--batch-size"),
+        ("train_unsup.py --dataset digits --temperature 0", "--temperature"),
+        ("train_unsup.py --dataset digits --batch-size 1", "--batch-size"),
+        ("train_unsup.py --dataset digits --min-crop 0", "--min-crop"),
+        ("train_unsup.py --dataset digits --loss mle", "mle"),
+        ("train_unsup.py --dataset digits --evaluate", "eval_robust.py"),
+        ("eval_robust.py --dataset digits --ckpt runs/unsup/ckpt.pt", "runs/unsup/ckpt.pt"),
+        ("sample.py --sampler maxent --batch-size 1", "--batch-size"),
     ],
 )
-def test_bad_options(name, arguments, part, tmp_path):
-    dataset = ["--dataset", "digits"] if name != "sample.py" else []
-    assert_refused(script(name, *dataset, *arguments, cwd=tmp_path), part)
+def test_bad_options_are_refused(command, part, tmp_path):
+    assert_refused(script(*command.split(), cwd=tmp_path), part)
     assert files(tmp_path) == []
-
-
-def test_samplers_refuse_the_other_kind_of_checkpoint(run, digits_run):
-    before = files(run)
-    assert_refused(script("sample.py", "--sampler", "rcs", "--ckpt", "runs/unsup/ckpt.pt", cwd=run), "encoder")
-    assert_refused(
-        script("train_sup.py", "--dataset", "digits", "--evaluate", "--ckpt", "runs/unsup/ckpt.pt", cwd=run), "no classifier"
-    )
-    assert files(run) == before
-    before = files(digits_run)
-    assert_refused(script("sample.py", "--sampler", "maxent", "--ckpt", "runs/sup/ckpt.pt", cwd=digits_run), "classifier")
-    done = script("train_unsup.py", "--dataset", "digits", "--evaluate", "--ckpt", "runs/sup/ckpt.pt", cwd=digits_run)
-    assert_refused(done, "no encoder")
-    assert files(digits_run) == before

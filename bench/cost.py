@@ -1,0 +1,90 @@
+"""Seconds of an adversarial training step as a function of batch size, attack steps and width.
+
+    python bench/cost.py                # -> bench/cost-cpu.json and .md, a few minutes on two cores
+
+Each quantity is halved and doubled while the others stay. Every round times all settings once, so
+that other load on the machine affects them alike; the table has the medians of the rounds. A step
+with a k-step attack costs 2 k + 3 forward passes, whose arithmetic grows with the square of width.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from contenders import Ours  # noqa: E402
+
+import bench  # noqa: E402
+from lib import cli  # noqa: E402
+from lib.cli import option  # noqa: E402
+from lib.device import PRECISIONS, pick_device  # noqa: E402
+
+BASE = dict(batch_size=64, steps=10, width=32)
+
+
+@dataclass
+class Options:
+    rounds: int = option(3, "timed rounds, after one for warm-up")
+    out: str = option("bench/cost-cpu.json", "JSON file; the .md is written beside it", **cli.PATH)
+    device: str = option("auto", cli.DEVICE)
+    precision: str = option("auto", "arithmetic", choices=PRECISIONS)
+
+
+def settings() -> list[dict]:
+    """BASE, and BASE with one quantity halved or doubled."""
+    result = [BASE]
+    for key, value in BASE.items():
+        result += [BASE | {key: value // 2}, BASE | {key: 2 * value}]
+    return result
+
+
+def arithmetic(setting: dict) -> float:
+    """FLOP of a training step, in forward passes of one image at width 1."""
+    return setting["batch_size"] * (2 * setting["steps"] + 3) * setting["width"] ** 2
+
+
+def training_step(setting: dict, precision: str, device: torch.device) -> Callable:
+    work = Ours(bench.Options(precision=precision, **setting), device).work()
+    return work["supervised training step"][0]
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = ["| images | steps | width | seconds | relative time | relative arithmetic |"]
+    lines.append("|---" * 6 + "|")
+    for row in rows:
+        setting = " | ".join(str(row[key]) for key in BASE)
+        cost = f"{row['seconds']:.3f} | {row['cost']:.2f} | {row['arithmetic']:.2f}"
+        lines.append(f"| {setting} | {cost} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    opt = cli.parse(Options, __doc__)
+    cli.require(opt.rounds > 0, "--rounds must be positive")
+    device = pick_device(opt.device)
+    steps = [training_step(setting, opt.precision, device) for setting in settings()]
+    rounds = []
+    for _ in tqdm(range(opt.rounds + 1), "rounds", leave=False):
+        rounds.append([bench.seconds(step, device) for step in steps])
+    medians = [statistics.median(times) for times in zip(*rounds[1:])]
+    rows = []
+    for setting, seconds in zip(settings(), medians):
+        row = dict(setting, seconds=round(seconds, 4))
+        row["cost"] = round(seconds / medians[0], 3)
+        row["arithmetic"] = round(arithmetic(setting) / arithmetic(BASE), 3)
+        rows.append(row)
+    record = {"command": cli.command(), "device": device.type, "threads": torch.get_num_threads()}
+    out = Path(opt.out)
+    cli.write_text(out, json.dumps(record | {"rows": rows}, indent=1) + "\n")
+    cli.write_text(out.with_suffix(".md"), markdown(rows))
+    print(f"{markdown(rows)}wrote {out} and {out.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

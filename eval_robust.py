@@ -1,0 +1,148 @@
+"""Measure a checkpoint: accuracy under attack, calibration, out-of-distribution scores.
+
+    python eval_robust.py                                  # runs/sup/ckpt.pt, or the shipped one
+    python eval_robust.py --attacks pgd-50 margin autoattack --restarts 5 --n 1000 --ood svhn
+    python eval_robust.py --ckpt runs/unsup/ckpt.pt        # an encoder, through a linear probe
+    python eval_robust.py --ckpt Carmon2019.pt --mean 0 --std 1 --norm linf --eps 8/255
+
+Writes accuracy.json, or probe.json for an encoder, beside the checkpoint. Figures are computed in
+float32 on all test images by default.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import cem
+from lib import cli, data, distributed, interop, robustness
+from lib.cli import option
+from lib.device import PRECISIONS, pick_device, resolve_precision
+
+KNOWN = [*robustness.ATTACKS, robustness.AUTOATTACK]
+
+
+@dataclass
+class Options:
+    ckpt: str = option(
+        "", "ours or third-party (default: runs/sup/ckpt.pt if it exists, else the shipped sup.pt)",
+        "checkpoint and data", metavar="PATH",
+    )  # fmt: skip
+    dataset: str = option(
+        "", f"{data.HELP} (default: the checkpoint's, else cifar10)", "checkpoint and data"
+    )
+    data_dir: str = option(
+        "data", "folder of the downloaded datasets", "checkpoint and data", metavar="PATH"
+    )
+    mean: list[float] = cli.options(float, cli.MEAN, "checkpoint and data")
+    std: list[float] = cli.options(float, cli.STD, "checkpoint and data")
+    n: int = option(0, "test images, evenly spaced; 0: all", "checkpoint and data", least=0)
+    attacks: list[str] = cli.options(str, f"any of {', '.join(KNOWN)} (default: pgd-20)", "attack")
+    restarts: int = option(1, "random starts of each PGD attack", "attack", least=1)
+    norm: str = option("l2", "norm of the ball", "attack", choices=["l2", "linf"])
+    eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
+    ood: list[str] = cli.options(
+        str, "out-of-distribution datasets or folders, besides noise and constant", "run"
+    )
+    batch_size: int = option(256, "images at a time", "run", least=1)
+    seed: int = option(0, "seed of the attacks' random starts", "run")
+    device: str = option("auto", cli.DEVICE, "run")
+    precision: str = option("float32", "arithmetic", "run", choices=PRECISIONS)
+
+
+def check(opt: Options) -> None:
+    for name in opt.attacks:
+        cli.require(name in KNOWN, f"--attacks: unknown {name!r}, choose from {', '.join(KNOWN)}")
+
+
+def load(opt: Options, path: Path, device: torch.device) -> tuple[nn.Module, str]:
+    """The checkpoint, and the name of the dataset to measure it on."""
+    model = interop.load(path, device, opt.mean or None, opt.std or None)
+    own = model.extra.get("dataset", "")
+    known = own in data.NAMES or Path(own or "?").is_dir()
+    return model.to(memory_format=torch.channels_last), opt.dataset or (own if known else "cifar10")
+
+
+def evaluate_classifier(model: cem.ParametricCEM, test_set: data.Dataset, opt: Options) -> dict:
+    fits = (model.config["in_channels"], model.config["num_classes"])
+    cli.require(
+        fits == (test_set.images.shape[1], len(test_set.classes)),
+        f"the checkpoint has {fits[0]} channels and {fits[1]} classes: {test_set.name} differs",
+    )
+    chosen = test_set.evenly_spaced(opt.n or len(test_set))
+    batches = (test_set.pixels(index) for index in chosen.split(opt.batch_size))
+    logits = robustness.logits_of(model, batches, opt.precision)
+    cli.require(bool(logits.isfinite().all()), "the checkpoint's logits are not finite")
+    attacks = opt.attacks or ["pgd-20"]
+    result = robustness.accuracy(model, test_set, attacks, opt, opt.n, opt.restarts)
+    result["calibration_error"] = robustness.calibration_error(logits, test_set.labels[chosen])
+    for name in ("noise", "constant", *opt.ood):
+        other = robustness.ood_dataset(name, test_set, opt.data_dir, opt.seed)
+        result[f"auroc_{name}"] = robustness.ood_scores(model, logits, other, opt)
+    return result
+
+
+def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt: Options) -> dict:
+    """k-NN and a linear probe on all training images, attacked through encoder and probe."""
+    cli.require(not opt.ood, "--ood needs a classifier, not an encoder")
+    channels = model.config["in_channels"]
+    cli.require(
+        train_set.images.shape[1] == channels,
+        f"the checkpoint takes {channels} channels: {train_set.name} differs",
+    )
+    model = cem.folded(model)
+    known, asked = (
+        robustness.features(model, s, s.evenly_spaced(len(s)), opt.precision)
+        for s in (train_set, test_set)
+    )
+    knn = robustness.knn_accuracy(known, train_set.labels, asked, test_set.labels)
+    probe = robustness.fit_probe(model, known, train_set.labels)
+    attacks = opt.attacks or ["pgd-20"]
+    result = robustness.accuracy(probe, test_set, attacks, opt, opt.n, opt.restarts)
+    return {"knn_accuracy": knn} | result
+
+
+def report(name: str, path: Path, folder: Path, test_set, opt: Options, result: dict) -> None:
+    """Print the result and write it, with its settings, to the file `name` in `folder`."""
+    n = min(opt.n or len(test_set), len(test_set))
+    print(f"{path} on {n} test images of {test_set.name}, {opt.norm} eps {opt.eps:g}:")
+    for key, value in result.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{k} {v:.3f}" for k, v in value.items())
+        else:
+            shown = f"{value:.2%}"
+        print(f"  {key.replace('_', ' ')}: {shown}")
+    record = {"command": cli.command(), "ckpt": str(path), "dataset": test_set.name, "n": n}
+    for key in ("norm", "eps", "restarts", "precision", "seed"):
+        record[key] = getattr(opt, key)
+    cli.write_text(folder / name, json.dumps(record | result, indent=2) + "\n")
+    print(f"wrote {folder / name}")
+
+
+def main() -> None:
+    opt = cli.parse(Options, __doc__)
+    check(opt)
+    one = distributed.world_size() == 1
+    cli.require(one, "eval_robust.py runs in one process: leave out torchrun")
+    device = pick_device(opt.device)
+    opt.precision = resolve_precision(device, opt.precision)
+    path = Path(opt.ckpt) if opt.ckpt else cli.default_checkpoint("sup")
+    model, dataset = load(opt, path, device)
+    third_party = "third_party" in model.extra
+    folder = cli.output_folder(path, third_party)
+    if isinstance(model, cem.NonParametricCEM):
+        train_set, test_set = data.splits(dataset, opt.data_dir, device)
+        result = evaluate_encoder(model, train_set, test_set, opt)
+        report("probe.json", path, folder, test_set, opt, result)
+        return
+    test_set = data.load(dataset, "test", opt.data_dir).to(device)
+    if third_party:
+        interop.check_third_party(model, path, data.load(dataset, "train", opt.data_dir))
+    result = evaluate_classifier(model, test_set, opt)
+    report("accuracy.json", path, folder, test_set, opt, result)
+
+
+if __name__ == "__main__":
+    cli.run(main)

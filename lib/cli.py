@@ -1,0 +1,299 @@
+"""Command lines: options, errors, signals."""
+
+import argparse
+import functools
+import math
+import operator
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from argparse_dataclass import ArgumentParser
+
+import cem
+from lib import distributed
+from lib.device import PRECISIONS
+
+SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
+
+# --------------------------------------------------------------------------------------- options
+
+MEAN = "channel means for a third-party checkpoint (default: the file's, else the dataset's)"
+STD = "channel standard deviations, likewise"
+DEVICE = "auto, cpu, cuda, cuda:1 or mps"
+METAVARS = {int: "N", float: "X", str: "S"}
+BOUNDS = {
+    "least": ("at least", operator.ge),
+    "above": ("greater than", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
+
+
+def number(text: str) -> float:
+    """A finite float, or a fraction such as 8/255."""
+    numerator, _, denominator = text.partition("/")
+    value = float(numerator) / (float(denominator or 1) or math.nan)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def integer(text: str) -> int:
+    """An integer of 64 bits, which is what torch computes with."""
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError
+    return value
+
+
+def option(default, help: str, group: str = "options", **metadata):
+    """A dataclass field that becomes a command-line option under the heading `group`.
+
+    Bounds of its value: least=, above=, most=, below=.
+    """
+    if default is not None and default is not False and default != "":
+        help = f"{help} (default: {default})"
+    kind = {float: number, int: integer}.get(type(default))
+    if kind is not None:
+        metadata.setdefault("type", kind)
+    if "choices" not in metadata and default is not False:
+        metadata.setdefault("metavar", METAVARS.get(type(default), "X"))
+    metadata |= {"help": help.replace("%", "%%"), "group": group}
+    return field(default=default, metadata=metadata)
+
+
+def options(kind: type, help: str, group: str = "options"):
+    """The same for an option that takes several values, none by default."""
+    kind, metavar = {float: number, int: integer}.get(kind, kind), METAVARS[kind]
+    metadata = {"help": help, "type": kind, "nargs": "+", "metavar": metavar, "group": group}
+    return field(default_factory=list, metadata=metadata)
+
+
+def as_flags(values: dict) -> str:
+    """Options as on a command line."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+class _Parser(ArgumentParser):
+    """Errors as CEMError; --help in 100 columns, with a heading for each group, "run" last."""
+
+    def __init__(self, options: type, description: str):
+        self.groups = {f.name: f.metadata.get("group", "options") for f in fields(options)}
+        formatter = functools.partial(argparse.HelpFormatter, max_help_position=32, width=100)
+        super().__init__(
+            options,
+            usage="%(prog)s [options]",
+            description=description.strip().splitlines()[0],
+            formatter_class=formatter,
+            allow_abbrev=False,
+        )
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, [], [])
+        formatter.add_text(self.description)
+        for group in sorted(dict.fromkeys(self.groups.values()), key=lambda name: name == "run"):
+            formatter.start_section(group)
+            formatter.add_arguments([a for a in self._actions if self.groups.get(a.dest) == group])
+            formatter.end_section()
+        return formatter.format_help()
+
+    def error(self, message):
+        raise cem.CEMError(f"{message} (see {self.prog} --help)")
+
+
+def parse(options: type, description: str, preset=None, moved: dict | None = None, argv=None):
+    """The command line as an instance of the dataclass `options`.
+
+    preset(options) returns other defaults, which explicit options override. `moved` maps options
+    of earlier versions to what replaces them.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        name = word.partition("=")[0]
+        require(name not in (moved or {}), f"{name} has moved: {(moved or {}).get(name)}")
+    parser = _Parser(options, description)
+    if preset:
+        parser.set_defaults(**preset(parser.parse_args(argv)))
+    opt = parser.parse_args(argv)
+    check_bounds(opt)
+    return opt
+
+
+def check_bounds(opt) -> None:
+    for f in fields(opt):
+        value = getattr(opt, f.name)
+        for bound, (words, fits) in BOUNDS.items():
+            if bound in f.metadata and value is not None:
+                limit = f.metadata[bound]
+                message = f"--{f.name.replace('_', '-')} must be {words} {limit}, not {value}"
+                require(fits(value, limit), message)
+
+
+def default_checkpoint(kind: str) -> Path:
+    """runs/<kind>/ckpt.pt if it exists, else the shipped checkpoint; kind: sup or unsup."""
+    path = Path(f"runs/{kind}/ckpt.pt")
+    return path if path.exists() else SHIPPED / f"{kind}.pt"
+
+
+def output_folder(ckpt: Path, third_party: bool = False) -> Path:
+    """Where a checkpoint's outputs go: beside it.
+
+    For a shipped checkpoint that is runs/shipped; for a third-party one, a folder of its name.
+    """
+    if third_party:
+        return ckpt.with_suffix("")
+    return Path("runs/shipped") if ckpt.resolve().parent == SHIPPED else ckpt.parent
+
+
+def command() -> str:
+    """The running command line, to record beside its figures."""
+    script, root = Path(sys.argv[0]).resolve(), SHIPPED.parent
+    name = script.relative_to(root) if script.is_relative_to(root) else script.name
+    return shlex.join(["python", str(name), *sys.argv[1:]])
+
+
+def write_text(path: Path, text: str) -> None:
+    cem.write_atomically(path, lambda file: file.write(text.encode()))
+
+
+# ---------------------------------------------------------------------------- errors and signals
+
+
+class Diverged(cem.CEMError):
+    """A training run that cannot continue: exit status 3."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise cem.CEMError(message)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main. Errors that the user can correct end it with one line, `error: ...`,
+    and exit status 2; divergence with 3."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main()
+    except (cem.CEMError, OSError) as error:
+        process = f" (process {distributed.rank()})" if distributed.rank() else ""
+        message = " ".join(str(error).split())
+        fail(f"error{process}: {message}", 3 if isinstance(error, Diverged) else 2)
+    except torch.OutOfMemoryError:
+        fail("error: out of device memory: try a smaller --batch-size")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        fail(f"error: torch.compile failed, leave out --compile: {error}".splitlines()[0])
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + (stop.args or (signal.SIGINT,))[0])
+
+
+def fail(line: str, status: int = 2) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def _terminate(number: int, _frame) -> None:
+    """SIGTERM ends a script as Ctrl-C does, except for the exit status."""
+    raise KeyboardInterrupt(number)
+
+
+class Stop:
+    """When a run has to stop: after max_minutes, on SIGTERM or Ctrl-C. A second signal kills it."""
+
+    def __init__(self, max_minutes: float):
+        self.deadline = time.monotonic() + 60 * max_minutes
+        self.reason = f"after {max_minutes:g} minutes"
+        self.signal = 0
+
+    def __enter__(self):
+        signals = (signal.SIGTERM, signal.SIGINT)
+        self.before = {number: signal.signal(number, self._note) for number in signals}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.signal = number
+        self.reason = f"by {signal.Signals(number).name}"
+        signal.signal(number, self.before[number])
+
+    def due(self) -> bool:
+        return bool(self.signal) or time.monotonic() > self.deadline
+
+    def exit(self, message: str) -> None:
+        """Print the message; after a signal, exit with the status 128 + signal."""
+        print(message, flush=True)
+        if self.signal:
+            sys.exit(128 + self.signal)
+
+
+# -------------------------------------------------------------- options of both training scripts
+
+MOVED_IN_TRAINING = {"--evaluate": "python eval_robust.py --ckpt CKPT measures a checkpoint"}
+PATH, CHOICE = dict(metavar="PATH"), dict(metavar="NAME")
+ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
+
+
+@dataclass
+class TrainOptions:
+    """What both training scripts read. The headings of --help appear in the order of this list."""
+
+    dataset: str = option("cifar10", "", "data")  # each script's help comes from data.HELP
+    data_dir: str = option("data", "folder of the downloaded datasets", "data", **PATH)
+    arch: str = option("resnet50", ARCH, "model", choices=list(cem.ARCHS), **CHOICE)
+    width: int = option(64, "channels of the stem; all others scale with it", "model", least=1)
+    loss: str = option("at", "", "optimisation")  # each script has its own
+    epochs: int = option(150, "passes over the training images", "optimisation", least=1)
+    batch_size: int = option(256, "images per step, over all processes", "optimisation", least=2)
+    lr: float = option(0.1, "peak rate of SGD with momentum 0.9", "optimisation", above=0)
+    schedule: str = option(
+        "cosine", "learning rate after a warm-up", "optimisation", choices=["cosine", "onecycle"]
+    )
+    weight_decay: float = option(5e-4, "weight decay", "optimisation", least=0)
+    ema: float = option(
+        0.999, "decay of the weight average that becomes the model; 0: none", "optimisation",
+        least=0, below=1,
+    )  # fmt: skip
+    norm: str = option("l2", "norm of the attack's ball", "attack", choices=["l2", "linf"])
+    eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
+    attack_steps: int = option(7, "PGD steps", "attack", least=1)
+    attack_step_size: float = option(0.1, "PGD step size", "attack", above=0)
+    out: str = option("", "folder of the run", "run", **PATH)
+    resume: bool = option(False, "continue the run in --out, or start it", "run")
+    max_minutes: float = option(
+        math.inf, "save and stop after this time; --resume continues", "run", type=float, above=0
+    )
+    seed: int = option(0, "seed of weights, order, augmentation and attack", "run")
+    device: str = option("auto", DEVICE, "run")
+    precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
+    compile: bool = option(False, "torch.compile network and attack", "run")
+    n_eval: int = option(1000, "test images for the measurements in the log", "run", least=1)
+    seed_rank: int = option(64, "rank of the Gaussian seeds in the checkpoint", "run", least=1)
+    batch_norm: str = option(
+        "sync", "BatchNorm over all torchrun processes or per process", "run",
+        choices=["sync", "local"],
+    )  # fmt: skip
+    on_diverge: str = option(
+        "stop", "stop, or restart from ckpt.pt at half the learning rate", "run",
+        choices=["stop", "restart"],
+    )  # fmt: skip
+
+
+def check(opt: TrainOptions) -> None:
+    n = distributed.world_size()
+    require(opt.batch_size >= 2 * n, f"--batch-size must be at least {2 * n}, 2 per process")
+    require(opt.batch_size % n == 0, f"--batch-size must be a multiple of {n}, the processes")

@@ -1,0 +1,111 @@
+"""The device: choice, precision, memory, and the attack's copy of the network."""
+
+import contextlib
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import cem
+from lib import distributed
+
+PRECISIONS = ["auto", "float32", "tf32", "bfloat16"]
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU. Under torchrun each process has its own GPU."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and distributed.world_size() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise cem.CEMError(f"--device {name} is not available: {reason}") from error
+    keep_freed_memory()
+    distributed.init(device)
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Make glibc reuse what a step frees; page faults would cost 7 to 19 % of an attack's time."""
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        # M_MMAP_THRESHOLD is -3; glibc before 2.35 accepts at most 32 MiB
+        if mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25):
+            mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """`precision` with auto resolved: bfloat16 where the hardware computes in it, else float32."""
+    if precision != "auto":
+        return precision
+    native = False
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        native = torch.backends.mkldnn.is_available()
+        native = native and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if platform.machine() in ("x86_64", "AMD64"):  # oneDNN also emulates it, at half the speed
+            avx512, amx = torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported
+            native = native and (avx512() or amx())
+    return "bfloat16" if native else "float32"
+
+
+def autocast(device: torch.device, precision: str):
+    """The context manager of --precision. Raises CEMError for tf32 without an NVIDIA GPU."""
+    precision = resolve_precision(device, precision)
+    if precision == "tf32" and device.type != "cuda":
+        raise cem.CEMError("--precision tf32 needs an NVIDIA GPU")
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+class AttackCopy:
+    """The network that a training step attacks: the current model, frozen and folded; with
+    `compiled`, one compiled network whose weights are replaced at every call."""
+
+    def __init__(self, compiled: bool):
+        self.compiled = compiled
+        self.network = None
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        network = cem.folded(distributed.unwrap(model))
+        if not self.compiled:
+            return network
+        if self.network is None:
+            self.network = network
+            network.compile()
+        else:
+            self.network.load_state_dict(network.state_dict())
+        return self.network
+
+
+def try_batch_size(batch_size: int, work: Callable, *args):
+    """work(batch_size, *args). If memory runs out, a CEMError names the largest size that fits."""
+    try:
+        return work(batch_size, *args)
+    except torch.OutOfMemoryError:
+        pass  # outside this block, the exception no longer keeps the tensors of its frames alive
+    message = f"--batch-size {batch_size} does not fit into device memory"
+    if distributed.world_size() > 1:  # the other processes may not have run out
+        raise cem.CEMError(f"{message}: try half of it")
+    fits, too_large = 0, batch_size
+    while too_large - fits > max(fits // 50, 1):  # to 2 %
+        n = (fits + too_large) // 2
+        torch.cuda.empty_cache()
+        try:
+            work(n, *args)
+            fits = n
+        except torch.OutOfMemoryError:
+            too_large = n
+    raise cem.CEMError(f"{message}: " + (f"about {fits} does" if fits else "not even 1 does"))

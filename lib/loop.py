@@ -1,0 +1,248 @@
+"""The training loop of both training scripts.
+
+It promises three things. A run that is killed at any moment and resumed ends with the weights of
+the uninterrupted run, bit for bit on a CPU with as many threads: all randomness is a function of
+seed, epoch and step. Every file is written whole or not at all. SIGTERM, Ctrl-C and --max-minutes
+stop a run at the next step, after a checkpoint.
+"""
+
+import contextlib
+import copy
+import math
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
+
+import cem
+from lib import cli, distributed
+from lib.device import autocast, try_batch_size
+from lib.run import RunFolder
+
+READ_EVERY = 20  # steps between two readings of the metrics: only then the host waits
+MAX_RESTARTS = 8
+
+
+def learning_rate(progress: float, peak: float, schedule: str) -> float:
+    """The rate at `progress` in [0, 1]. onecycle: linear, peak at 30 %; cosine: 2 % warm-up."""
+    warmup = 0.3 if schedule == "onecycle" else 0.02
+    if progress < warmup:
+        return peak * max(progress / warmup, 0.02)
+    progress = (progress - warmup) / (1 - warmup)
+    return peak * (
+        1 - progress if schedule == "onecycle" else (1 + math.cos(math.pi * progress)) / 2
+    )
+
+
+@torch.no_grad()
+def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average ← decay average + (1 - decay) model, as AveragedModel without its GPU syncs."""
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+    get_ema_multi_avg_fn(decay)(*map(list, zip(*floats)), None)
+    torch._foreach_copy_(*map(list, zip(*counts)))
+
+
+class Trainer:
+    """One training run of `model`, on its device, kept in the folder opt.out.
+
+    shuffle(epoch) -> order (N,) and draws (N, ...), all randomness of order and augmentation
+    batch_loss(model, index, draws, generator) -> mean loss and {name: metric} over this
+        process's part of a batch; draws are its images' rows
+    measure(model, epoch) -> {name: value}, measurements for the log after epoch 1, 2, ...
+    chains: a module with further state that changes with the steps (the replay buffer)
+    bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
+    extra: stored in the checkpoint beside the model
+
+    Under torchrun every process runs this with the same weights; the first measures and writes.
+    """
+
+    def __init__(
+        self, opt, model: nn.Module, num_images: int, *, shuffle: Callable, batch_loss: Callable,
+        measure: Callable, chains: nn.Module | None = None, bounds: dict | None = None, **extra
+    ):  # fmt: skip
+        if distributed.world_size() > 1 and opt.batch_size > num_images:
+            message = f"--batch-size {opt.batch_size} exceeds the {num_images} training images"
+            raise cem.CEMError(message)
+        self.device = next(model.parameters()).device
+        autocast(self.device, opt.precision)  # raises for an unavailable one, before any writing
+        torch.backends.cudnn.benchmark = True
+        self.opt, self.model, self.chains, self.extra = opt, model, chains, extra
+        self.shuffle, self.batch_loss, self.measure = shuffle, batch_loss, measure
+        self.bounds = bounds or {}
+        self.steps_per_epoch = max(num_images // opt.batch_size, 1)
+        self.total = opt.epochs * self.steps_per_epoch
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=0.0, momentum=0.9, weight_decay=opt.weight_decay, fused=True
+        )
+        self.average = copy.deepcopy(model) if opt.ema else model
+        self.wrapped = distributed.wrap(model, opt.batch_norm)
+        self.first = distributed.rank() == 0
+        self.folder = RunFolder(opt)
+        # what a checkpoint stores beside weights and optimiser
+        self.progress = {"step": 0, "restarts": 0, "seconds": 0.0, "log": [], "sums": {}}
+        self.began = 0  # the step from which this process, or its latest restart, continues
+        self.clock = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        return self.progress["step"]
+
+    def fit(self) -> nn.Module:
+        """Train to the end, or until it is time to stop -> the model, averaged with --ema."""
+        resume = distributed.any_process(self.folder.resumes(), self.device)
+        if resume:
+            self.restore()
+            self.began = self.step
+            print(f"resuming at step {self.step} of {self.total}")
+        if self.first:
+            self.folder.prepare(resume)
+            self.folder.write_log(self.progress["log"])
+        if not resume:
+            self.save()  # divergence can return to it
+        board = self.folder.board(self.step) if self.first else contextlib.nullcontext()
+        with board as self.board, cli.Stop(self.opt.max_minutes) as self.stop:
+            while self.step < self.total and not self.must_stop():
+                try:
+                    self.train_epoch()
+                    self.save()
+                except cli.Diverged as error:
+                    self.restart(error)
+        print(f"wrote {self.folder.checkpoint}, {self.folder.path / 'log.jsonl'}")
+        if self.step < self.total:
+            at = f"stopped {self.stop.reason} at step {self.step} of {self.total}"
+            self.stop.exit(f"{at}: --resume continues")
+        return self.average.eval()
+
+    def must_stop(self) -> bool:
+        return distributed.any_process(self.stop.due(), self.device)
+
+    def train_epoch(self) -> None:
+        """The rest of the epoch in which the current step lies, or as much as time allows."""
+        size, (epoch, done) = self.opt.batch_size, divmod(self.step, self.steps_per_epoch)
+        order, draws = self.shuffle(epoch)
+        batches = order[: self.steps_per_epoch * size].split(size)[done:]
+        begin, unread = time.monotonic(), []
+        name = f"epoch {epoch + 1}/{self.opt.epochs}"
+        bar = tqdm(batches, name, self.steps_per_epoch, False, initial=done, disable=not self.first)
+        self.model.train()
+        for count, index in enumerate(bar, 1):
+            unread.append(self.train_step(distributed.local_rows(index), draws))
+            epoch_ends = done + count == self.steps_per_epoch
+            read = epoch_ends or self.step % READ_EVERY == 0
+            single = distributed.world_size() == 1  # processes agree on stopping when they read
+            stop = self.must_stop() if read or single else False
+            if read or stop:
+                self.read(unread)
+                unread = []
+                speed = count * size / (time.monotonic() - begin)
+                means = {k: v / (done + count) for k, v in self.progress["sums"].items()}
+                shown = [f"{k} {v:.3f}" for k, v in means.items()]
+                bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]))
+            if stop:
+                break
+        bar.close()
+        if epoch_ends:
+            self.end_epoch(epoch + 1, means, speed)
+
+    def train_step(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        """One optimiser step on the images at `index` -> its metrics, still on the device."""
+        opt, restarts = self.opt, self.progress["restarts"]
+        rate = learning_rate(self.step / self.total, opt.lr, opt.schedule)
+        self.optimizer.param_groups[0]["lr"] = rate * 0.5**restarts
+        seed = opt.seed * 100_003 + self.step + 7_919_000 * restarts  # a restart draws anew
+        generator = distributed.RankGenerator(seed, self.device)
+
+        def backward(n: int) -> tuple[Tensor, dict[str, Tensor]]:
+            rows = index[:n]
+            loss, metrics = self.batch_loss(self.wrapped, rows, draws[rows], generator)
+            loss.backward()
+            return loss.detach(), metrics
+
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, metrics = try_batch_size(opt.batch_size, backward)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self.optimizer.step()
+        if opt.batch_norm == "local":
+            distributed.average_statistics(self.model)
+        if self.average is not self.model:
+            ema_update(self.average, self.model, opt.ema if self.step else 0.0)
+        self.progress["step"] += 1
+        return {"loss": loss, "gradient_norm": norm, **metrics}
+
+    def read(self, steps: list[dict[str, Tensor]]) -> None:
+        """Log the last steps' metrics. Raises Diverged for one that is not finite or too large."""
+        rows = torch.stack([torch.stack([v.float() for v in s.values()]) for s in steps]).detach()
+        sums = self.progress["sums"]
+        for step, row in enumerate(distributed.mean(rows).tolist(), self.step - len(steps) + 1):
+            for name, value in zip(steps[0], row):
+                if self.first:
+                    self.board.add_scalar(f"step/{name}", value, step)
+                sums[name] = sums.get(name, 0.0) + value
+                if not abs(value) <= self.bounds.get(name, sys.float_info.max):  # or NaN
+                    raise cli.Diverged(f"{name.replace('_', ' ')} is {value:.4g} at step {step}")
+
+    def end_epoch(self, epoch: int, means: dict[str, float], speed: float) -> None:
+        """Measure the model; log the epoch."""
+        line = {"epoch": epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
+        line |= means
+        if self.first:
+            line |= self.measure(self.average.eval(), epoch)
+        line |= {"images_per_second": round(speed, 1), "seconds": round(self.seconds(), 1)}
+        line = {k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}
+        self.progress["log"].append(line)
+        self.progress["sums"] = {}
+        for name, value in line.items() if self.first else ():
+            self.board.add_scalar(name, value, self.step)
+        print("  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
+
+    def seconds(self) -> float:
+        return self.progress["seconds"] + time.monotonic() - self.clock
+
+    def save(self, name: str = "ckpt.pt") -> None:
+        training = self.progress | {"seconds": self.seconds(), "model": self.model.state_dict()}
+        training["optimizer"] = self.optimizer.state_dict()
+        if self.chains is not None:
+            rows = self.chains.state_dict().items()
+            training["chains"] = {key: distributed.gather(value) for key, value in rows}
+        keep = name == "ckpt.pt" and self.step > self.began
+        if self.first:
+            self.folder.save(name, self.average, keep, training=training, **self.extra)
+            self.folder.write_log(self.progress["log"])
+        distributed.barrier()
+
+    def restore(self) -> None:
+        saved = self.folder.load(self.device)
+        training = saved.extra["training"]
+        self.model.load_state_dict(training["model"])
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.average.load_state_dict(saved.state_dict())
+        if self.chains is not None:
+            rows = training["chains"].items()
+            self.chains.load_state_dict({k: distributed.local_rows(v) for k, v in rows})
+        self.progress.update({name: training[name] for name in self.progress})
+        self.clock = time.monotonic()  # the seconds before are in progress
+
+    def restart(self, error: cli.Diverged) -> None:
+        """After divergence: continue from the last checkpoint at half the rate, or raise."""
+        self.save("diverged.pt")
+        restarts = self.progress["restarts"] + 1
+        self.restore()
+        if self.opt.on_diverge == "restart" and restarts > 1 and self.step == self.began:
+            self.folder.step_back()  # restarting from this checkpoint has failed before
+            self.restore()
+        diverged, last = self.folder.path / "diverged.pt", self.folder.checkpoint
+        message = f"{error}; its state is in {diverged}; {last} is from step {self.step}"
+        if self.opt.on_diverge == "stop" or restarts > MAX_RESTARTS:
+            advice = "try a smaller --lr, or --resume --on-diverge restart, which halves it"
+            raise cli.Diverged(f"{message}: {advice}") from error
+        self.progress["restarts"] = restarts
+        self.began = self.step
+        self.save()
+        cli.warn(f"{message}: continuing from there at {0.5**restarts:g} of the learning rate")

@@ -1,0 +1,299 @@
+"""Feature networks, and the scores IS, FID and KID of their outputs (used by eval_is_fid.py)."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
+
+import cem
+from lib import cli, distributed
+from lib.device import autocast, resolve_precision
+
+# ------------------------------------------------------------------------------ feature networks
+
+
+class FeatureNetwork(Protocol):
+    """The interface of Inception and Classifier.
+
+    names: of its Inception Score, Fréchet distance and kernel distance.
+    standardised: whether distances divide features by the reference's standard deviations.
+    key: network, weights, preprocessing and precision, for the names of statistics files.
+    """
+
+    names: tuple[str, str, str]
+    standardised: bool
+    key: str
+    device: torch.device
+
+    def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images uint8 (N, C, H, W) -> feature blocks, each (N, D), and logits (N, K)."""
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
+    """The state dict of the FID Inception and the SHA-256 of its file; "" downloads it once.
+
+    Warns if the weights are not the published ones. Raises CEMError if they are not available.
+    """
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+
+    name = FID_WEIGHTS_URL.rpartition("/")[2]
+    prefix = name.removesuffix(".pth").rpartition("-")[2]  # of the published file's SHA-256
+    try:
+        if not path:
+            path = Path(torch.hub.get_dir()) / "checkpoints" / name
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=prefix)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        sha = digest(path)
+    except Exception as error:  # no network, or a file that is damaged in any way
+        reason = " ".join(str(error).split())[:200]
+        raise cem.CEMError(
+            f"Inception weights not available ({reason}): download {FID_WEIGHTS_URL} and pass it "
+            "as --weights, or use --features CHECKPOINT with a classifier"
+        ) from error
+    if not sha.startswith(prefix):
+        differs = f"{path} has SHA-256 {sha[:8]}…, the published weights {prefix}…"
+        cli.warn(f"{differs}: the figures are not comparable with published ones")
+    return state, sha
+
+
+def pytorch_fid(state: dict[str, Tensor]) -> nn.Module:
+    from pytorch_fid import inception
+
+    block = inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]
+    # the constructor would download the weights
+    with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
+        return inception.InceptionV3([block])
+
+
+def torch_fidelity(state: dict[str, Tensor]) -> nn.Module:
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as inception
+    except ImportError as error:
+        raise cem.CEMError("--preprocess tf1 needs: pip install torch-fidelity") from error
+    with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
+        return inception.FeatureExtractorInceptionV3("inception", ["2048"])
+
+
+class Inception:
+    """The FID Inception. One block, its 2,048 pool features; 1,008 logits without their bias.
+
+    preprocess "torch": pytorch-fid's, bilinear to 299 x 299 with PyTorch's pixel centres, not
+    antialiased. "tf1": torch-fidelity's, with TensorFlow 1's pixel centres and (x - 128) / 128.
+    Raises CEMError for weights that are not available or are another network's.
+    """
+
+    names = ("IS", "FID", "KID")
+    standardised = False
+
+    def __init__(self, weights: str, device: torch.device, preprocess="torch", precision="float32"):
+        state, sha = inception_weights(weights)
+        self.device = device
+        self.preprocess = preprocess
+        self.precision = resolve_precision(device, precision)
+        self.key = f"inception-{sha[:8]}-{preprocess}-{self.precision}"
+        build = torch_fidelity if preprocess == "tf1" else pytorch_fid
+        try:
+            net = build(state).eval()
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise cem.CEMError(f"{weights} is not an FID Inception: {reason}") from error
+        for module in net.modules():
+            if hasattr(module, "conv") and hasattr(module, "bn"):
+                module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+                module.bn = nn.Identity()
+        self.net = net.to(device, memory_format=torch.channels_last).requires_grad_(False)
+        self.fc = state["fc.weight"].to(device).float()
+
+    def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        x = images.to(self.device, memory_format=torch.channels_last).expand(-1, 3, -1, -1)
+        if self.preprocess == "torch":  # torch-fidelity's network takes uint8
+            x = x.float().div(255)
+        with autocast(self.device, self.precision):
+            pool = self.net(x)[0].flatten(1).float()
+        return [pool], pool @ self.fc.T
+
+
+class Classifier:
+    """A classifier checkpoint of this project. One block per stage: the spatial means and
+    standard deviations (N, 2 C) of its output (N, C, H, W). Raises CEMError for another file."""
+
+    names = ("C-IS", "C-FD", "C-KD")
+    standardised = True
+
+    def __init__(self, path: str, device: torch.device, precision: str = "float32"):
+        wanted = "--features must be inception or a classifier checkpoint"
+        cli.require(Path(path).is_file(), f"{wanted}: {path} not found")
+        model = cem.load(path, device)
+        cli.require(isinstance(model, cem.ParametricCEM), f"{wanted}: {path} is an encoder")
+        self.model = cem.folded(model).to(memory_format=torch.channels_last)
+        self.device = device
+        self.precision = resolve_precision(device, precision)
+        self.key = f"{Path(path).stem}-{digest(path)[:8]}-{self.precision}"
+
+    def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        channels = self.model.config["in_channels"]
+        cli.require(images.shape[1] == channels, f"--features needs images of {channels} channels")
+        x = images.to(self.device, memory_format=torch.channels_last).float().div(255)
+        with autocast(self.device, self.precision):
+            stages = [stage.float() for stage in self.model.stages(x)]
+        blocks = []
+        for stage in stages:
+            std = stage.flatten(2).std(2, unbiased=False)
+            blocks.append(torch.cat([stage.mean((2, 3)), std], 1))
+        return blocks, self.model.net.fc(stages[-1].mean((2, 3)))
+
+
+@torch.no_grad()
+def extract(
+    network: FeatureNetwork, images: Tensor, batch_size: int, name: str
+) -> tuple[list[Tensor], Tensor]:
+    """The network's feature blocks and logits of images uint8 (N, C, H, W), on the CPU.
+
+    torchrun's processes divide the batches among them, and each returns all rows. Raises
+    CEMError, which calls the images `name`, if a feature is not finite.
+    """
+    size = min(batch_size, max(len(images) // distributed.world_size(), 1))
+    batches = distributed.local_rows(images.split(size))
+    parts = []
+    for batch in tqdm(batches, name, unit="batch", leave=False, disable=distributed.rank() > 0):
+        blocks, logits = network(batch)
+        parts.append([tensor.cpu() for tensor in (*blocks, logits)])
+    *blocks, logits = [distributed.gather(torch.cat(part)) for part in zip(*parts)]
+    finite = all(tensor.isfinite().all() for tensor in (*blocks, logits))
+    cli.require(finite, f"{name}: the features are not finite")
+    return blocks, logits
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+    """exp E_x KL(p(y|x) ‖ p(y)) (Salimans et al., 2016) of logits (N, K), in consecutive splits.
+
+    -> their mean and standard deviation.
+    """
+    n = len(logits)
+    scores = []
+    for i in range(splits):
+        log_p = logits[i * n // splits : (i + 1) * n // splits].double().log_softmax(1)
+        log_mean = log_p.logsumexp(0) - np.log(len(log_p))
+        kl = (log_p.exp() * (log_p - log_mean)).nansum(1)  # 0 log 0 = 0
+        scores.append(kl.mean().exp().item())
+    return np.mean(scores).item(), np.std(scores).item()
+
+
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, D) -> mean (D,) and covariance (D, D), float64."""
+    features = features.double()
+    return features.mean(0), features.T.cov()
+
+
+def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
+    """‖μ1 - μ2‖² + tr(Σ1 + Σ2 - 2 (Σ1 Σ2)^½) (Heusel et al., 2017), with μ (D,), Σ (D, D).
+
+    The last trace comes from the eigenvalues of the symmetric Σ1^½ Σ2 Σ1^½, so that covariances
+    may be rank-deficient, where a matrix square root of Σ1 Σ2 can fail.
+    """
+    values, vectors = torch.linalg.eigh(sigma1)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp_min(0).sqrt().sum()
+    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
+
+
+def kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(x·y / D + 1)³ of the rows of x (N, D) and y (M, D) -> (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def kernel_distance(x: Tensor, y: Tensor, subsets=100, size=1000) -> tuple[float, float]:
+    """KID (Bińkowski et al., 2018): the unbiased MMD² under `kernel` of features (N, D), (M, D).
+
+    -> mean and standard deviation over random subsets of min(size, N, M) rows each, drawn as
+    torch-fidelity does.
+    """
+    random = np.random.RandomState(2020)
+    n = min(size, len(x), len(y))
+    values = []
+    for _ in range(subsets):
+        rows = [torch.from_numpy(random.choice(len(z), n, replace=False)) for z in (x, y)]
+        a, b = x[rows[0].to(x.device)].double(), y[rows[1].to(y.device)].double()
+        k_aa, k_bb = kernel(a, a), kernel(b, b)
+        within = (k_aa.sum() - k_aa.trace() + k_bb.sum() - k_bb.trace()) / (n * (n - 1))
+        values.append((within - 2 * kernel(a, b).mean()).item())
+    return np.mean(values).item(), np.std(values).item()
+
+
+# ------------------------------------------------------------------------------------- reference
+
+KERNEL_IMAGES = 10_000  # evenly spaced reference images whose features the kernel distance uses
+
+
+class Reference:
+    """What samples are compared with: the mean (D,) and covariance (D, D) of each block, float64,
+    and the features (M, D) of up to KERNEL_IMAGES images, None if they are unknown."""
+
+    def __init__(self, moments: list[tuple[Tensor, Tensor]], features: list[Tensor] | None):
+        self.moments = moments
+        self.features = features
+        self.scales = [sigma.diagonal().sqrt().clamp_min(1e-6) for _, sigma in moments]
+
+    @classmethod
+    def from_blocks(cls, blocks: list[Tensor]) -> "Reference":
+        n = len(blocks[0])
+        kept = min(n, KERNEL_IMAGES)
+        index = torch.arange(kept) * n // kept
+        return cls([statistics(block) for block in blocks], [block[index] for block in blocks])
+
+    def frechet(self, blocks: list[Tensor], standardised: bool) -> float:
+        """The mean Fréchet distance over the blocks, each (N, D)."""
+        total = 0.0
+        for block, (mu, sigma), scale in zip(blocks, self.moments, self.scales):
+            if standardised:
+                block = (block - mu) / scale
+                mu, sigma = torch.zeros_like(mu), sigma / scale / scale[:, None]
+            total += frechet_distance(*statistics(block), mu, sigma)
+        return total / len(blocks)
+
+    def kernel(self, blocks: list[Tensor], standardised: bool, device) -> tuple[float, float]:
+        """The mean kernel distance over the blocks, and the mean of its standard deviations."""
+        device = device if device.type == "cuda" else "cpu"  # MPS has no float64
+        values = []
+        for x, y, (mu, _), scale in zip(blocks, self.features, self.moments, self.scales):
+            if standardised:
+                x, y = (x - mu) / scale, (y - mu) / scale
+            values.append(kernel_distance(x.to(device), y.to(device)))
+        mean, std = np.mean(values, axis=0).tolist()
+        return mean, std
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For an npz file. A single block has pytorch-fid's names, mu and sigma."""
+        result = {}
+        for i, ((mu, sigma), features) in enumerate(zip(self.moments, self.features)):
+            suffix = i if len(self.moments) > 1 else ""
+            for name, tensor in (("mu", mu), ("sigma", sigma), ("features", features)):
+                result[f"{name}{suffix}"] = tensor.numpy()
+        return result
+
+    @classmethod
+    def from_arrays(cls, arrays) -> "Reference":
+        """The inverse of `arrays`; raises what NumPy raises for a damaged file."""
+        moments, features = [], []
+        for suffix in sorted(name[2:] for name in arrays if name.startswith("mu")):
+            mu, sigma = (torch.from_numpy(arrays[f"{k}{suffix}"]) for k in ("mu", "sigma"))
+            moments.append((mu.double(), sigma.double()))
+            if f"features{suffix}" in arrays:
+                features.append(torch.from_numpy(arrays[f"features{suffix}"]))
+        return cls(moments, features or None)

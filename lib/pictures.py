@@ -1,0 +1,107 @@
+"""Samples as files: npz and record, a grid of pictures, one PNG file per image."""
+
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+import cem
+from lib import cli
+
+
+def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Tensor:
+    """Images uint8 (N, C, H, W) as one picture, each enlarged to at least 64 pixels.
+
+    One row per class; without labels (all -1), the first columns² images.
+    """
+    if labels.max() < 0:
+        images = images[: columns**2]
+    else:
+        rows = [images[labels == k][:columns] for k in labels.unique()]
+        columns = max(len(row) for row in rows)
+        blank = torch.zeros_like(images[:1])
+        padded = []
+        for row in rows:
+            padding = blank.expand(columns - len(row), -1, -1, -1)
+            padded.append(torch.cat([row, padding]))
+        images = torch.cat(padded)
+    scale = math.ceil(64 / images.shape[-1])
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return torchvision.utils.make_grid(images, nrow=columns, padding=2)
+
+
+def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict) -> None:
+    """Write name.npz (arr_0: images (N, H, W, C), arr_1: labels), its grid .png and record .json.
+
+    images uint8 (N, C, H, W); labels int64 (N,), -1 for images without a class.
+    """
+    npz = folder / f"{name}.npz"
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
+    cem.write_atomically(npz, lambda file: np.savez_compressed(file, **arrays))
+    picture = to_pil_image(grid(images, labels))
+    cem.write_atomically(folder / f"{name}.png", lambda file: picture.save(file, "PNG"))
+    cli.write_text(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+    print(f"wrote {npz}, .png and .json")
+
+
+def part_of(parts: Path, first: int) -> Path:
+    """The file of the batch whose first image has the number `first`."""
+    return parts / f"{first:09d}.npz"
+
+
+def write_part(parts: Path, first: int, images: Tensor, labels: Tensor) -> None:
+    """Store a finished batch, from which an interrupted run continues."""
+    arrays = {"images": images.numpy(), "labels": labels.numpy()}
+    cem.write_atomically(part_of(parts, first), lambda file: np.savez(file, **arrays))
+
+
+def read_part(parts: Path, first: int) -> tuple[Tensor, Tensor] | None:
+    """The images and labels of a finished batch, or None if its file is missing or damaged."""
+    path = part_of(parts, first)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged archive can fail in any way
+        cli.warn(f"{path} is damaged ({type(error).__name__}): drawn anew")
+        return None
+
+
+def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]) -> None:
+    """Write one PNG file per image, folder/<index>.png, and link it as folder/<class>/<index>.png.
+
+    The folder appears once it is complete. Images with label -1 have no class folder.
+    """
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    digits = len(str(len(images)))
+    try:
+        temporary.mkdir(parents=True)
+        for i, (image, label) in enumerate(zip(images, labels.tolist())):
+            path = temporary / f"{i:0{digits}d}.png"
+            to_pil_image(image).save(path)
+            if label >= 0:
+                # class names come from a file and must not lead out of the folder
+                name = re.sub(r"[^\w -]", "_", classes[label]) or str(label)
+                (temporary / name).mkdir(exist_ok=True)
+                _link(path, temporary / name / path.name)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    print(f"wrote {len(images)} PNG files to {folder}")
+
+
+def _link(path: Path, target: Path) -> None:
+    """A hard link, or a copy on a file system without hard links."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)

@@ -1,0 +1,239 @@
+"""What a network is measured by: accuracy under attack, calibration, out-of-distribution scores,
+the likelihood's gradients, and the linear probe and nearest neighbours of an encoder."""
+
+import importlib
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as tv
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cem
+from lib import data
+from lib.device import autocast
+
+# ------------------------------------------------------------------------- accuracy under attack
+
+ATTACKS = {  # name -> potential, steps; the step size is 2.5 eps / steps
+    "pgd-10": ("ce", 10),
+    "pgd-20": ("ce", 20),
+    "pgd-50": ("ce", 50),
+    "margin": ("margin", 50),
+}
+AUTOATTACK = "autoattack"
+
+
+def autoattack(model: nn.Module, x: Tensor, y: Tensor, opt) -> Tensor:
+    """AutoAttack's standard version (Croce and Hein, 2020), by pyautoattack -> correct (N,)."""
+    try:
+        library = importlib.import_module("pyautoattack")
+    except ImportError as error:
+        raise cem.CEMError("--attacks autoattack needs: pip install pyautoattack") from error
+    norm = {"l2": "L2", "linf": "Linf"}[opt.norm]
+    adversary = library.AutoAttack(model, norm=norm, eps=opt.eps, seed=opt.seed, device=x.device)
+    targets = min(9, model(x[:1]).shape[1] - 1)
+    adversary.apgd_targeted.n_target_classes = targets
+    adversary.fab.n_target_classes = targets
+    x = x.contiguous()  # the library flattens with view
+    with torch.enable_grad():
+        x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=opt.batch_size)
+    return model(x_adv).argmax(1) == y
+
+
+def withstands(name, model, x: Tensor, y: Tensor, opt, restarts: int, generator) -> Tensor:
+    """Whether each image is still classified correctly after all random restarts -> bool (N,)."""
+    attack, steps = ATTACKS[name]
+    correct = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for _ in range(restarts):
+        left = correct.nonzero().squeeze(1)
+        if len(left):
+            potential = cem.potential(attack, model, y[left])
+            ball = dict(eps=opt.eps, norm=opt.norm, steps=steps)
+            x_adv = cem.pgd(potential, x[left], **ball, generator=generator)
+            correct[left] = model(x_adv).argmax(1) == y[left]
+    return correct
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, dataset: data.Dataset, attacks: Iterable[str], opt, n: int = 0, restarts=1
+) -> dict[str, float]:
+    """Clean accuracy, accuracy under each attack, and under the worst of them for each image.
+
+    Keys: clean_accuracy, the attacks' names, adversarial_accuracy. On n evenly spaced images; 0:
+    on all. opt has norm, eps, batch_size, precision and seed.
+    """
+    model = cem.folded(model)
+    device = dataset.images.device
+    generator = torch.Generator(device).manual_seed(opt.seed)
+    correct = {name: [] for name in ("clean_accuracy", *attacks)}
+    batches = dataset.evenly_spaced(n or len(dataset)).split(opt.batch_size)
+    for index in tqdm(batches, "evaluating", leave=False):
+        x, y = dataset.pixels(index), dataset.labels[index]
+        with autocast(device, opt.precision):
+            clean = model(x).argmax(1) == y
+            correct["clean_accuracy"].append(clean)
+            left = clean.nonzero().squeeze(1)
+            for name in attacks:
+                survived = clean.clone()
+                if len(left) and name == AUTOATTACK:
+                    survived[left] = autoattack(model, x[left], y[left], opt)
+                elif len(left):
+                    survived[left] = withstands(
+                        name, model, x[left], y[left], opt, restarts, generator
+                    )
+                correct[name].append(survived)
+    flags = {name: torch.cat(parts) for name, parts in correct.items()}
+    flags["adversarial_accuracy"] = torch.stack([flags[name] for name in attacks]).all(0)
+    return {name: flag.float().mean().item() for name, flag in flags.items()}
+
+
+# ------------------------------------------------------ calibration and out-of-distribution scores
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Iterable[Tensor], precision: str) -> Tensor:
+    """f(x, ·) (N, K) of batches of images in [0, 1]."""
+    parts = []
+    for x in images:
+        with autocast(x.device, precision):
+            parts.append(model(x))
+    return torch.cat(parts)
+
+
+def calibration_error(logits: Tensor, y: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., 2017): mean over images of their bin's
+    |accuracy - confidence|, in bins (0, 1/15], (1/15, 2/15], ..."""
+    confidence, predicted = logits.softmax(1).max(1)
+    bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    excess = torch.zeros(bins, dtype=confidence.dtype, device=y.device)
+    excess.index_add_(0, bin_of, confidence - (predicted == y).to(confidence.dtype))
+    return (excess.abs().sum() / len(y)).item()
+
+
+def ood_dataset(name: str, like: data.Dataset, data_dir: str, seed: int) -> data.Dataset:
+    """Out-of-distribution images in the shape of `like`'s.
+
+    "noise": uniform noise; "constant": images of one colour; else another dataset's test set,
+    resized, in grey or in three channels as `like` is.
+    """
+    channels, *size = like.images.shape[1:]
+    if name in ("noise", "constant"):
+        shape = (len(like), channels, *(size if name == "noise" else (1, 1)))
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        images = images.expand(-1, -1, *size)
+    else:
+        images = data.load(name, "test", data_dir).images
+        if list(images.shape[2:]) != size:
+            images = tv.resize(images, size, antialias=True)
+        if images.shape[1] != channels and channels == 1:
+            images = tv.rgb_to_grayscale(images)
+        elif images.shape[1] != channels:
+            images = images[:, :1].expand(-1, channels, -1, -1)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    dataset = data.Dataset(name, images.contiguous(), labels, ["unknown"])
+    return dataset.to(like.images.device)
+
+
+def ood_scores(model: nn.Module, logits: Tensor, dataset: data.Dataset, opt) -> dict[str, float]:
+    """AUROC between a test set, given by its logits, and an out-of-distribution dataset.
+
+    Keys: log_p_x by log p(x) = LSE f(x), max_p_y_x by max_y p(y | x). 0.5 is chance.
+    """
+    index = dataset.evenly_spaced(opt.n or len(dataset))
+    batches = (dataset.pixels(part) for part in index.split(opt.batch_size))
+    other = logits_of(model, batches, opt.precision)
+    inside = torch.cat([torch.ones(len(logits)), torch.zeros(len(other))])
+    both = torch.cat([logits, other])
+    scores = {"log_p_x": cem.log_marginal(both), "max_p_y_x": both.softmax(1).amax(1)}
+    return {key: float(roc_auc_score(inside, score.cpu())) for key, score in scores.items()}
+
+
+# ------------------------------------------------------------------------ likelihood's gradients
+
+
+def diagnose(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, x_s: Tensor) -> dict:
+    """A classifier in eval mode, seen by the likelihood ([CEM] eq. 10) -> {name: value}.
+
+    x, y: data; x_adv: attacked x; x_s: samples of the model. E_x, E_x_adv, E_x_s: mean energies;
+    consistency_norm, contrastive_norm, cosine: the θ-gradients of the two halves of the likelihood
+    gradient; calibration_error on x.
+    """
+    parameters = list(model.parameters())
+    logits, logits_adv, logits_s = model(x), model(x_adv), model(x_s)
+    halves = cem.consistency(logits, logits_adv, y).mean(), cem.contrastive(logits_adv, y).mean()
+    vectors = []
+    for half in halves:
+        gradients = torch.autograd.grad(half, parameters, retain_graph=True)
+        vectors.append(torch.cat([g.flatten() for g in gradients]))
+    return {
+        "E_x": -cem.log_marginal(logits).mean().item(),
+        "E_x_adv": -cem.log_marginal(logits_adv).mean().item(),
+        "E_x_s": -cem.log_marginal(logits_s).mean().item(),
+        "consistency_norm": vectors[0].norm().item(),
+        "contrastive_norm": vectors[1].norm().item(),
+        "cosine": F.cosine_similarity(*vectors, dim=0).item(),
+        "calibration_error": calibration_error(logits.detach(), y),
+    }
+
+
+# ---------------------------------------------------------------------------------- representations
+
+
+@torch.no_grad()
+def features(model: nn.Module, dataset: data.Dataset, index: Tensor, precision: str) -> Tensor:
+    """g(x) (N, D), before the projection head, of the dataset's images at index."""
+    parts = []
+    for batch in tqdm(index.split(500), "features", leave=False):
+        with autocast(index.device, precision):
+            parts.append(model.features(dataset.pixels(batch)))
+    return torch.cat(parts)
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, query: Tensor, labels: Tensor, k=200) -> float:
+    """Accuracy of the k nearest neighbours in features, by votes of exp(cosine / 0.1) (Wu et al.,
+    2018). bank (M, D), bank_labels (M,), query (N, D), labels (N,)."""
+    bank = F.normalize(bank, dim=1)
+    classes = int(bank_labels.max()) + 1
+    correct = 0
+    for part, y in zip(F.normalize(query, dim=1).split(1000), labels.split(1000)):
+        cosine, index = (part @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = part.new_zeros(len(part), classes)
+        votes.scatter_add_(1, bank_labels[index], (cosine / 0.1).exp())
+        correct += (votes.argmax(1) == y).sum().item()
+    return correct / len(query)
+
+
+class Probe(nn.Module):
+    """x -> logits (N, K): an affine classifier on frozen features."""
+
+    def __init__(self, model: nn.Module, weight: Tensor, bias: Tensor):
+        super().__init__()
+        self.model = model
+        self.fc = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+        self.fc.weight.data.copy_(weight)
+        self.fc.bias.data.copy_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.model.features(x)).to(x.dtype)
+
+
+def fit_probe(model: nn.Module, known: Tensor, labels: Tensor) -> Probe:
+    """Multinomial logistic regression (scikit-learn) on the standardised features known (N, D)."""
+    std, mean = torch.std_mean(known, 0)
+    std = std.clamp_min(1e-6)
+    regression = LogisticRegression(C=0.1, max_iter=300)
+    regression.fit(((known - mean) / std).cpu().numpy(), labels.cpu().numpy())
+    weight, bias = (
+        torch.as_tensor(array, dtype=known.dtype, device=known.device)
+        for array in (regression.coef_, regression.intercept_)
+    )
+    if len(weight) == 1:  # scikit-learn stores one row for two classes
+        weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
+    weight = weight / std
+    return Probe(model, weight, bias - weight @ mean)

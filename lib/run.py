@@ -1,0 +1,109 @@
+"""The folder of a training run: its own files, its checkpoints, and how it is resumed."""
+
+import itertools
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import cem
+from lib import cli, distributed
+
+# The files of a run. Nothing else in its folder is moved, replaced or deleted.
+NAMES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json")
+EVENTS = ".cem"  # suffix of TensorBoard's event files
+
+# Options that may differ between a run and its resumption: they do not change the weights.
+FREE = ("resume", "max_minutes", "out", "data_dir", "device", "n_eval", "eval_every", "on_diverge")
+FREE += ("max_energy_gap", "diagnose")
+
+
+class RunFolder:
+    """The files of one run in opt.out. Under torchrun, only the first process writes."""
+
+    def __init__(self, opt):
+        self.opt = opt
+        self.path = Path(opt.out)
+        self.checkpoint = self.path / "ckpt.pt"
+        self.previous = self.path / "ckpt-previous.pt"
+
+    def resumes(self) -> bool:
+        """Whether there is a run to continue, and --resume or torchrun's restart asks for it."""
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        if not (self.opt.resume or restarted):
+            return False
+        found = self.checkpoint.exists() or self.previous.exists()
+        if not found:
+            print(f"nothing to resume in {self.path}: starting a new run")
+        return found
+
+    def prepare(self, resume: bool) -> None:
+        """Move an earlier run's files into previous-N unless it is resumed; write options.json."""
+        for name in NAMES:  # left behind by a process that was killed
+            for temporary in self.path.glob(f".{name}.*.cem-tmp"):
+                temporary.unlink()
+        if not resume and self.checkpoint.exists():
+            folders = (self.path / f"previous-{i}" for i in itertools.count(1))
+            folder = next(path for path in folders if not path.exists())
+            folder.mkdir()
+            events = self.path.glob(f"events.out.tfevents.*{EVENTS}")
+            for path in [*(self.path / name for name in NAMES), *events]:
+                if path.is_file():
+                    os.replace(path, folder / path.name)
+            print(f"moved the earlier run to {folder}")
+        options = json.dumps(asdict(self.opt), indent=2) + "\n"
+        cli.write_text(self.path / "options.json", options)
+
+    def board(self, step: int) -> SummaryWriter:
+        """TensorBoard's writer, without what an earlier process wrote after `step`."""
+        return SummaryWriter(str(self.path), purge_step=step + 1, filename_suffix=EVENTS)
+
+    def write_log(self, lines: list[dict]) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        cli.write_text(self.path / "log.jsonl", text)
+
+    def load(self, device: torch.device) -> nn.Module:
+        """The run's checkpoint; if it is damaged, with a warning, the one before."""
+        try:
+            model = cem.load(self.checkpoint, device)
+        except cem.CEMError as error:
+            if not self.previous.exists():
+                raise
+            model = cem.load(self.previous, device)
+            step = model.extra["training"]["step"]
+            cli.warn(f"{error}: continuing from {self.previous}, step {step}")
+            self.step_back()
+        self._check_resumable(model.extra)
+        return model
+
+    def _check_resumable(self, extra: dict) -> None:
+        found = "training" in extra
+        cli.require(found, f"{self.checkpoint} has no training state: it cannot be resumed")
+        for name, now in asdict(self.opt).items():
+            then = extra["options"].get(name, now)
+            agrees = name in FREE or now == then or (name == "epochs" and now > then)
+            rule = " (it may only grow)" if name == "epochs" else ""
+            then = cli.as_flags({name: then})
+            cli.require(agrees, f"--resume: the run in {self.path} has {then}, not {now}{rule}")
+
+    def save(self, name: str, model: nn.Module, keep: bool, **extra) -> None:
+        """Write the checkpoint `name`; keep: the last ckpt.pt becomes ckpt-previous.pt."""
+        if keep and self.checkpoint.exists():
+            content = self.checkpoint.read_bytes()
+            cem.write_atomically(self.previous, lambda file: file.write(content))
+        try:
+            cem.save(self.path / name, model, options=asdict(self.opt), **extra)
+        except RuntimeError as error:  # torch.save's report of a full disk
+            reason = error.__context__ or error
+            raise OSError(f"cannot write {self.path / name}: {reason}") from error
+
+    def step_back(self) -> None:
+        """Make the previous checkpoint the newest, if there is one."""
+        distributed.barrier()  # all processes have read the newest
+        if distributed.rank() == 0 and self.previous.exists():
+            os.replace(self.previous, self.checkpoint)
+        distributed.barrier()

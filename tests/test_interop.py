@@ -1,0 +1,416 @@
+"""Third-party checkpoints: read from files of the real libraries, and written so that these load
+ours."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import files, perturb, script
+from PIL import Image
+from torch import nn
+
+import cem
+from lib import interop, pictures
+
+MEAN, STD = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.20, 0.21, 0.22])
+# the same float32 operations in the same order, by kernels for different memory formats
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+EXACT = dict(rtol=0, atol=0)
+
+
+def normalised(x):
+    return (x - MEAN.view(-1, 1, 1)) / STD.view(-1, 1, 1)
+
+
+def small_stem(net):
+    """torchvision's network with the usual stem for 32 x 32 images."""
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+    return net
+
+
+def imagenet_stem(net):
+    return net
+
+
+def robustbench(name):
+    """A module of robustbench's networks, without the package, which would import its attacks."""
+    spec = importlib.util.find_spec("robustbench")
+    if spec is None:
+        pytest.skip("robustbench is not installed")
+    path = Path(spec.submodule_search_locations[0]) / "model_zoo" / "architectures" / f"{name}.py"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    module.__spec__.loader.exec_module(module)
+    return module
+
+
+def robustness_networks():
+    reason = "robustness is not installed"
+    return pytest.importorskip("robustness.cifar_models.resnet", reason=reason)
+
+
+def attacker_model(net):
+    """The model that MadryLab's robustness trains and saves."""
+    attacker = pytest.importorskip("robustness.attacker", reason="robustness is not installed")
+    return attacker.AttackerModel(net, SimpleNamespace(mean=MEAN, std=STD)).eval()
+
+
+def plain_state():
+    return dict(perturb(cem.ParametricCEM("resnet18", 3)).net.state_dict())
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+# --------------------------------------------------------------------------- reading and writing
+
+
+@pytest.mark.parametrize("name, arch", [("ResNet18", "resnet18"), ("ResNet50", "resnet50")])
+def test_robustness_checkpoint_gives_the_same_logits(name, arch, x, tmp_path):
+    net = perturb(getattr(robustness_networks(), name)(num_classes=7)).eval()
+    theirs = attacker_model(net)
+    state = {f"module.{k}": v for k, v in theirs.state_dict().items()}  # DataParallel's prefix
+    content = {"model": state, "epoch": 3, "optimizer": {}, "args": SimpleNamespace(eps=0.5)}
+    torch.save(content, tmp_path / "r.pt")
+    model = interop.load(tmp_path / "r.pt")
+    assert model.config == dict(arch=arch, width=64, in_channels=3, num_classes=7)
+    assert model.extra == {"third_party": True, "normalised": True}
+    assert not model.training
+    torch.testing.assert_close(model(x), theirs.model(theirs.normalizer(x)), **CLOSE)
+
+
+@pytest.mark.parametrize("depth, factor", [(28, 4), (34, 10)])
+def test_robustbench_wide_resnet_gives_the_same_logits(depth, factor, x, tmp_path):
+    net = robustbench("wide_resnet").WideResNet(depth, widen_factor=factor, sub_block1=True)
+    perturb(net).eval()
+    state = {f"module.{k}": v for k, v in net.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "w.pt")
+    model = interop.load(tmp_path / "w.pt", mean=0.0, std=1.0)
+    assert model.config["arch"] == f"wrn-{depth}-{factor}"
+    torch.testing.assert_close(model(x[:1]), net(x[:1]), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"last": state},
+        lambda state: {"net": {f"model.{k}": v for k, v in state.items()}},
+    ],
+)
+def test_robustbench_resnet_gives_the_same_logits(wrap, x, tmp_path):
+    net = perturb(robustbench("resnet").ResNet18()).eval()
+    normaliser = {"mu": MEAN.view(1, 3, 1, 1), "sigma": STD.view(1, 3, 1, 1)}
+    torch.save(wrap(net.state_dict() | normaliser), tmp_path / "r.pt")
+    model = interop.load(tmp_path / "r.pt")
+    torch.testing.assert_close(model(x), net(normalised(x)), **CLOSE)
+
+
+@pytest.mark.parametrize("stem, suffix", [(small_stem, ""), (imagenet_stem, "-imagenet")])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_torchvision_round_trip(name, stem, suffix, x, tmp_path):
+    build = getattr(torchvision.models, name)
+    theirs = perturb(stem(build(num_classes=5))).eval()
+    torch.save(theirs.state_dict(), tmp_path / "t.pt")
+    model = interop.load(tmp_path / "t.pt", mean=MEAN, std=STD)
+    assert model.config["arch"] == name + suffix
+    torch.testing.assert_close(model(x), theirs(normalised(x)), **CLOSE)
+    assert not interop.load(tmp_path / "t.pt").extra["normalised"]
+    interop.export(tmp_path / "e.pt", model, "torchvision")
+    again = stem(build(num_classes=5)).eval()
+    again.load_state_dict(torch.load(tmp_path / "e.pt", weights_only=True))
+    torch.testing.assert_close(again(normalised(x)), theirs(normalised(x)), **EXACT)
+
+
+def test_export_to_robustness_and_back(x, tmp_path):
+    networks = robustness_networks()
+    model = perturb(cem.ParametricCEM("resnet18", mean=MEAN, std=STD)).eval()
+    interop.export(tmp_path / "r.pt", model, "robustness")
+    theirs = attacker_model(networks.ResNet18())
+    state = torch.load(tmp_path / "r.pt", weights_only=True)["model"]
+    theirs.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    torch.testing.assert_close(theirs.model(theirs.normalizer(x)), model(x), **CLOSE)
+    torch.testing.assert_close(interop.load(tmp_path / "r.pt")(x), model(x), **EXACT)
+
+
+def test_wide_resnet_round_trip(x, tmp_path):
+    model = perturb(cem.ParametricCEM("wrn-16-4", 6)).eval()
+    interop.export(tmp_path / "w.pt", model)
+    again = interop.load(tmp_path / "w.pt", mean=0.5, std=0.25)
+    torch.testing.assert_close(again(x), model(x), **EXACT)
+
+
+def test_torchattacks_on_an_exported_network_equals_our_pgd(x, tmp_path):
+    """In float64: in float32, rounding flips a ReLU of some networks, which moves the attack."""
+    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed")
+    model = perturb(cem.ParametricCEM("resnet18", 5, mean=MEAN, std=STD)).eval()
+    interop.export(tmp_path / "e.pt", model)
+    net = small_stem(torchvision.models.resnet18(num_classes=5)).eval()
+    net.load_state_dict(torch.load(tmp_path / "e.pt", weights_only=True))
+    model, net, x = model.double(), net.double(), x.double()
+    attack = torchattacks.PGDL2(net, eps=0.5, alpha=0.2, steps=3, random_start=False)
+    attack.set_normalization_used(mean=MEAN.tolist(), std=STD.tolist())
+    y = torch.tensor([0, 1])
+    theirs = attack(normalised(x), y) * STD.view(-1, 1, 1) + MEAN.view(-1, 1, 1)
+    options = dict(eps=0.5, step_size=0.2, steps=3, random_start=False)
+    ours = cem.pgd(cem.potential("ce", model, y), x, **options)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-9)
+
+
+def test_invalid_exports_are_refused(tmp_path):
+    model = cem.ParametricCEM("wrn-16-4", 3)
+    invalid = [
+        (model, "onnx", "unknown format"),
+        (model, "robustness", "no Wide ResNet"),
+        (cem.folded(model), "torchvision", "unfolded"),
+        (cem.NonParametricCEM("resnet18", width=4), "torchvision", "classifiers"),
+    ]
+    for network, format, message in invalid:
+        with pytest.raises(cem.CEMError, match=message):
+            interop.export(tmp_path / "e.pt", network, format)
+    assert files(tmp_path) == []
+
+
+# ----------------------------------------------------------------------- our own files, and none
+
+
+def test_our_own_checkpoint_is_loaded_as_cem_load_does(tmp_path):
+    model = cem.ParametricCEM("resnet18", 10, 4, 1)
+    cem.save(tmp_path / "own.pt", model, dataset="digits")
+    loaded = interop.load(tmp_path / "own.pt", "cpu")
+    assert loaded.extra == {"dataset": "digits"}
+    assert not loaded.training
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
+    with pytest.raises(cem.CEMError, match="third-party"):
+        interop.load(tmp_path / "own.pt", mean=0.0, std=1.0)
+
+
+def test_our_own_damaged_checkpoint_is_reported_as_damaged(tmp_path):
+    path = tmp_path / "own.pt"
+    cem.save(path, cem.ParametricCEM("resnet18", 10, 4, 1))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # within a tensor
+    path.write_bytes(content)
+    with pytest.raises(cem.CEMError, match="own.pt is damaged: checksum mismatch"):
+        interop.load(path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(cem.CEMError, match="own.pt is damaged"):
+        interop.load(path)
+
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(cem.CEMError, match="checkpoint .*none.pt not found"):
+        interop.load(tmp_path / "none.pt", mean=0.0, std=1.0)
+
+
+def test_cem_load_refuses_a_third_party_file(tmp_path):
+    torch.save(plain_state(), tmp_path / "f.pt")
+    with pytest.raises(cem.CEMError, match="sample.py and eval_robust.py"):
+        cem.load(tmp_path / "f.pt")
+
+
+# ------------------------------------------------------------- files with more than tensors
+
+
+class Schedule:
+    """An object of another codebase, as its checkpoints contain them."""
+
+    def __init__(self):
+        self.step = print
+
+
+INERT = set(vars(interop.Inert))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_in_a_file_become_inert(zipped, tmp_path):
+    content = {
+        "model": plain_state(),
+        "schedule": Schedule(),
+        "print": print,
+        "args": SimpleNamespace(a=Schedule()),
+        "best": np.float64(0.5),
+    }
+    torch.save(content, tmp_path / "f.pt", _use_new_zipfile_serialization=zipped)
+    assert interop.load(tmp_path / "f.pt").config["num_classes"] == 3
+    assert interop.read(tmp_path / "f.pt")["schedule"] is interop.Inert
+    assert set(vars(interop.Inert)) == INERT  # the file has not changed it
+
+
+def test_functions_that_dill_pickled_become_inert(tmp_path):
+    """robustness pickles its own files with dill, functions included."""
+    dill = pytest.importorskip("dill", reason="dill is not installed")
+    content = {"model": plain_state(), "schedule": lambda epoch: 0.1 * epoch, "type": Schedule}
+    torch.save(content, tmp_path / "d.pt", pickle_module=dill)
+    assert interop.load(tmp_path / "d.pt").config["num_classes"] == 3
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_does_not_run(zipped, tmp_path):
+    content = {"model": plain_state(), "x": Hostile(tmp_path / "made")}
+    torch.save(content, tmp_path / "h.pt", _use_new_zipfile_serialization=zipped)
+    try:
+        interop.load(tmp_path / "h.pt")
+    except cem.CEMError:
+        pass
+    assert files(tmp_path) == ["h.pt"]
+
+
+SMALL = plain_state()
+CYCLE = {}
+CYCLE["again"] = CYCLE
+UNKNOWN_WIDE_RESNET = {
+    "conv1.weight": torch.ones(64, 3, 3, 3),
+    "fc.weight": torch.ones(5, 9),
+    "block1.layer.0.conv1.weight": torch.ones(7, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"state_dict": {"a.weight": torch.ones(2)}}, "no state dict"),
+        ([1, 2], "no state dict"),
+        (CYCLE, "no state dict"),
+        ({"teacher": SMALL, "student": SMALL}, "several networks ('teacher', 'student')"),
+        (SMALL | {"mu": torch.tensor(125.3), "sigma": torch.tensor(63.0)}, "in [0, 1]"),
+        # without a bias, as where the weights of the last layer are normalised
+        ({k: v for k, v in SMALL.items() if k != "fc.bias"}, "fc.bias is (3,), not absent"),
+        ({"conv1.weight": torch.ones(()), "fc.weight": torch.ones(())}, "unknown architecture"),
+        (torchvision.models.resnext50_32x4d().state_dict(), "nearest is resnet50-imagenet"),
+        ({"features.conv1.weight": torch.ones(4, 3, 3, 3)}, "unknown architecture"),
+        (UNKNOWN_WIDE_RESNET, "unknown architecture"),
+    ],
+)
+def test_unsupported_files_are_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "f.pt")
+    done = script("sample.py", "--ckpt", "f.pt", "--dataset", "digits", cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and "f.pt" in done.stderr
+    assert files(tmp_path) == ["f.pt"]
+
+
+# --------------------------------------------------------------------------------------- scripts
+
+
+@pytest.fixture
+def third_party(tmp_path):
+    """A folder with a third-party checkpoint for digits, f.pt, without a normalisation."""
+    torch.manual_seed(0)
+    state = perturb(cem.ParametricCEM("resnet18", 10, 8, 1)).net.state_dict()
+    torch.save({"state_dict": state}, tmp_path / "f.pt")
+    return tmp_path
+
+
+def test_sampling_from_a_third_party_checkpoint_needs_its_dataset(third_party):
+    done = script("sample.py", "--ckpt", "f.pt", "--n", 20, cwd=third_party)
+    assert done.returncode == 2 and "--dataset" in done.stderr
+    assert files(third_party) == ["f.pt"]
+
+
+def test_sampling_from_a_third_party_checkpoint(third_party):
+    """Seeds, class names and the normalisation come from the dataset."""
+    arguments = "--ckpt f.pt --dataset digits --n 20 --sampler rcs --png pictures".split()
+    done = script("sample.py", *arguments, cwd=third_party)
+    assert done.returncode == 0, done.stderr
+    assert "no pixel normalisation: using that of digits" in done.stdout
+    assert "accuracy on 500 training images of digits" in done.stdout
+    assert "warning" in done.stderr
+    record = json.loads((third_party / "f/samples-rcs.json").read_text())
+    assert record["dataset"] == "digits" and len(record["classes"]) == 10
+    assert record["mean"] and record["std"]
+    with np.load(third_party / "f/samples-rcs.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    for i, (image, label) in enumerate(zip(images, labels)):
+        for name in (f"{i:02d}.png", f"{label}/{i:02d}.png"):
+            pixels = np.asarray(Image.open(third_party / "pictures" / name))
+            np.testing.assert_array_equal(pixels, image[:, :, 0])
+    again = script("sample.py", *arguments, cwd=third_party)
+    assert again.returncode == 2 and "--png pictures" in again.stderr
+
+
+def test_evaluating_a_third_party_checkpoint(third_party):
+    arguments = "--ckpt f.pt --dataset digits --n 20 --mean 0.3 --std 0.4".split()
+    done = script("eval_robust.py", *arguments, cwd=third_party)
+    assert done.returncode == 0, done.stderr
+    assert "no pixel normalisation" not in done.stdout
+    assert files(third_party) == ["f.pt", "f/accuracy.json"]
+
+
+@pytest.mark.parametrize("name", ["sample.py", "eval_robust.py"])
+def test_invalid_mean_and_std_are_refused(name, third_party):
+    invalid = ("--mean 0.3", "--mean 0.3 --std 0", "--mean 1 2 --std 1 2", "--mean 99 --std 60")
+    for options in invalid:
+        arguments = ["--ckpt", "f.pt", "--dataset", "digits", *options.split()]
+        done = script(name, *arguments, cwd=third_party)
+        assert done.returncode == 2 and "mean and std" in done.stderr
+
+
+def test_a_dataset_with_other_classes_is_refused(third_party):
+    state = cem.ParametricCEM("resnet18", 3, 8, 1).net.state_dict()
+    torch.save(state, third_party / "f.pt")
+    for name in ("sample.py", "eval_robust.py"):
+        done = script(name, "--ckpt", "f.pt", "--dataset", "digits", cwd=third_party)
+        assert done.returncode == 2
+        assert "f.pt has 3 classes and 1 channels: digits differs" in done.stderr
+
+
+def test_class_names_in_a_file_cannot_leave_the_folder(tmp_path):
+    images, labels = torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(3)
+    pictures.write_files(tmp_path / "out", images, labels, ["../up", "/tmp/absolute", ".."])
+    written = files(tmp_path)
+    assert len(written) == 6
+    assert all(name.startswith("out/") for name in written)
+
+
+# ---------------------------------------------------------------------------------- cem.py alone
+
+USE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import cem, torch
+assert cem.__file__.startswith(sys.argv[1])
+model = cem.load("own.pt")
+seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
+x = seeds.sample(torch.arange(3), torch.Generator().manual_seed(0))
+x = cem.ascend(cem.potential("rcs", model, torch.arange(3)), x, steps=2, step_size=0.1)
+print("samples", tuple(x.shape), bool(x.isfinite().all()))
+try:
+    cem.load("f.pt")
+except cem.CEMError as error:
+    print("error", error)
+"""
+
+
+def test_cem_works_without_the_rest_of_the_repository(tmp_path):
+    shutil.copy(cem.__file__, tmp_path / "cem.py")
+    images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    seeds = cem.GaussianSeeds.fit(images, torch.arange(12) % 3)
+    model = cem.ParametricCEM("resnet18", 3, width=4)
+    cem.save(tmp_path / "own.pt", model, seeds=seeds.state_dict())
+    torch.save(plain_state(), tmp_path / "f.pt")
+    command = [sys.executable, "-I", "-c", USE, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "samples (3, 3, 8, 8) True" in done.stdout
+    refusal = next(line for line in done.stdout.splitlines() if line.startswith("error"))
+    assert "sample.py and eval_robust.py" in refusal

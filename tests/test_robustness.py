@@ -1,0 +1,649 @@
+"""JEM, JEAT and robust evaluation, against float64 definitions, closed forms, torchattacks and
+AutoAttack."""
+
+import copy
+import functools
+import hashlib
+import json
+import math
+import pickle
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import scipy.io
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import assert_refused, files, script
+from test_data import write_folder
+
+import cem
+import train_sup
+from lib import cli, data, distributed, loop, robustness
+
+# ---------------------------------------------------------------------------------------- losses
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def lse(logits):
+    sums = [sum(math.exp(v) for v in row) for row in logits.tolist()]
+    return torch.tensor([math.log(s) for s in sums], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("name", ["jem", "jeat"])
+def test_energy_based_losses_equal_their_definitions(name, weight, model64, batch):
+    x, y = batch[0].double(), batch[1]
+    x_adv = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    x_s = torch.rand_like(x)
+    with torch.no_grad():
+        f = model64(x if name == "jem" else x_adv)
+        f_s = model64(x_s)
+    cross_entropy = (lse(f) - f.gather(1, y[:, None]).squeeze(1)).mean()
+    expected = cross_entropy + weight * (lse(f_s).mean() - lse(f).mean())
+    loss, logits = cem.supervised_loss(name, model64, x, y, x_adv, weight, x_s)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    torch.testing.assert_close(logits, f, rtol=0, atol=1e-12)
+    expected = cross_entropy - weight * lse(f).mean()
+    loss, _ = cem.supervised_loss(name, model64, x, y, x_adv, weight)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_jeat_without_attack_is_jem_to_the_last_bit(model, batch):
+    x, y = batch
+    x_s = torch.rand_like(x)
+    results = []
+    for name in ("jem", "jeat"):
+        network = copy.deepcopy(model).train()
+        x_adv = None
+        if name == "jeat":  # a ball of radius 0 is a point
+            x_adv = cem.pgd(cem.potential("joint", network, y), x, eps=0.0, steps=2)
+        loss, _ = cem.supervised_loss(name, network, x, y, x_adv, 1.0, x_s)
+        results.append([loss, *gradients(network, loss), *network.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+class NormOfFirst(torch.nn.Module):
+    """BatchNorm written out: normalises by the mean and variance of a batch's first n images."""
+
+    def __init__(self, norm, n):
+        super().__init__()
+        self.norm = norm
+        self.n = n
+
+    def forward(self, x):
+        mean = x[: self.n].mean((0, 2, 3), keepdim=True)
+        variance = (x[: self.n] - mean).square().mean((0, 2, 3), keepdim=True)
+        weight, bias = self.norm.weight[:, None, None], self.norm.bias[:, None, None]
+        return weight * (x - mean) / (variance + self.norm.eps).sqrt() + bias
+
+
+def test_samples_are_normalised_by_the_statistics_of_the_data(model64, batch):
+    """Loss and gradients equal BatchNorm written out; running statistics and logits are those of
+    the data alone."""
+    x, y = batch[0].double(), batch[1]
+    x_s = torch.rand_like(x)
+    network = model64.train()
+    alone, written_out = copy.deepcopy(network), copy.deepcopy(network)
+    for module in list(written_out.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.BatchNorm2d):
+                setattr(module, name, NormOfFirst(child, len(x)))
+    loss, logits = cem.supervised_loss("jem", network, x, y, None, 0.5, x_s)
+    f, f_s = written_out(torch.cat([x, x_s])).chunk(2)
+    expected = F.cross_entropy(f, y) + 0.5 * (f_s.logsumexp(1).mean() - f.logsumexp(1).mean())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
+    for ours, theirs in zip(gradients(network, loss), gradients(written_out, expected)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(logits, alone(x), rtol=0, atol=1e-12)
+    for ours, theirs in zip(network.buffers(), alone.buffers()):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert not any("forward" in vars(module) for module in network.modules())
+
+
+def test_sgld_climbs_the_function_that_the_loss_sees(model64, batch):
+    """In eval mode, the copy's logits are those of the training model on a batch that begins with
+    the data."""
+    x = batch[0].double()
+    x_s = torch.rand_like(x)
+    network = model64.train()
+    before = copy.deepcopy(network.state_dict())
+    climbed = train_sup.with_statistics_of(x, network)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert network.training
+    with torch.no_grad(), cem._batch_statistics_of_first(len(x), network):
+        seen = network(torch.cat([x, x_s]))
+    for images, logits in zip((x, x_s), seen.chunk(2)):
+        torch.testing.assert_close(climbed(images), logits, rtol=0, atol=1e-10)
+        torch.testing.assert_close(cem.folded(climbed)(images), logits, rtol=0, atol=1e-10)
+
+
+def spy(owner, name):
+    """Record the calls of a function while it does its work."""
+    return mock.patch.object(owner, name, wraps=getattr(owner, name))
+
+
+@pytest.mark.parametrize(
+    "name, padding", [("at", "constant"), ("jem", "reflect"), ("jeat", "reflect")]
+)
+def test_a_training_step_pads_and_samples_as_its_loss_needs(name, padding):
+    train_set = data.load("digits", "train")
+    generator = distributed.RankGenerator(0, torch.device("cpu"))
+    model = cem.ParametricCEM("resnet18", 10, width=4, in_channels=1).train()
+    buffer = None if name == "at" else cem.ReplayBuffer(16, (1, 8, 8))
+    opt = train_sup.Options(loss=name, attack_steps=1, sgld_steps=1, precision="float32")
+    batch_loss = train_sup.make_batch_loss(opt, train_set, buffer)
+    with (
+        spy(data, "crop_flip") as crop,
+        spy(train_sup, "with_statistics_of") as statistics,
+        spy(cem, "supervised_loss") as loss,
+    ):
+        batch_loss(model, torch.arange(8), torch.rand(8, 3), generator)
+    assert crop.call_args.kwargs["padding"] == padding
+    _, _, x, _, x_adv, _, x_s = loss.call_args.args
+    if buffer is None:
+        assert statistics.call_count == 0
+        assert x_s is None
+    else:
+        assert statistics.call_count == 1
+        assert x_s is not None
+        assert torch.equal(statistics.call_args.args[0], x if name == "jem" else x_adv)
+
+
+@pytest.mark.parametrize("name", ["jem", "jeat"])
+def test_every_parameter_learns_under_autocast(name, model, batch):
+    x, y = batch
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = cem.supervised_loss(name, model.train(), x, y, x, 1.0, torch.rand_like(x))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+# ------------------------------------------------------------------------ SGLD and replay buffer
+
+
+def test_sgld_defaults_are_those_of_jem(model64, batch):
+    """JEM's step size 1 and noise 0.01 are for pixels v = 2 x - 1 in [-1, 1]: one step from the
+    same point, without noise and with the same ξ, gives the same image."""
+    x = batch[0].double()
+    log_p = cem.potential("langevin", model64)
+    opt = train_sup.Options()
+
+    def step(potential, x, **options):
+        generator = torch.Generator().manual_seed(0)
+        once = dict(steps=1, norm="none", model=model64, generator=generator)
+        return cem.ascend(potential, x, **once, **options)
+
+    for jem_noise, noise in ((0.0, 0.0), (0.01, opt.sgld_noise)):
+        jem = dict(step_size=1.0, noise=jem_noise, clip=(-1, 1))
+        v_s = step(lambda v: log_p((v + 1) / 2), 2 * x - 1, **jem)
+        x_s = step(log_p, x, step_size=opt.sgld_step_size, noise=noise)
+        torch.testing.assert_close(x_s, (v_s + 1) / 2, rtol=0, atol=1e-12)
+        assert (x_s - x).abs().max() > 1e-3
+
+
+def bowl(x):
+    """A Gaussian log-density around 0.5 of precision 9."""
+    return -0.5 * 9 * (x - 0.5).square().flatten(1).sum(1)
+
+
+def test_chains_persist_and_reach_the_stationary_distribution():
+    """SGLD x ← x - α k (x - μ) + σ ξ in a bowl of stiffness k is an AR(1) process: its variance is
+    σ² / (1 - (1 - α k)²)."""
+    torch.manual_seed(0)
+    alpha, sigma = 0.02, 0.05
+    q = 1 - 9 * alpha
+    variance = sigma**2 / (1 - q**2)
+    buffer = cem.ReplayBuffer(4000, (1, 2, 2), reinit=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(8):  # 80 steps in all, which leave q^160 of the initial variance
+        buffer.sample(bowl, 4000, generator, steps=10, step_size=alpha, noise=sigma)
+    x = buffer.images.float()
+    n = x.numel()
+    # 4 standard errors, and the rounding of half precision
+    assert abs(x.mean().item() - 0.5) < 4 * math.sqrt(variance / n) + 2**-11
+    assert abs(x.var().item() / variance - 1) < 4 * math.sqrt(2 / n) + 0.01
+
+
+def test_buffer_draws_distinct_chains_and_stores_them_again():
+    buffer = cem.ReplayBuffer(50, (1, 2, 2), reinit=0.0)
+    generator = torch.Generator().manual_seed(0)
+    before = buffer.images.clone()
+    x = buffer.sample(bowl, 20, generator, steps=1, step_size=0.1)
+    assert x.shape == (20, 1, 2, 2)
+    assert not x.requires_grad
+    changed = (buffer.images != before).flatten(1).any(1)
+    assert changed.sum() == 20
+    pairs = buffer.images[changed][:, None] == x.half()[None]
+    found = pairs.flatten(2).all(2)
+    assert found.any(1).all()
+    assert found.any(0).all()
+    assert len(buffer.sample(bowl, 50, generator, steps=1, step_size=0.1)) == 50
+
+
+def test_buffer_refuses_to_draw_more_chains_than_it_has():
+    buffer = cem.ReplayBuffer(50, (1, 2, 2))
+    before = buffer.images.clone()
+    with pytest.raises(cem.CEMError, match="50 chains, fewer than 80"):
+        buffer.sample(bowl, 80, steps=1, step_size=0.1)
+    assert torch.equal(buffer.images, before)
+
+
+@pytest.mark.parametrize("reinit", [0.0, 0.3, 1.0])
+def test_chains_start_anew_with_the_given_probability(reinit):
+    buffer = cem.ReplayBuffer(4000, (1, 1, 1), reinit, lambda n, _: torch.full((n, 1, 1, 1), 0.25))
+    buffer.images.fill_(0.75)
+    generator = torch.Generator().manual_seed(0)
+    x = buffer.sample(lambda x: 0 * x.sum((1, 2, 3)), 4000, generator, steps=1, step_size=0.1)
+    fresh = (x == 0.25).float().mean().item()
+    assert abs(fresh - reinit) <= 4 * math.sqrt(reinit * (1 - reinit) / 4000)
+
+
+def test_buffer_starts_from_noise_or_gaussian_seeds():
+    torch.manual_seed(0)
+    x = cem.ReplayBuffer(3000, (1, 2, 2)).images.float()
+    assert x.min() >= 0
+    assert x.max() <= 1
+    assert abs(x.mean() - 0.5) < 4 / math.sqrt(12 * x.numel())
+    images = (0.3 + 0.05 * torch.randn(200, 1, 2, 2)).clamp(0, 1)
+    seeds = cem.GaussianSeeds.fit(images, torch.zeros(200, dtype=torch.int64))
+    x = cem.ReplayBuffer(3000, (1, 2, 2), fresh=seeds.sample).images.float()
+    assert abs(x.mean() - images.mean()) < 0.01
+    assert abs(x.std() - images.std()) < 0.01
+
+
+# --------------------------------------------------------------------------------- training runs
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name, start", [("jem", "noise"), ("jeat", "gaussian")])
+def test_a_resumed_run_continues_its_chains(name, start, tmp_path):
+    options = "--dataset digits --width 4 --epochs 2 --batch-size 250 --n-eval 36 --attack-steps 1"
+    options += f" --loss {name} --sgld-steps 2 --buffer 300 --reinit-from {start} --diagnose"
+    options = [*options.split(), "--device", "cpu"]  # on which equality is bit for bit
+    done = script("train_sup.py", *options, "--out", "whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    options += ["--out", "parts"]
+    done = script("train_sup.py", *options, "--max-minutes", 1e-4, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--resume continues" in done.stdout
+    done = script("train_sup.py", *options, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole, parts = (cem.load(tmp_path / run / "ckpt.pt") for run in ("whole", "parts"))
+    assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
+    chains = whole.extra["training"]["chains"]["images"]
+    assert chains.shape == (300, 1, 8, 8)
+    assert torch.equal(chains, parts.extra["training"]["chains"]["images"])
+    log = read_log(tmp_path / "parts")
+    assert [line["epoch"] for line in log] == [1, 2]
+    energies = "energy energy_gap E_x E_x_adv E_x_s consistency_norm contrastive_norm cosine"
+    assert set(energies.split()) <= log[0].keys()
+
+
+def test_a_diverged_run_stops_with_its_last_good_checkpoint(tmp_path):
+    write_folder(tmp_path / "set", size=8)
+    options = "--dataset set --arch resnet18 --width 4 --epochs 1 --loss jem --sgld-steps 2".split()
+    options += "--batch-size 3 --buffer 6 --max-energy-gap 1e-6".split()
+    done = script("train_sup.py", *options, cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("error: ") == 1
+    for part in ("energy gap is", "at step 1;", "--lr"):
+        assert part in done.stderr
+    steps = {}
+    for name in ("ckpt", "diverged"):
+        steps[name] = cem.load(tmp_path / f"runs/sup/{name}.pt").extra["training"]["step"]
+    assert steps == {"ckpt": 0, "diverged": 2}
+    done = script("train_sup.py", *options, "--resume", "--on-diverge", "restart", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("of the learning rate") == 8  # no rate keeps a gap below 1e-6
+
+
+def fit(folder, model, batch_loss, bounds=None, **changes):
+    """Train with batches of 2 of 40 images for the given loss."""
+    opt = cli.TrainOptions(out=str(folder), batch_size=2, ema=0.0, weight_decay=0.0, **changes)
+    trainer = loop.Trainer(
+        opt,
+        model,
+        40,
+        shuffle=lambda epoch: (torch.arange(40), torch.zeros(40, 1)),
+        batch_loss=batch_loss,
+        measure=lambda model, epoch: {},
+        bounds=bounds,
+    )
+    return trainer.fit()
+
+
+def descend(folder, **changes):
+    """Minimise ‖b‖² / 2 in the last layer's bias b, from b = 1. Rates above 2 diverge."""
+    torch.manual_seed(0)
+    model = cem.ParametricCEM("resnet18", 2, width=4)
+    model.net.fc.bias.data.fill_(1.0)
+
+    def batch_loss(model, index, draws, generator):
+        return 0.5 * model.net.fc.bias.square().sum(), {}
+
+    options = dict(epochs=4, schedule="onecycle", lr=16.0, **changes)
+    return fit(folder, model, batch_loss, bounds={"loss": 100.0}, **options)
+
+
+def test_restart_halves_the_rate_until_the_run_converges(tmp_path, capsys):
+    with pytest.raises(cli.Diverged, match=r"loss is .* at step \d+; its state is in"):
+        descend(tmp_path / "stop")
+    model = descend(tmp_path / "restart", on_diverge="restart")
+    assert model.net.fc.bias.abs().max() < 0.5
+    training = cem.load(tmp_path / "restart/ckpt.pt").extra["training"]
+    assert training["step"] == 80
+    assert 2 <= training["restarts"] <= 5
+    assert "continuing from there at 0.5 of the learning rate" in capsys.readouterr().err
+    assert [line["epoch"] for line in read_log(tmp_path / "restart")] == [1, 2, 3, 4]
+
+
+def test_a_gradient_that_is_not_finite_is_reported_with_its_step(tmp_path):
+    calls = []
+
+    def batch_loss(model, index, draws, generator):
+        calls.append(index)
+        bias = model.net.fc.bias
+        if len(calls) < 3:
+            return bias.square().sum(), {}
+        return (bias - bias.detach()).abs().sqrt().sum(), {}  # 0, with an infinite slope
+
+    model = cem.ParametricCEM("resnet18", 2, width=4)
+    with pytest.raises(cli.Diverged, match="gradient norm is (nan|inf) at step 3"):
+        fit(tmp_path, model, batch_loss, epochs=1)
+
+
+# ------------------------------------------------------------------------- accuracy under attack
+
+
+def settings(**changes):
+    """The options that lib.robustness reads."""
+    defaults = dict(norm="l2", eps=0.5, batch_size=128, precision="float32", seed=0)
+    return SimpleNamespace(**defaults | changes)
+
+
+def accuracy_under(name, model, n=0, **changes):
+    test_set = data.load("digits", "test")
+    return robustness.accuracy(model, test_set, [name], settings(**changes), n)[name]
+
+
+@pytest.fixture(scope="module")
+def robust_model(tmp_path_factory):
+    """A classifier trained until PGD-20 leaves half of its predictions correct."""
+    folder = tmp_path_factory.mktemp("robust")
+    options = "--dataset digits --width 8 --epochs 8 --ema 0.5 --n-eval 1".split()
+    done = script("train_sup.py", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return cem.folded(cem.load(folder / "runs/sup/ckpt.pt"))
+
+
+@pytest.mark.parametrize("norm, eps", [("l2", 0.5), ("linf", 0.05)])
+def test_pgd_20_accuracy_is_that_of_torchattacks(norm, eps, robust_model):
+    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed")
+    peer = {"l2": torchattacks.PGDL2, "linf": torchattacks.PGD}[norm]
+    test_set = data.load("digits", "test")
+    x, y = test_set.pixels(), test_set.labels
+    ours, theirs = {}, {}
+    for start in (False, True):
+        torch.manual_seed(0)
+        attack = peer(robust_model, eps=eps, alpha=2.5 * eps / 20, steps=20, random_start=start)
+        theirs[start] = (robust_model(attack(x, y)).argmax(1) == y).float().mean().item()
+        with mock.patch.object(cem, "pgd", functools.partial(cem.pgd, random_start=start)):
+            ours[start] = accuracy_under("pgd-20", robust_model, norm=norm, eps=eps)
+    assert 0.1 < theirs[False] < 0.9
+    assert abs(ours[False] - theirs[False]) <= 0.005  # one image of 360 is 0.0028
+    # in l2, our start is uniform in the ball, while theirs has a uniform radius
+    assert abs(ours[True] - theirs[True]) <= 0.03
+
+
+def test_pgd_does_not_stall_on_very_confident_networks(robust_model):
+    """At 100 times the logits, 1 - p(y | x) and the gradient of the cross-entropy underflow."""
+    confident = copy.deepcopy(robust_model)
+    for parameter in confident.net.fc.parameters():
+        parameter.mul_(100)
+    accuracy = accuracy_under("pgd-20", robust_model)
+    assert accuracy_under("pgd-20", confident) <= accuracy + 0.01
+    cross_entropy = {"ce": lambda logits, y: -cem.log_posterior(logits, y)}
+    with mock.patch.dict(cem.PARAMETRIC_ATTACKS, cross_entropy):
+        assert accuracy_under("pgd-20", confident) > accuracy + 0.1
+
+
+@pytest.mark.slow
+def test_worst_of_own_attacks_is_close_to_autoattack(robust_model):
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    test_set = data.load("digits", "test")
+    attacks = ["pgd-50", "margin"]
+    own = robustness.accuracy(robust_model, test_set, attacks, settings(), n=100, restarts=8)
+    standard = robustness.accuracy(robust_model, test_set, ["autoattack"], settings(), n=100)
+    assert standard["autoattack"] == standard["adversarial_accuracy"]
+    assert 0.1 < standard["autoattack"] < standard["clean_accuracy"]
+    excess = own["adversarial_accuracy"] - standard["autoattack"]
+    assert 0 <= excess <= 0.04 + 1e-6
+
+
+def test_autoattack_without_its_library_says_what_to_install(digits_run):
+    with mock.patch.dict("sys.modules", {"pyautoattack": None}):
+        done = script("eval_robust.py", "--attacks", "autoattack", cwd=digits_run)
+    assert_refused(done, "pip install pyautoattack")
+
+
+def test_restarts_never_raise_the_accuracy(digits_run):
+    model, test_set = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
+    once, often = (
+        robustness.accuracy(model, test_set, ["pgd-10"], settings(), n=120, restarts=restarts)
+        for restarts in (1, 5)
+    )
+    assert often["pgd-10"] <= once["pgd-10"] < once["clean_accuracy"]
+
+
+def test_the_worst_case_is_taken_image_by_image(model, batch):
+    images = (255 * batch[0]).byte()
+    six = data.Dataset("six", images, torch.zeros(6, dtype=torch.int64), list("01234"))
+    six.labels = model(six.pixels()).argmax(1)
+    survivors = {"pgd-10": torch.arange(6) < 4, "margin": torch.arange(6) % 2 == 0}
+
+    def withstands(name, model, x, *_):
+        return survivors[name][: len(x)]
+
+    with mock.patch.object(robustness, "withstands", withstands):
+        result = robustness.accuracy(model, six, ["pgd-10", "margin"], settings())
+    counts = {name: round(6 * value) for name, value in result.items()}
+    assert counts == {"clean_accuracy": 6, "pgd-10": 4, "margin": 3, "adversarial_accuracy": 2}
+
+
+# ------------------------------------------- calibration, out-of-distribution scores, likelihood
+
+
+def test_calibration_error_equals_its_definition():
+    torch.manual_seed(0)
+    logits, y = 3 * torch.randn(500, 4, dtype=torch.float64), torch.randint(4, (500,))
+    confidence, predicted = (values.tolist() for values in logits.softmax(1).max(1))
+    expected = 0.0
+    for b in range(15):
+        rows = [i for i in range(500) if b / 15 < confidence[i] <= (b + 1) / 15]
+        if rows:
+            accuracy = sum(predicted[i] == y[i].item() for i in rows) / len(rows)
+            mean_confidence = sum(confidence[i] for i in rows) / len(rows)
+            expected += len(rows) / 500 * abs(accuracy - mean_confidence)
+    assert robustness.calibration_error(logits, y) == pytest.approx(expected, abs=1e-12)
+    certain = F.one_hot(y, 4).double() * 1000
+    assert robustness.calibration_error(certain, y) == 0
+    assert robustness.calibration_error(certain, (y + 1) % 4) == 1
+
+
+def auroc(inside, outside):
+    """The share of pairs in the right order."""
+    a, b = inside[:, None], outside[None]
+    return ((a > b).float() + 0.5 * (a == b).float()).mean().item()
+
+
+@pytest.mark.parametrize("name", ["noise", "constant"])
+def test_auroc_is_the_share_of_pairs_in_the_right_order(name, digits_run):
+    model, test_set = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
+    other = robustness.ood_dataset(name, test_set, "data", seed=0)
+    batches = [test_set.pixels(index) for index in test_set.evenly_spaced(60).split(25)]
+    logits = robustness.logits_of(model, batches, "float32")
+    result = robustness.ood_scores(model, logits, other, settings(n=60))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(torch.cat(batches)), rtol=0, atol=1e-4)
+        outside = model(other.pixels(other.evenly_spaced(60)))
+    log_p = auroc(logits.logsumexp(1), outside.logsumexp(1))
+    confidence = auroc(logits.softmax(1).amax(1), outside.softmax(1).amax(1))
+    assert result["log_p_x"] == pytest.approx(log_p, abs=1e-6)
+    assert result["max_p_y_x"] == pytest.approx(confidence, abs=1e-6)
+
+
+def test_ood_datasets_take_the_shape_of_the_test_set(tmp_path):
+    folder = str(write_folder(tmp_path / "set", per_class=4))
+    digits, colour = data.load("digits", "test"), data.load(folder, "test")
+    other = robustness.ood_dataset(folder, digits, "data", seed=0)
+    assert other.images.shape == (8, 1, 8, 8)
+    assert other.images.dtype == torch.uint8
+    assert robustness.ood_dataset("digits", colour, "data", seed=0).images.shape == (360, 3, 10, 10)
+    constant = robustness.ood_dataset("constant", digits, "data", seed=0).images.flatten(1)
+    assert (constant == constant[:, :1]).all()
+    assert len(constant.unique()) > 100
+    assert len(robustness.ood_dataset("noise", digits, "data", seed=0).images.unique()) == 256
+
+
+def test_diagnosis_equals_its_definition(model64, batch):
+    x, y = batch[0].double(), batch[1]
+    x_adv = (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    x_s = torch.rand_like(x)
+    result = robustness.diagnose(model64, x, y, x_adv, x_s)
+    for name, images in (("E_x", x), ("E_x_adv", x_adv), ("E_x_s", x_s)):
+        energy = -lse(model64(images).detach()).mean().item()
+        assert result[name] == pytest.approx(energy, abs=1e-9)
+    f_y, f_adv_y = (model64(images).gather(1, y[:, None]) for images in (x, x_adv))
+    consistency = f_y.mean() - f_adv_y.mean()
+    log_posterior = -F.cross_entropy(model64(x_adv), y)  # its gradient is the contrastive half's
+    a, b = (
+        torch.cat([g.flatten() for g in gradients(model64, half)])
+        for half in (consistency, log_posterior)
+    )
+    assert result["consistency_norm"] == pytest.approx(a.norm().item(), rel=1e-9)
+    assert result["contrastive_norm"] == pytest.approx(b.norm().item(), rel=1e-9)
+    assert result["cosine"] == pytest.approx((a @ b / a.norm() / b.norm()).item(), rel=1e-9)
+    ece = robustness.calibration_error(model64(x).detach(), y)
+    assert result["calibration_error"] == pytest.approx(ece, rel=1e-9)
+
+
+# -------------------------------------------------------------------------------- eval_robust.py
+
+
+def test_evaluation_writes_every_attack_and_score(digits_run):
+    """Without --ckpt and --dataset: runs/sup/ckpt.pt on the dataset of its training."""
+    options = "--attacks pgd-10 margin --n 40 --ood digits --norm linf --eps 0.03 --restarts 2"
+    done = script("eval_robust.py", *options.split(), cwd=digits_run)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((digits_run / "runs/sup/accuracy.json").read_text())
+    expected = dict(ckpt="runs/sup/ckpt.pt", dataset="digits", n=40)
+    expected |= dict(norm="linf", eps=0.03, restarts=2)
+    assert expected.items() <= result.items()
+    worst_attack = min(result["pgd-10"], result["margin"])
+    assert result["adversarial_accuracy"] <= worst_attack <= result["clean_accuracy"]
+    assert result["auroc_digits"]["log_p_x"] == pytest.approx(0.5, abs=0.01)  # the same images
+    assert {"auroc_noise", "auroc_constant", "calibration_error"} <= result.keys()
+    for part in ("margin: ", "auroc noise: "):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name, arguments, part",
+    [
+        ("eval_robust.py", "--attacks magic", "magic"),
+        ("eval_robust.py", "--restarts 0", "--restarts"),
+        ("eval_robust.py", "--ood nowhere --n 10", "nowhere"),
+        ("train_sup.py", "--evaluate", "eval_robust.py"),
+        ("train_sup.py", "--loss jem --buffer 10", "--buffer"),
+        ("train_sup.py", "--loss jem --reinit 2", "--reinit"),
+        ("train_sup.py", "--loss jem --sgld-steps 0", "--sgld-steps"),
+        ("train_sup.py", "--loss jeat --likelihood-weight 0", "--likelihood-weight"),
+        ("train_sup.py", "--loss jem --max-energy-gap 0", "--max-energy-gap"),
+    ],
+)
+def test_bad_options_are_refused(name, arguments, part, digits_run, tmp_path):
+    options = ["--dataset", "digits", *arguments.split()]
+    if name == "eval_robust.py":
+        (tmp_path / "ckpt.pt").write_bytes((digits_run / "runs/sup/ckpt.pt").read_bytes())
+        options += ["--ckpt", "ckpt.pt"]
+    before = files(tmp_path)
+    assert_refused(script(name, *options, cwd=tmp_path), part)
+    assert files(tmp_path) == before
+
+
+# ------------------------------------------------------------- torchvision's datasets, synthetic
+
+
+def synthetic_cifar100(folder):
+    """The files of CIFAR-100 with 200 + 100 random images."""
+    root = folder / "cifar-100-python"
+    root.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    content = {"meta": {"fine_label_names": [f"class {i}" for i in range(100)]}}
+    for name, n in (("train", 200), ("test", 100)):
+        pixels = generator.integers(0, 256, (n, 3 * 32 * 32), dtype=np.uint8)
+        content[name] = {"data": pixels, "fine_labels": [i % 100 for i in range(n)]}
+    md5 = {}
+    for name, value in content.items():
+        written = pickle.dumps(value)
+        (root / name).write_bytes(written)
+        md5[name] = hashlib.md5(written).hexdigest()
+    kind = torchvision.datasets.CIFAR100
+    lists = {f"{name}_list": [[name, md5[name]]] for name in ("train", "test")}
+    return mock.patch.multiple(kind, **lists, meta={**kind.meta, "md5": md5["meta"]})
+
+
+def synthetic_svhn(folder):
+    """The files of SVHN with 40 + 20 random images: MATLAB arrays of pixels (32, 32, 3, N) and
+    labels 1 to 10, where 10 is the digit 0."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    split_list = {}
+    for split, n in (("train", 40), ("test", 20)):
+        pixels = generator.integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
+        labels = (np.arange(n) % 10 + 1)[:, None].astype(np.uint8)
+        path = folder / f"{split}_32x32.mat"
+        scipy.io.savemat(path, {"X": pixels, "y": labels})
+        md5 = hashlib.md5(path.read_bytes()).hexdigest()
+        split_list[split] = ["http://nowhere", path.name, md5]
+    return mock.patch.multiple(torchvision.datasets.SVHN, split_list=split_list)
+
+
+@pytest.mark.parametrize(
+    "name, make, classes", [("cifar100", synthetic_cifar100, 100), ("svhn", synthetic_svhn, 10)]
+)
+def test_torchvision_datasets_train_evaluate_and_sample(name, make, classes, tmp_path):
+    options = "--data-dir sets --arch resnet18 --width 4 --batch-size 20 --epochs 1 --loss jeat"
+    options += " --sgld-steps 1 --attack-steps 1 --n-eval 10 --seed-rank 2"
+    with make(tmp_path / "sets"):
+        done = script("train_sup.py", "--dataset", name, *options.split(), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        options = "--data-dir sets --attacks pgd-10 --n 10".split()
+        done = script("eval_robust.py", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs/sup/accuracy.json").read_text())["dataset"] == name
+    model = cem.load(tmp_path / "runs/sup/ckpt.pt")
+    assert model.config["num_classes"] == classes
+    assert len(model.extra["classes"]) == classes
+    assert model.extra["classes"][3] == ("class 3" if name == "cifar100" else "3")
+    done = script("sample.py", "--n", 5, "--classes", "3", "--steps", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "runs/sup/samples-rcs.npz") as z:
+        assert z["arr_0"].shape == (5, 32, 32, 3)
+        assert z["arr_1"].tolist() == [3] * 5
+
+
+def test_label_10_of_svhn_is_the_digit_0(tmp_path):
+    with synthetic_svhn(tmp_path / "sets"):
+        test_set = data.load("svhn", "test", str(tmp_path / "sets"))
+    assert test_set.labels.tolist() == [*range(1, 10), 0] * 2
+    assert not test_set.flip
