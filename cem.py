@@ -112,6 +112,8 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth: int, factor: int, width: int, in_channels: int):
         super().__init__()
+        if width * factor < 4:
+            raise CEMError(f"a Wide ResNet of factor {factor} needs a larger width than {width}")
         channels = [16] + [width * factor // 4 * 2**i for i in range(3)]
         self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         for i in range(3):
@@ -141,12 +143,10 @@ RESNETS = {
 WIDE_RESNETS = [  # (depth, factor)
     *((16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16))
 ]
-ARCHS: dict[str, Callable[[int, int], nn.Module]] = {}  # name -> (width, in_channels) -> network
-for name, shape in RESNETS.items():
-    ARCHS[name] = functools.partial(ResNet, *shape)
-    ARCHS[f"{name}-imagenet"] = functools.partial(ResNet, *shape, imagenet=True)
-for depth, factor in WIDE_RESNETS:
-    ARCHS[f"wrn-{depth}-{factor}"] = functools.partial(WideResNet, depth, factor)
+# name -> (width, in_channels) -> network
+ARCHS = {k: functools.partial(ResNet, *shape) for k, shape in RESNETS.items()}
+ARCHS |= {f"{k}-imagenet": functools.partial(ResNet, *v, imagenet=True) for k, v in RESNETS.items()}
+ARCHS |= {f"wrn-{d}-{k}": functools.partial(WideResNet, d, k) for d, k in WIDE_RESNETS}
 
 
 class _CEM(nn.Module):
@@ -178,8 +178,9 @@ class ParametricCEM(_CEM):
     """P-CEM: p(x, y) = exp f(x, y) / Z, where f(x, ·) are a classifier's logits ([CEM] eq. 3).
 
     `model(x)` maps x (N, C, H, W) in [0, 1], H and W at least 8, to f(x, ·) (N, num_classes) in
-    x's dtype, also under autocast. `width` is the number of channels of the stem (standard: 64);
-    `mean` and `std` are the channel normalisation in [0, 1] units, one number or one per channel.
+    x's dtype, also under autocast. `width` scales all channels; 64 is standard, and the number of
+    channels of a ResNet's stem. `mean` and `std` are the channel normalisation in [0, 1] units,
+    one number or one per channel.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class NonParametricCEM(_CEM):
 def folded(model: nn.Module) -> nn.Module:
     """A frozen copy of `model` in eval mode with BatchNorm folded into the preceding convolutions.
 
-    The same function of x up to rounding; attacks and samplers run up to twice as fast on it.
+    Computes the same function, up to rounding; attacks and samplers are up to twice as fast on it.
     """
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
@@ -257,7 +258,7 @@ def log_posterior(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
-    """log (1 - p(y | x)) / p(y | x) = LSE_{k≠y} f(x, k) - f(x, y). (N, K), (N,) -> (N,)."""
+    """log [(1 - p(y | x)) / p(y | x)] = LSE_{k≠y} f(x, k) - f(x, y). (N, K), (N,) -> (N,)."""
     return logits.scatter(1, y[:, None], -torch.inf).logsumexp(1) - log_joint(logits, y)
 
 
@@ -278,7 +279,7 @@ def contrastive(logits_hat: Tensor, y: Tensor) -> Tensor:
 def similarity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """f(x_i, x'_j) = z1_i · z2_j / τ, the logits of an NP-CEM. (N, D), (M, D) -> (N, M).
 
-    The candidates x'_j take the place of the classes in all functions above: data are the
+    The candidates x'_j take the place of the classes in all functions above: the data serve as
     proposals of the importance-sampled partition function ([CEM] section 3.2).
     """
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 is too coarse for cosine / τ
@@ -326,8 +327,8 @@ def supervised_loss(name, model, x, y, x_adv=None, weight=0.1, x_s=None) -> tupl
     jem   CE(x, y) + λ [LSE f(x_s) - LSE f(x)]           x_s: samples of the model; λ = 1 in [JEM]
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
 
-    Without x_s, the last two leave its term out. In training their BatchNorm normalises x_s by
-    the statistics of the data: separate statistics would separate data from samples.
+    Without x_s, the last two omit that term. In training their BatchNorm normalises x_s by the
+    statistics of the data; with statistics of their own, it would tell samples from data.
     """
     if name not in SUPERVISED_LOSSES:
         raise CEMError(f"unknown loss {name!r}: choose one of {', '.join(SUPERVISED_LOSSES)}")
@@ -412,7 +413,7 @@ def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Te
 
 @contextmanager
 def _eval_mode(model: nn.Module | None):
-    """`model` is in eval mode inside, and afterwards as it was, also after an exception."""
+    """Eval mode inside the block; restores each module's mode on exit, also by an exception."""
     training = [] if model is None else [m for m in model.modules() if m.training]
     for module in training:
         module.training = False
@@ -517,6 +518,7 @@ PARAMETRIC_ATTACKS = {
         logits.scatter(1, y[:, None], -torch.inf).amax(1) - log_joint(logits, y)
     ),
 }
+WITHOUT_Y = ("langevin", "maxent")
 NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(y), τ) -> U(x)
     "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),
     "maxent": lambda z, _, temperature: (  # -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j): batch entropy
@@ -554,7 +556,8 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Potential
     P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs" and the attacks "ce", "joint",
     "margin"; y: labels (N,), unused by "langevin".
     NP-CEM, f(x, x') = model(x) · model(x') / τ: "pgd", y: the positives, images (N, C, H, W);
-    "maxent", without y. These couple the images of a batch; gradients flow through both arguments.
+    "maxent", without y. These couple the images of a batch. The gradient flows through every
+    f(x_i, x_j) of the batch, but not through the positives.
 
     Raises CEMError for an unknown name, a missing y, or a model of the other kind.
     """
@@ -564,7 +567,7 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Potential
     wrong = ParametricCEM if name in NON_PARAMETRIC_SAMPLERS else NonParametricCEM
     if isinstance(model, wrong):
         raise CEMError(f"potential {name!r} is not defined for a {wrong.__name__}")
-    if y is None and name not in ("langevin", "maxent"):
+    if y is None and name not in WITHOUT_Y:
         what = "the positives" if name == "pgd" else "the labels"
         raise CEMError(f"potential {name!r} needs y, {what}")
     return Potential(name, model, y)
@@ -644,9 +647,9 @@ def _principal_factor(centered: Tensor, rank: int, seed: int) -> Tensor:
 
 
 class ReplayBuffer(nn.Module):
-    """Persistent SGLD chains, which a training step takes up where another left them ([JEM]).
+    """Persistent SGLD chains, continued from one training step to the next ([JEM]).
 
-    fresh(n, generator) -> (n, C, H, W) starts chains, at first and with probability `reinit`
+    fresh(n, generator) -> (n, C, H, W) creates chains, initially and, with probability `reinit`,
     whenever one is drawn: uniform noise by default; GaussianSeeds.sample is another choice.
     `images` (size, C, H, W), in half precision, is a buffer of the module.
     """
@@ -734,7 +737,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can fail in any way
-        raise CEMError(f"cannot read {path}: damaged, or {NOT_OURS}") from error
+        raise CEMError(f"cannot read {path}: it is damaged or {NOT_OURS}") from error
     if not isinstance(content, dict) or content.get("format") != "cem":
         raise CEMError(f"{path} is {NOT_OURS}")
     if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():

@@ -58,19 +58,24 @@ def check(opt: Options) -> None:
 
 
 def load(opt: Options, path: Path, device: torch.device) -> tuple[nn.Module, str]:
-    """The checkpoint, and the name of the dataset to measure it on."""
+    """The checkpoint, and the name of the dataset to measure it on (by default its own)."""
     model = interop.load(path, device, opt.mean or None, opt.std or None)
     own = model.extra.get("dataset", "")
     known = own in data.NAMES or Path(own or "?").is_dir()
-    return model.to(memory_format=torch.channels_last), opt.dataset or (own if known else "cifar10")
+    if not opt.dataset and not known:
+        print(f"measuring on cifar10: the checkpoint's dataset, {own or 'unknown'}, is not here")
+    dataset = opt.dataset or (own if known else "cifar10")
+    return model.to(memory_format=torch.channels_last), dataset
 
 
 def evaluate_classifier(model: cem.ParametricCEM, test_set: data.Dataset, opt: Options) -> dict:
-    fits = (model.config["in_channels"], model.config["num_classes"])
-    cli.require(
-        fits == (test_set.images.shape[1], len(test_set.classes)),
-        f"the checkpoint has {fits[0]} channels and {fits[1]} classes: {test_set.name} differs",
-    )
+    own = (model.config["in_channels"], model.config["num_classes"])
+    given = (test_set.images.shape[1], len(test_set.classes))
+    message = "the checkpoint has {} channels and {} classes".format(*own)
+    cli.require(own == given, f"{message}, but {test_set.name} has {given[0]} and {given[1]}")
+    others = {}  # loaded first: a misspelt name should not cost an attack
+    for name in ("noise", "constant", *opt.ood):
+        others[name] = robustness.ood_dataset(name, test_set, opt.data_dir, opt.seed)
     chosen = test_set.evenly_spaced(opt.n or len(test_set))
     batches = (test_set.pixels(index) for index in chosen.split(opt.batch_size))
     logits = robustness.logits_of(model, batches, opt.precision)
@@ -78,8 +83,7 @@ def evaluate_classifier(model: cem.ParametricCEM, test_set: data.Dataset, opt: O
     attacks = opt.attacks or ["pgd-20"]
     result = robustness.accuracy(model, test_set, attacks, opt, opt.n, opt.restarts)
     result["calibration_error"] = robustness.calibration_error(logits, test_set.labels[chosen])
-    for name in ("noise", "constant", *opt.ood):
-        other = robustness.ood_dataset(name, test_set, opt.data_dir, opt.seed)
+    for name, other in others.items():
         result[f"auroc_{name}"] = robustness.ood_scores(model, logits, other, opt)
     return result
 
@@ -90,13 +94,14 @@ def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt
     channels = model.config["in_channels"]
     cli.require(
         train_set.images.shape[1] == channels,
-        f"the checkpoint takes {channels} channels: {train_set.name} differs",
+        f"the checkpoint takes {channels} channels, but {train_set.name} has others",
     )
     model = cem.folded(model)
     known, asked = (
-        robustness.features(model, s, s.evenly_spaced(len(s)), opt.precision)
-        for s in (train_set, test_set)
+        robustness.features(model, s, s.evenly_spaced(len(s)), opt) for s in (train_set, test_set)
     )
+    finite = bool(known.isfinite().all() and asked.isfinite().all())
+    cli.require(finite, "the checkpoint's features are not finite")
     knn = robustness.knn_accuracy(known, train_set.labels, asked, test_set.labels)
     probe = robustness.fit_probe(model, known, train_set.labels)
     attacks = opt.attacks or ["pgd-20"]

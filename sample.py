@@ -8,7 +8,7 @@
 
 Writes samples-<sampler>[-cond].npz (arr_0: uint8 (N, H, W, C), arr_1: int64 labels), .png (one row
 per class) and .json beside the checkpoint. Image i depends on --seed and i alone, up to rounding;
-but pgd and maxent couple a batch, so that there --batch-size matters too.
+pgd and maxent couple the images of a batch, so they also depend on --batch-size.
 """
 
 import hashlib
@@ -47,13 +47,15 @@ class Options:
     sampler: str = option("rcs", SAMPLER_HELP, "what to draw", choices=SAMPLERS, metavar="NAME")
     cond: bool = option(
         False,
-        "seeds of each class, not of all images; classifiers always have them",
+        "start from the seeds of each class; always on for classifiers",
         "what to draw",
     )
     classes: str = option(
         "", "classes to draw, names or numbers, comma-separated (default: all)", "what to draw"
     )
-    n: int = option(100, "images; image i has class i modulo their number", "what to draw", least=1)
+    n: int = option(
+        100, "images; image i has class i mod the number of classes", "what to draw", least=1
+    )
     seed: int = option(0, "random seed", "what to draw")
     steps: int = option(8, "steps of the ascent", "ascent", least=1)
     step_size: Optional[float] = option(
@@ -87,7 +89,7 @@ class Options:
         **cli.PATH,
     )
     png: str = option(
-        "", "new folder for one PNG file per image: in class folders, and again beside them", "run",
+        "", "new folder for PNG files: all in it, and again in one subfolder per class", "run",
         **cli.PATH,
     )  # fmt: skip
     batch_size: int = option(250, "images at a time; pgd and maxent couple these", "run", least=1)
@@ -112,6 +114,14 @@ def load_model(path: Path, device: torch.device, opt: Options) -> torch.nn.Modul
     fits = encoder == (opt.sampler in cem.NON_PARAMETRIC_SAMPLERS) or opt.sampler == "seeds"
     kind = "an encoder" if encoder else "a classifier"
     cli.require(fits, f"--sampler {opt.sampler} does not apply to {path}, {kind}")
+    chosen = opt.cond or not opt.classes
+    cli.require(chosen or not encoder, "--classes of an encoder need --cond")
+    noise = encoder and opt.cond and opt.start == "noise"
+    cli.require(not noise, "--cond of an encoder chooses seeds: leave out --start noise")
+    cli.require(
+        "third_party" in model.extra or not opt.dataset,
+        f"--dataset is for third-party checkpoints: {path} has its seeds",
+    )
     if opt.raw:
         stored = "training" in model.extra
         cli.require(stored, f"--raw needs the last weights, but {path} stores the average only")
@@ -210,7 +220,7 @@ def parts_folder(folder: Path, name: str, opt: Options, path: Path) -> Path:
 
 
 def record(opt: Options, path: Path, model, device, seconds: float) -> dict:
-    """What the .json beside the samples says: the command, all options, and the speed."""
+    """The content of the .json beside the samples: command, options, model, time."""
     return {
         "command": cli.command(),
         **asdict(opt),
@@ -222,7 +232,6 @@ def record(opt: Options, path: Path, model, device, seconds: float) -> dict:
         "step_size": step_size(opt, model.extra["seeds"]["shape"]),
         "precision": resolve_precision(device, opt.precision),
         "seconds": round(seconds, 2),
-        "images_per_second": round(opt.n / seconds, 2),
     }
 
 
@@ -250,7 +259,10 @@ def main() -> None:
     if distributed.rank():
         return
     seconds = time.monotonic() - begin
-    pictures.write(folder, name, images, labels, record(opt, path, model, device, seconds))
+    content = record(opt, path, model, device, seconds)
+    if not found:  # else some batches were drawn before
+        content["images_per_second"] = round(opt.n / seconds, 2)
+    pictures.write(folder, name, images, labels, content)
     shutil.rmtree(parts)
     if opt.png:
         pictures.write_files(Path(opt.png), images, labels, model.extra["classes"])

@@ -27,7 +27,7 @@ DIGITS = dict(
 )  # fmt: skip
 ENERGY_BASED = ("jem", "jeat")
 ENERGY_BASED_DIGITS = dict(epochs=40, lr=0.05, sgld_steps=10, sgld_step_size=0.1, buffer=1000)
-ENERGY = "energy terms (mle, jem, jeat)"
+ENERGY = "energy terms (jem and jeat; the weight also in mle)"
 
 
 @dataclass
@@ -42,7 +42,9 @@ class Options(cli.TrainOptions):
     out: str = option("runs/sup", "folder of the run", "run", metavar="PATH")
     likelihood_weight: float = option(0.1, "lambda, weight of the energy terms", ENERGY, least=0)
     sgld_steps: int = option(20, "SGLD steps on log p(x) per training step", ENERGY, least=1)
-    sgld_step_size: float = option(0.25, "SGLD step size, for plain gradients", ENERGY, above=0)
+    sgld_step_size: float = option(
+        0.25, "SGLD step size, times the plain gradient", ENERGY, above=0
+    )
     sgld_noise: float = option(0.005, "standard deviation of SGLD's noise", ENERGY, least=0)
     buffer: int = option(10_000, "images in the replay buffer", ENERGY, least=1)
     reinit: float = option(
@@ -84,7 +86,7 @@ def check(opt: Options) -> None:
 def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuffer | None = None):
     """-> batch_loss(model, index, draws, generator), one training step up to its loss."""
     attack_copy, sgld_copy = AttackCopy(opt.compile), AttackCopy(opt.compile)
-    # zero padding would separate data from samples, which have no black border
+    # a black border would tell data from samples, which have none
     padding = "reflect" if opt.loss in ENERGY_BASED else "constant"
 
     def batch_loss(model, index, draws, generator):
@@ -124,8 +126,8 @@ def sgld(opt: Options) -> dict:
 def with_statistics_of(x: torch.Tensor, model: nn.Module) -> nn.Module:
     """A copy of the model whose BatchNorms hold the statistics of the images x (N, C, H, W).
 
-    SGLD climbs this copy, the function that the loss sees. On the running statistics, which lag
-    behind, samples of low energy have high energy in the loss, and JEM diverges.
+    SGLD climbs this copy, the function that the loss sees. Running statistics lag: samples with low
+    energy under them have high energy in the loss, and JEM diverges.
     """
     model = copy.deepcopy(model).requires_grad_(False).eval()
 
@@ -164,7 +166,7 @@ def train(opt: Options) -> None:
     classes = len(train_set.classes)
     model = cem.ParametricCEM(opt.arch, classes, **shape, **train_set.normalisation())
     model = model.to(device, memory_format=torch.channels_last)
-    if opt.compile and opt.loss not in ENERGY_BASED:  # theirs changes its BatchNorms every step
+    if opt.compile and opt.loss not in ENERGY_BASED:  # these patch BatchNorm.forward every step
         model.compile()
     info = train_set.checkpoint_info(opt.seed_rank)
     seeds = cem.GaussianSeeds.from_state_dict(info["seeds"], device)

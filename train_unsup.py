@@ -46,7 +46,7 @@ class Options(cli.TrainOptions):
     out: str = option("runs/unsup", "folder of the run", "run", metavar="PATH")
     eval_every: int = option(5, "epochs between measurements", "run", least=1)
     n_eval: int = option(
-        1000, "test images for them; k-NN searches 10 times as many", "run", least=1
+        1000, "test images per measurement; k-NN searches 10 times as many", "run", least=2
     )
 
 
@@ -93,13 +93,13 @@ def measure(model: nn.Module, train_set, test_set, opt: Options) -> dict[str, fl
     model = cem.folded(model)
     query = test_set.evenly_spaced(opt.n_eval)
     bank = train_set.evenly_spaced(10 * opt.n_eval)
-    known = robustness.features(model, train_set, bank, opt.precision)
-    asked = robustness.features(model, test_set, query, opt.precision)
+    known = robustness.features(model, train_set, bank, opt)
+    asked = robustness.features(model, test_set, query, opt)
     labels = train_set.labels[bank], test_set.labels[query]
     _, u = data.draws(len(query), 2 * data.SIMCLR_DRAWS, opt.seed, 0, query.device)
     views = two_views(test_set.pixels(query), u, test_set, opt)
     with autocast(query.device, opt.precision):
-        z1, z2 = (model(view) for view in views)
+        z1, z2 = (torch.cat([model(x) for x in view.split(opt.batch_size)]) for view in views)
     return {
         "alignment": alignment(z1, z2),
         "uniformity": uniformity(z1),

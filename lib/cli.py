@@ -24,7 +24,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 # --------------------------------------------------------------------------------------- options
 
 MEAN = "channel means for a third-party checkpoint (default: the file's, else the dataset's)"
-STD = "channel standard deviations, likewise"
+STD = "channel standard deviations for a third-party checkpoint"
 DEVICE = "auto, cpu, cuda, cuda:1 or mps"
 METAVARS = {int: "N", float: "X", str: "S"}
 BOUNDS = {
@@ -69,7 +69,7 @@ def option(default, help: str, group: str = "options", **metadata):
 
 
 def options(kind: type, help: str, group: str = "options"):
-    """The same for an option that takes several values, none by default."""
+    """A field for an option that takes several values, none by default."""
     kind, metavar = {float: number, int: integer}.get(kind, kind), METAVARS[kind]
     metadata = {"help": help, "type": kind, "nargs": "+", "metavar": metavar, "group": group}
     return field(default_factory=list, metadata=metadata)
@@ -143,10 +143,7 @@ def default_checkpoint(kind: str) -> Path:
 
 
 def output_folder(ckpt: Path, third_party: bool = False) -> Path:
-    """Where a checkpoint's outputs go: beside it.
-
-    For a shipped checkpoint that is runs/shipped; for a third-party one, a folder of its name.
-    """
+    """Beside the checkpoint; for a shipped one runs/shipped, for a third-party one its name."""
     if third_party:
         return ckpt.with_suffix("")
     return Path("runs/shipped") if ckpt.resolve().parent == SHIPPED else ckpt.parent
@@ -176,7 +173,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if distributed.rank() == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -210,7 +208,7 @@ def _terminate(number: int, _frame) -> None:
 
 
 class Stop:
-    """When a run has to stop: after max_minutes, on SIGTERM or Ctrl-C. A second signal kills it."""
+    """When a run has to stop: after max_minutes, on SIGTERM or Ctrl-C. A second one kills it."""
 
     def __init__(self, max_minutes: float):
         self.deadline = time.monotonic() + 60 * max_minutes
@@ -250,12 +248,14 @@ ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has Ima
 
 @dataclass
 class TrainOptions:
-    """What both training scripts read. The headings of --help appear in the order of this list."""
+    """Options of both training scripts; their order is the order of the headings of --help."""
 
     dataset: str = option("cifar10", "", "data")  # each script's help comes from data.HELP
     data_dir: str = option("data", "folder of the downloaded datasets", "data", **PATH)
     arch: str = option("resnet50", ARCH, "model", choices=list(cem.ARCHS), **CHOICE)
-    width: int = option(64, "channels of the stem; all others scale with it", "model", least=1)
+    width: int = option(
+        64, "scales all channels; 64 is standard, and a ResNet's stem", "model", least=1
+    )
     loss: str = option("at", "", "optimisation")  # each script has its own
     epochs: int = option(150, "passes over the training images", "optimisation", least=1)
     batch_size: int = option(256, "images per step, over all processes", "optimisation", least=2)

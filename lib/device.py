@@ -100,12 +100,12 @@ def try_batch_size(batch_size: int, work: Callable, *args):
     if distributed.world_size() > 1:  # the other processes may not have run out
         raise cem.CEMError(f"{message}: try half of it")
     fits, too_large = 0, batch_size
-    while too_large - fits > max(fits // 50, 1):  # to 2 %
-        n = (fits + too_large) // 2
+    while too_large - fits > max(fits // 50, 1) and too_large > 2:  # to 2 %
+        n = max((fits + too_large) // 2, 2)  # batch statistics need 2 images
         torch.cuda.empty_cache()
         try:
             work(n, *args)
             fits = n
         except torch.OutOfMemoryError:
             too_large = n
-    raise cem.CEMError(f"{message}: " + (f"about {fits} does" if fits else "not even 1 does"))
+    raise cem.CEMError(f"{message}: " + (f"about {fits} does" if fits else "not even 2 do"))

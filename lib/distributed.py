@@ -1,4 +1,4 @@
-"""torch.distributed helpers. Without torchrun, every function is a single process's identity."""
+"""torch.distributed helpers. Without torchrun, the collectives return their input unchanged."""
 
 import os
 import sys
@@ -54,8 +54,7 @@ def first_then_others():
 
 def local_rows(items: Sequence) -> Sequence:
     """This process's slice of a list or of a tensor's rows; all slices in order are the whole."""
-    n = len(items)
-    return items[n * rank() // world_size() : n * (rank() + 1) // world_size()]
+    return items[len(items) * rank() // world_size() : len(items) * (rank() + 1) // world_size()]
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -78,7 +77,8 @@ def mean(values: Tensor) -> Tensor:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in any process."""
-    return bool(mean(torch.tensor(float(flag), device=device)) > 0)
+    single = world_size() == 1  # without a GPU synchronisation
+    return flag if single else bool(mean(torch.tensor(float(flag), device=device)) > 0)
 
 
 class RankGenerator:
@@ -168,7 +168,6 @@ def wrap(model: nn.Module, batch_norm: str) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model without DistributedDataParallel."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 

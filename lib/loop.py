@@ -3,7 +3,7 @@
 It promises three things. A run that is killed at any moment and resumed ends with the weights of
 the uninterrupted run, bit for bit on a CPU with as many threads: all randomness is a function of
 seed, epoch and step. Every file is written whole or not at all. SIGTERM, Ctrl-C and --max-minutes
-stop a run at the next step, after a checkpoint.
+stop a run at the next step (under torchrun within 20 steps), after a checkpoint.
 """
 
 import contextlib
@@ -11,7 +11,6 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from lib import cli, distributed
 from lib.device import autocast, try_batch_size
 from lib.run import RunFolder
 
-READ_EVERY = 20  # steps between two readings of the metrics: only then the host waits
+READ_EVERY = 20  # steps between readings of the metrics, for which the host waits for the device
 MAX_RESTARTS = 8
 
 
@@ -33,14 +32,13 @@ def learning_rate(progress: float, peak: float, schedule: str) -> float:
     if progress < warmup:
         return peak * max(progress / warmup, 0.02)
     progress = (progress - warmup) / (1 - warmup)
-    return peak * (
-        1 - progress if schedule == "onecycle" else (1 + math.cos(math.pi * progress)) / 2
-    )
+    fall = 1 - progress if schedule == "onecycle" else (1 + math.cos(math.pi * progress)) / 2
+    return peak * fall
 
 
 @torch.no_grad()
 def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average ← decay average + (1 - decay) model, as AveragedModel without its GPU syncs."""
+    """average ← decay average + (1 - decay) model; AveragedModel would synchronise the GPU."""
     pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
     counts = [pair for pair in pairs if not pair[0].is_floating_point()]
@@ -63,8 +61,8 @@ class Trainer:
     """
 
     def __init__(
-        self, opt, model: nn.Module, num_images: int, *, shuffle: Callable, batch_loss: Callable,
-        measure: Callable, chains: nn.Module | None = None, bounds: dict | None = None, **extra
+        self, opt, model: nn.Module, num_images: int, *, shuffle, batch_loss, measure,
+        chains: nn.Module | None = None, bounds: dict | None = None, **extra
     ):  # fmt: skip
         if distributed.world_size() > 1 and opt.batch_size > num_images:
             message = f"--batch-size {opt.batch_size} exceeds the {num_images} training images"
@@ -86,7 +84,7 @@ class Trainer:
         self.folder = RunFolder(opt)
         # what a checkpoint stores beside weights and optimiser
         self.progress = {"step": 0, "restarts": 0, "seconds": 0.0, "log": [], "sums": {}}
-        self.began = 0  # the step from which this process, or its latest restart, continues
+        self.began, self.restarted_at = 0, None  # steps at which this process, a restart began
         self.clock = time.monotonic()
 
     @property
@@ -174,11 +172,12 @@ class Trainer:
         if self.average is not self.model:
             ema_update(self.average, self.model, opt.ema if self.step else 0.0)
         self.progress["step"] += 1
-        return {"loss": loss, "gradient_norm": norm, **metrics}
+        metrics = {"loss": loss, "gradient_norm": norm, **metrics}
+        return {name: value.detach().float() for name, value in metrics.items()}
 
     def read(self, steps: list[dict[str, Tensor]]) -> None:
         """Log the last steps' metrics. Raises Diverged for one that is not finite or too large."""
-        rows = torch.stack([torch.stack([v.float() for v in s.values()]) for s in steps]).detach()
+        rows = torch.stack([torch.stack(list(metrics.values())) for metrics in steps])
         sums = self.progress["sums"]
         for step, row in enumerate(distributed.mean(rows).tolist(), self.step - len(steps) + 1):
             for name, value in zip(steps[0], row):
@@ -234,15 +233,17 @@ class Trainer:
         self.save("diverged.pt")
         restarts = self.progress["restarts"] + 1
         self.restore()
-        if self.opt.on_diverge == "restart" and restarts > 1 and self.step == self.began:
+        if self.opt.on_diverge == "restart" and self.step == self.restarted_at:
             self.folder.step_back()  # restarting from this checkpoint has failed before
             self.restore()
         diverged, last = self.folder.path / "diverged.pt", self.folder.checkpoint
         message = f"{error}; its state is in {diverged}; {last} is from step {self.step}"
-        if self.opt.on_diverge == "stop" or restarts > MAX_RESTARTS:
+        if restarts > MAX_RESTARTS:
+            raise cli.Diverged(f"{message}: {MAX_RESTARTS} restarts did not help") from error
+        if self.opt.on_diverge == "stop":
             advice = "try a smaller --lr, or --resume --on-diverge restart, which halves it"
             raise cli.Diverged(f"{message}: {advice}") from error
         self.progress["restarts"] = restarts
-        self.began = self.step
+        self.began = self.restarted_at = self.step
         self.save()
         cli.warn(f"{message}: continuing from there at {0.5**restarts:g} of the learning rate")

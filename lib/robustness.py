@@ -1,8 +1,8 @@
-"""What a network is measured by: accuracy under attack, calibration, out-of-distribution scores,
-the likelihood's gradients, and the linear probe and nearest neighbours of an encoder."""
+"""Measurements of a network: accuracy under attack, calibration, out-of-distribution scores,
+likelihood gradients, and the linear probe and nearest neighbours of an encoder."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ def withstands(name, model, x: Tensor, y: Tensor, opt, restarts: int, generator)
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, dataset: data.Dataset, attacks: Iterable[str], opt, n: int = 0, restarts=1
+    model: nn.Module, dataset: data.Dataset, attacks: Sequence[str], opt, n: int = 0, restarts=1
 ) -> dict[str, float]:
     """Clean accuracy, accuracy under each attack, and under the worst of them for each image.
 
@@ -158,7 +158,7 @@ def ood_scores(model: nn.Module, logits: Tensor, dataset: data.Dataset, opt) -> 
 
 
 def diagnose(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, x_s: Tensor) -> dict:
-    """A classifier in eval mode, seen by the likelihood ([CEM] eq. 10) -> {name: value}.
+    """Energies and likelihood gradients of a classifier in eval mode ([CEM] eq. 10).
 
     x, y: data; x_adv: attacked x; x_s: samples of the model. E_x, E_x_adv, E_x_s: mean energies;
     consistency_norm, contrastive_norm, cosine: the θ-gradients of the two halves of the likelihood
@@ -186,11 +186,14 @@ def diagnose(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, x_s: Tensor)
 
 
 @torch.no_grad()
-def features(model: nn.Module, dataset: data.Dataset, index: Tensor, precision: str) -> Tensor:
-    """g(x) (N, D), before the projection head, of the dataset's images at index."""
+def features(model: nn.Module, dataset: data.Dataset, index: Tensor, opt) -> Tensor:
+    """g(x) (N, D), before the projection head, of the dataset's images at index.
+
+    opt has batch_size and precision.
+    """
     parts = []
-    for batch in tqdm(index.split(500), "features", leave=False):
-        with autocast(index.device, precision):
+    for batch in tqdm(index.split(opt.batch_size), "features", leave=False):
+        with autocast(index.device, opt.precision):
             parts.append(model.features(dataset.pixels(batch)))
     return torch.cat(parts)
 

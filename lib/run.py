@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from lib import cli, distributed
 NAMES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json")
 EVENTS = ".cem"  # suffix of TensorBoard's event files
 
-# Options that may differ between a run and its resumption: they do not change the weights.
+# Options that may change when a run is resumed.
 FREE = ("resume", "max_minutes", "out", "data_dir", "device", "n_eval", "eval_every", "on_diverge")
 FREE += ("max_energy_gap", "diagnose")
 
@@ -32,7 +33,7 @@ class RunFolder:
         self.previous = self.path / "ckpt-previous.pt"
 
     def resumes(self) -> bool:
-        """Whether there is a run to continue, and --resume or torchrun's restart asks for it."""
+        """Whether a run exists, and --resume was given or torchrun restarted this process."""
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         if not (self.opt.resume or restarted):
             return False
@@ -46,28 +47,27 @@ class RunFolder:
         for name in NAMES:  # left behind by a process that was killed
             for temporary in self.path.glob(f".{name}.*.cem-tmp"):
                 temporary.unlink()
-        if not resume and self.checkpoint.exists():
+        events = self.path.glob(f"events.out.tfevents.*{EVENTS}")
+        own = [p for p in (*(self.path / name for name in NAMES), *events) if p.is_file()]
+        if own and not resume:
             folders = (self.path / f"previous-{i}" for i in itertools.count(1))
             folder = next(path for path in folders if not path.exists())
             folder.mkdir()
-            events = self.path.glob(f"events.out.tfevents.*{EVENTS}")
-            for path in [*(self.path / name for name in NAMES), *events]:
-                if path.is_file():
-                    os.replace(path, folder / path.name)
+            for path in own:
+                os.replace(path, folder / path.name)
             print(f"moved the earlier run to {folder}")
-        options = json.dumps(asdict(self.opt), indent=2) + "\n"
-        cli.write_text(self.path / "options.json", options)
+        options = {k: v for k, v in asdict(self.opt).items() if v != math.inf}  # not in JSON
+        cli.write_text(self.path / "options.json", json.dumps(options, indent=2) + "\n")
 
     def board(self, step: int) -> SummaryWriter:
-        """TensorBoard's writer, without what an earlier process wrote after `step`."""
+        """TensorBoard's writer; events after `step` are discarded."""
         return SummaryWriter(str(self.path), purge_step=step + 1, filename_suffix=EVENTS)
 
     def write_log(self, lines: list[dict]) -> None:
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        cli.write_text(self.path / "log.jsonl", text)
+        cli.write_text(self.path / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
 
     def load(self, device: torch.device) -> nn.Module:
-        """The run's checkpoint; if it is damaged, with a warning, the one before."""
+        """The run's checkpoint or, with a warning, the previous one if it is damaged."""
         try:
             model = cem.load(self.checkpoint, device)
         except cem.CEMError as error:
@@ -81,8 +81,8 @@ class RunFolder:
         return model
 
     def _check_resumable(self, extra: dict) -> None:
-        found = "training" in extra
-        cli.require(found, f"{self.checkpoint} has no training state: it cannot be resumed")
+        message = f"{self.checkpoint} has no training state: it cannot be resumed"
+        cli.require("training" in extra, message)
         for name, now in asdict(self.opt).items():
             then = extra["options"].get(name, now)
             agrees = name in FREE or now == then or (name == "epochs" and now > then)
@@ -98,8 +98,9 @@ class RunFolder:
         try:
             cem.save(self.path / name, model, options=asdict(self.opt), **extra)
         except RuntimeError as error:  # torch.save's report of a full disk
-            reason = error.__context__ or error
-            raise OSError(f"cannot write {self.path / name}: {reason}") from error
+            raise OSError(
+                f"cannot write {self.path / name}: {error.__context__ or error}"
+            ) from error
 
     def step_back(self) -> None:
         """Make the previous checkpoint the newest, if there is one."""

@@ -257,7 +257,7 @@ def test_damaged_checkpoint_is_replaced_by_the_previous_one(copy_of_whole, whole
     checkpoints[1].write_bytes(content[: len(content) // 2])
     done = forked("train_sup.py", *TINY, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "warning: cannot read runs/sup/ckpt.pt: damaged" in done.stderr
+    assert "warning: cannot read runs/sup/ckpt.pt" in done.stderr
     assert "continuing from runs/sup/ckpt-previous.pt, step 22" in done.stderr
     assert_same_run(copy_of_whole, whole)
     for path in checkpoints:
