@@ -698,6 +698,8 @@ def write_atomically(path: str | os.PathLike, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

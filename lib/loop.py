@@ -219,6 +219,8 @@ class Trainer:
     def restore(self) -> None:
         saved = self.folder.load(self.device)
         training = saved.extra["training"]
+        found = self.chains is None or "chains" in training
+        cli.require(found, f"{self.folder.checkpoint} has no chains: an earlier version wrote it")
         self.model.load_state_dict(training["model"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.average.load_state_dict(saved.state_dict())

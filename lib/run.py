@@ -95,12 +95,7 @@ class RunFolder:
         if keep and self.checkpoint.exists():
             content = self.checkpoint.read_bytes()
             cem.write_atomically(self.previous, lambda file: file.write(content))
-        try:
-            cem.save(self.path / name, model, options=asdict(self.opt), **extra)
-        except RuntimeError as error:  # torch.save's report of a full disk
-            raise OSError(
-                f"cannot write {self.path / name}: {error.__context__ or error}"
-            ) from error
+        cem.save(self.path / name, model, options=asdict(self.opt), **extra)
 
     def step_back(self) -> None:
         """Make the previous checkpoint the newest, if there is one."""

@@ -52,7 +52,7 @@ def draw_panel(axis, title: str, names: list[str], logs: list[list[dict]]) -> No
             axis.plot(epochs, values, style, color=f"C{number}", label=label)
     axis.set_title(title)
     axis.set_xlabel("epoch")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def main() -> None:
@@ -63,9 +63,10 @@ def main() -> None:
         raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
     runs = [Path(run) for run in opt.runs or ["runs/sup"]]
     names, logs = [run.name for run in runs], [read_log(run) for run in runs]
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(5 * len(PANELS), 4))
-    for axis, title in zip(axes, PANELS):
+    figure, axes = plt.subplots(2, 2, figsize=(14, 8))
+    for axis, title in zip(axes.flat, PANELS):
         draw_panel(axis, title, names, logs)
+    figure.tight_layout()
     out = Path("results") / f"energies-{opt.name}.png"
     cem.write_atomically(
         out, lambda file: figure.savefig(file, format="png", dpi=100, bbox_inches="tight")

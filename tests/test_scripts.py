@@ -387,6 +387,7 @@ def test_bad_image_folders(tmp_path):
         ("--noise -1", "--noise"),
         ("--momentum 1", "--momentum"),
         ("--cond --classes unicorn", "unicorn"),
+        ("--dataset digits", "--dataset is for third-party checkpoints"),
         ("--ckpt missing.pt", "missing.pt"),
         ("--ckpt text.pt", "text.pt"),
         ("--ckpt cut.pt", "cut.pt"),

@@ -407,6 +407,20 @@ def test_samplers_refuse_the_other_kind_of_checkpoint(unsup_run, digits_run):
 
 
 @pytest.mark.parametrize(
+    "options, part",
+    [
+        ("--classes 3", "--classes of an encoder need --cond"),
+        ("--cond --start noise", "leave out --start noise"),
+    ],
+)
+def test_options_without_effect_on_an_encoder_are_refused(options, part, unsup_run):
+    before = files(unsup_run)
+    draw = ["--sampler", "maxent", "--ckpt", CKPT, *options.split()]
+    assert_refused(script("sample.py", *draw, cwd=unsup_run), part)
+    assert files(unsup_run) == before
+
+
+@pytest.mark.parametrize(
     "command, part",
     [
         ("train_unsup.py --dataset digits --temperature 0", "--temperature"),
