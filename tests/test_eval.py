@@ -319,6 +319,7 @@ def pytorch_fid_features(inception):
     return network, *features
 
 
+@pytest.mark.slow
 def test_inception_matches_pytorch_fid(inception, pytorch_fid_features):
     """Features, scores and warnings."""
     _, a, b = pytorch_fid_features
@@ -342,6 +343,7 @@ def test_inception_matches_pytorch_fid(inception, pytorch_fid_features):
     assert row["KID"] == pytest.approx(kid, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_pytorch_fid_reads_saved_statistics(inception, pytorch_fid_features):
     from pytorch_fid import fid_score
 
@@ -355,6 +357,7 @@ def test_pytorch_fid_reads_saved_statistics(inception, pytorch_fid_features):
     np.testing.assert_allclose(sigma, np.cov(b, rowvar=False), rtol=1e-3, atol=1e-4 * b.var())
 
 
+@pytest.mark.slow
 def test_statistics_of_pytorch_fid_as_reference(inception, pytorch_fid_features):
     _, a, b = pytorch_fid_features
     np.savez(inception / "theirs.npz", mu=b.mean(0), sigma=np.cov(b, rowvar=False))
@@ -367,6 +370,7 @@ def test_statistics_of_pytorch_fid_as_reference(inception, pytorch_fid_features)
     assert "KID" not in row  # it needs the features
 
 
+@pytest.mark.slow
 def test_tf1_matches_torch_fidelity(inception):
     torch_fidelity = pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed")
     for name in "ab":  # torch-fidelity is slow: every fourth image
@@ -389,6 +393,7 @@ def test_tf1_matches_torch_fidelity(inception):
     assert row["KID"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_of_another_network(inception):
     torch.save({"conv1.weight": torch.ones(3)}, inception / "other.pth")
     options = ["--ref", "b.npz", "--weights", "other.pth"]
