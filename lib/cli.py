@@ -4,6 +4,7 @@ import argparse
 import functools
 import math
 import operator
+import re
 import shlex
 import signal
 import sys
@@ -53,10 +54,7 @@ def integer(text: str) -> int:
 
 
 def option(default, help: str, group: str = "options", **metadata):
-    """A dataclass field that becomes a command-line option under the heading `group`.
-
-    Bounds of its value: least=, above=, most=, below=.
-    """
+    """A field for an option under the heading `group`. Bounds: least=, above=, most=, below=."""
     if default is not None and default is not False and default != "":
         help = f"{help} (default: {default})"
     kind = {float: number, int: integer}.get(type(default))
@@ -76,7 +74,6 @@ def options(kind: type, help: str, group: str = "options"):
 
 
 def as_flags(values: dict) -> str:
-    """Options as on a command line."""
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
@@ -190,9 +187,12 @@ def run(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         fail("error: out of device memory: try a smaller --batch-size")
     except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        asked = re.search(r"tried to allocate (\d+) bytes", str(error))  # on the CPU
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail(f"error: torch.compile failed, leave out --compile: {error}".splitlines()[0])
+        if asked is None:
             raise
-        fail(f"error: torch.compile failed, leave out --compile: {error}".splitlines()[0])
+        fail(f"error: out of memory: tried to allocate {int(asked[1]):,} bytes, use smaller sizes")
     except KeyboardInterrupt as stop:
         sys.exit(128 + (stop.args or (signal.SIGINT,))[0])
 

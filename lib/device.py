@@ -24,7 +24,7 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which "meta" refuses
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise cem.CEMError(f"--device {name} is not available: {reason}") from error
