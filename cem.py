@@ -411,6 +411,23 @@ def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Te
     return drawn.to(like.device)
 
 
+def _check_images(x: Tensor, clip: tuple[float, float] | None) -> None:
+    """Raise CEMError unless x is a floating-point batch, finite and in the range `clip`.
+
+    Values are checked on the CPU only: on a GPU the host would wait for them.
+    """
+    if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1):
+        raise CEMError("x must be a batch of floating-point images: divide uint8 images by 255")
+    if x.device.type != "cpu" or not x.numel():
+        return
+    low, high = (value.item() for value in x.detach().aminmax())
+    least, most = clip or (-math.inf, math.inf)
+    inside = least - 1e-4 <= low and high <= most + 1e-4
+    if not (inside and math.isfinite(low) and math.isfinite(high)):
+        range = f"[{least:g}, {most:g}], not [{low:.3g}, {high:.3g}]"
+        raise CEMError(f"x must be finite and in {range}: cem's models normalise images themselves")
+
+
 @contextmanager
 def _eval_mode(model: nn.Module | None):
     """Eval mode inside the block; restores each module's mode on exit, also by an exception."""
@@ -453,6 +470,7 @@ def ascend(
         raise CEMError("steps, step_size, noise and eps must not be negative")
     if eps is not None and norm == "none":
         raise CEMError("a ball of radius eps needs norm 'l2' or 'linf'")
+    _check_images(x, clip)
     center = x.detach()
     x = (x if start is None else start).detach().clone()
     velocity = 0
@@ -462,7 +480,10 @@ def ascend(
         for _ in range(steps):
             with torch.enable_grad():
                 x.requires_grad_(True)
-                (gradient,) = torch.autograd.grad(potential(x).sum(), x)
+                u = potential(x)
+                if u.shape != x.shape[:1]:
+                    raise CEMError(f"the potential must return shape (N,), not {tuple(u.shape)}")
+                (gradient,) = torch.autograd.grad(u.sum(), x)
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)
             x = x.detach() + step_size * velocity
             if noise:
@@ -486,6 +507,7 @@ def pgd(
     """
     if norm not in ("l2", "linf") or steps < 1:
         raise CEMError(f"pgd needs norm 'l2' or 'linf' and steps >= 1, not {norm!r} and {steps}")
+    _check_images(x, (0, 1))
     start = x.detach()
     if random_start and eps > 0:
         if norm == "linf":
@@ -493,7 +515,7 @@ def pgd(
         else:  # a uniform direction, and a radius whose d-th power is uniform
             delta = DIRECTIONS["l2"](_draw(torch.randn, x.shape, generator, x))
             radius = _draw(torch.rand, (len(x), *[1] * (x.dim() - 1)), generator, x)
-            delta = delta * radius ** (1 / x[0].numel())
+            delta = delta * radius ** (1 / math.prod(x.shape[1:]))
         start = (start + eps * delta).clamp(0, 1)
     step_size = 2.5 * eps / steps if step_size is None else step_size
     return ascend(
@@ -570,6 +592,12 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Potential
     if y is None and name not in WITHOUT_Y:
         what = "the positives" if name == "pgd" else "the labels"
         raise CEMError(f"potential {name!r} needs y, {what}")
+    if y is not None and name != "pgd":
+        if y.dtype != torch.int64 or y.dim() != 1:
+            raise CEMError(f"labels must be int64 (N,), not {y.dtype} {tuple(y.shape)}")
+        classes = model.config["num_classes"] if isinstance(model, ParametricCEM) else math.inf
+        if y.device.type == "cpu" and len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise CEMError(f"labels must be in 0..{classes - 1}")
     return Potential(name, model, y)
 
 
@@ -723,9 +751,25 @@ def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **ext
         )
     if half:
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        if any(v.is_floating_point() and not v.isfinite().all() for v in state.values()):
+            raise CEMError("the weights overflow half precision: save with half=False")
+    _check_plain(extra, "extra")
     content = {"format": "cem", "kind": kind, "config": model.config, "state": state}
     content["extra"] = extra
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def _check_plain(value, name: str) -> None:
+    """Raise CEMError unless `load` would read the value: tensors, plain values, lists, dicts."""
+    items = {}
+    if isinstance(value, dict):
+        items = value
+    elif isinstance(value, (list, tuple)):
+        items = dict(enumerate(value))
+    elif not isinstance(value, (Tensor, bool, int, float, str, type(None))):
+        raise CEMError(f"{name} is a {type(value).__name__}, which load would not read")
+    for key, item in items.items():
+        _check_plain(item, f"{name}[{key!r}]")
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:

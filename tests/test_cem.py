@@ -5,7 +5,9 @@ import copy
 import math
 import sys
 import threading
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -469,6 +471,61 @@ def test_ascend_refuses_options_out_of_range(options, message):
         )
 
 
+@pytest.mark.parametrize(
+    "spoil, part",
+    [
+        (lambda x: (255 * x).byte(), "divide uint8 images by 255"),
+        (lambda x: 255 * x, r"must be finite and in \[0, 1\], not \["),
+        (lambda x: (x - 0.5) / 0.25, "models normalise images themselves"),
+        (lambda x: x.log() - torch.inf, "must be finite"),
+        (lambda x: x * torch.nan, "must be finite"),
+        (lambda x: 0.5, "batch of floating-point images"),
+    ],
+)
+def test_attack_and_ascent_refuse_what_is_no_batch_of_images(spoil, part, model, batch):
+    x, y = batch
+    potential = cem.potential("ce", model, y)
+    with pytest.raises(cem.CEMError, match=part):
+        cem.pgd(potential, spoil(x), eps=0.5)
+    with pytest.raises(cem.CEMError, match=part):
+        cem.ascend(potential, spoil(x), steps=1, step_size=0.1)
+
+
+def test_a_potential_has_one_number_per_image(batch):
+    with pytest.raises(cem.CEMError, match=r"shape \(N,\), not \(\)"):
+        cem.ascend(lambda x: x.sum(), batch[0], steps=1, step_size=0.1)
+
+
+@pytest.mark.parametrize(
+    "y, part",
+    [
+        (torch.tensor([0, 5]), r"in 0\.\.4"),
+        (torch.tensor([-1, 0]), r"in 0\.\.4"),
+        (torch.tensor([0.0, 1.0]), "int64"),
+        (torch.tensor([[0], [1]]), r"int64 \(N,\)"),
+    ],
+)
+def test_potential_refuses_bad_labels(y, part, model):
+    with pytest.raises(cem.CEMError, match=part):
+        cem.potential("cs", model, y)
+
+
+def test_legitimate_edge_cases_work(model, batch):
+    """No images, no steps, expanded and non-contiguous images, float64."""
+    x, y = batch
+    nothing = cem.pgd(cem.potential("ce", model, y[:0]), x[:0], eps=0.5)
+    assert nothing.shape == (0, 3, 8, 8)
+    copied = cem.ascend(cem.potential("cs", model, y), x, steps=0, step_size=0.1)
+    assert torch.equal(copied, x) and copied.data_ptr() != x.data_ptr()
+    expanded, transposed = x[:1].expand(6, -1, -1, -1), x.transpose(2, 3)
+    for images in (expanded, transposed):
+        before = images.clone()
+        cem.pgd(cem.potential("ce", model, y), images, eps=0.5, steps=2)
+        assert torch.equal(images, before)
+    double = cem.pgd(cem.potential("ce", model.double(), y), x.double(), eps=0.5, steps=2)
+    assert double.dtype == torch.float64
+
+
 def test_generators_one_an_image_make_images_independent_of_the_batch(model, batch):
     x, y = batch
     x = x.double()
@@ -580,9 +637,29 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, model):
     path = tmp_path / "m.pt"
     cem.save(path, model)
     before = path.read_bytes()
-    with pytest.raises(Exception, match="pickle"):
-        cem.save(path, model, trouble=lambda: 0)  # cannot be written
+    with mock.patch("torch.save", side_effect=OSError("disk full")):
+        with pytest.raises(OSError, match="cannot write .*m.pt: disk full"):
+            cem.save(path, model)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+@pytest.mark.parametrize(
+    "value, part",
+    [
+        (np.zeros(3), r"extra\['x'\] is a ndarray"),
+        ([1, {"a": print}], r"extra\['x'\]\[1\]\['a'\] is a builtin"),
+    ],
+)
+def test_save_refuses_extras_that_load_would_not_read(value, part, tmp_path, model):
+    with pytest.raises(cem.CEMError, match=part):
+        cem.save(tmp_path / "m.pt", model, x=value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_refuses_weights_that_overflow_half_precision(tmp_path, model):
+    model.net.fc.weight.data[0, 0] = 1e6
+    with pytest.raises(cem.CEMError, match="overflow half precision"):
+        cem.save(tmp_path / "m.pt", model, half=True)
 
 
 class Subclass(cem.ParametricCEM):
