@@ -592,7 +592,7 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Potential
     if y is None and name not in WITHOUT_Y:
         what = "the positives" if name == "pgd" else "the labels"
         raise CEMError(f"potential {name!r} needs y, {what}")
-    if y is not None and name != "pgd":
+    if y is not None and name not in NON_PARAMETRIC_SAMPLERS:
         if y.dtype != torch.int64 or y.dim() != 1:
             raise CEMError(f"labels must be int64 (N,), not {y.dtype} {tuple(y.shape)}")
         classes = model.config["num_classes"] if isinstance(model, ParametricCEM) else math.inf

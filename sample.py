@@ -171,8 +171,10 @@ def draw_batch(model, seeds, opt: Options, device, first: int, size: int) -> tup
         x = seeds.sample(y if conditional else size, random)
     x = x.to(device, memory_format=torch.channels_last)
     if opt.sampler != "seeds":
-        couples = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
-        potential = cem.potential(opt.sampler, model, x.clone() if couples else y.to(device))
+        fixed = y.to(device)
+        if opt.sampler in cem.NON_PARAMETRIC_SAMPLERS:
+            fixed = None if opt.sampler in cem.WITHOUT_Y else x.clone()  # the positives
+        potential = cem.potential(opt.sampler, model, fixed)
         ascent = dict(steps=opt.steps, norm=opt.norm, noise=opt.noise, momentum=opt.momentum)
         length = step_size(opt, seeds.shape)
         with autocast(device, opt.precision):
