@@ -481,7 +481,7 @@ def ascend(
             with torch.enable_grad():
                 x.requires_grad_(True)
                 u = potential(x)
-                if u.shape != x.shape[:1]:
+                if u.dim() != 1:
                     raise CEMError(f"the potential must return shape (N,), not {tuple(u.shape)}")
                 (gradient,) = torch.autograd.grad(u.sum(), x)
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)
