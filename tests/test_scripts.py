@@ -457,6 +457,16 @@ def test_bfloat16_is_chosen_only_where_the_cpu_computes_in_it(native, monkeypatc
     assert resolve_precision(torch.device("cpu"), "auto") == expected
 
 
+def test_only_training_lets_cudnn_choose_kernels_by_speed(digits_run, tmp_path, monkeypatch):
+    """Evaluation and sampling should repeat their figures."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    draw = ["--ckpt", digits_run / "runs/sup/ckpt.pt", "--n", 2, "--steps", 1, "--out", "."]
+    assert script("sample.py", *draw, cwd=tmp_path).returncode == 0
+    assert not torch.backends.cudnn.benchmark
+    done = script("train_sup.py", *SMALL, "--epochs", 1, "--loss", "st", cwd=tmp_path)
+    assert done.returncode == 0 and torch.backends.cudnn.benchmark
+
+
 @pytest.mark.slow
 def test_compile_without_a_compiler_is_a_clear_error(tmp_path):
     with mock.patch.dict(os.environ, {"CXX": "/nonexistent"}):
