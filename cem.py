@@ -42,6 +42,15 @@ class CEMError(ValueError):
     """An error that the caller can correct. The scripts print it as one line and exit with 2."""
 
 
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CEMError(message)
+
+
+def _require_one_of(names, name: str, what: str) -> None:
+    require(name in names, f"unknown {what} {name!r}: choose one of {', '.join(names)}")
+
+
 # ------------------------------------------------------------------------------------- networks
 
 
@@ -112,8 +121,7 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth: int, factor: int, width: int, in_channels: int):
         super().__init__()
-        if width * factor < 4:
-            raise CEMError(f"a Wide ResNet of factor {factor} needs a larger width than {width}")
+        require(width * factor >= 4, f"wrn of factor {factor}: width {width} is too small")
         channels = [16] + [width * factor // 4 * 2**i for i in range(3)]
         self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         for i in range(3):
@@ -154,9 +162,11 @@ class _CEM(nn.Module):
 
     def __init__(self, arch, width, in_channels, mean=0.5, std=0.25, **config):
         super().__init__()
-        if arch not in ARCHS:
-            raise CEMError(f"unknown arch {arch!r}: choose one of {', '.join(ARCHS)}")
+        _require_one_of(ARCHS, arch, "arch")
         self.config = dict(arch=arch, width=width, in_channels=in_channels, **config)
+        for name, value in self.config.items():
+            positive = name == "arch" or 0 < value < math.inf
+            require(positive, f"{name} must be positive and finite, not {value}")
         self.net = ARCHS[arch](width, in_channels)
         for module in self.net.modules():
             if isinstance(module, nn.Conv2d):
@@ -204,8 +214,6 @@ class NonParametricCEM(_CEM):
     def __init__(
         self, arch="resnet18", embed_dim=128, temperature=0.3, width=64, in_channels=3, **kwargs
     ):
-        if not temperature > 0:
-            raise CEMError(f"temperature must be positive, not {temperature}")
         config = dict(embed_dim=embed_dim, temperature=temperature)
         super().__init__(arch, width, in_channels, **kwargs, **config)
         self.temperature = temperature
@@ -288,8 +296,7 @@ def similarity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
 def _similarity_to_others(z: Tensor, temperature: float) -> Tensor:
     """f(x_i, x_j) within a batch, (N, D) -> (N, N), with -inf on the diagonal."""
-    if len(z) < 2:
-        raise CEMError("this potential compares images: it needs a batch of at least 2")
+    require(len(z) > 1, "this potential compares images: it needs a batch of at least 2")
     diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
     return similarity(z, z, temperature).masked_fill(diagonal, -torch.inf)
 
@@ -304,11 +311,9 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean"
     other rows of both are negatives. reduction "mean" -> (), over the 2N views; "none" -> (N,),
     the mean over each pair's two views.
     """
-    if reduction not in ("mean", "none"):
-        raise CEMError(f"unknown reduction {reduction!r}: choose 'mean' or 'none'")
+    _require_one_of(("mean", "none"), reduction, "reduction")
     n = len(z1)
-    if n < 2 or len(z2) != n:
-        raise CEMError(f"InfoNCE needs two views of at least 2 images, not {n} and {len(z2)}")
+    require(n == len(z2) > 1, f"InfoNCE needs two views of at least 2 images, not {n}, {len(z2)}")
     positives = torch.arange(2 * n, device=z1.device).roll(n)
     logits = _similarity_to_others(torch.cat([z1, z2]), temperature)
     losses = -log_posterior(logits, positives).view(2, n).mean(0)
@@ -330,11 +335,9 @@ def supervised_loss(name, model, x, y, x_adv=None, weight=0.1, x_s=None) -> tupl
     Without x_s, the last two omit that term. In training their BatchNorm normalises x_s by the
     statistics of the data; with statistics of their own, it would tell samples from data.
     """
-    if name not in SUPERVISED_LOSSES:
-        raise CEMError(f"unknown loss {name!r}: choose one of {', '.join(SUPERVISED_LOSSES)}")
+    _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
-    if seen is None:
-        raise CEMError(f"loss {name!r} needs x_adv, the attacked images")
+    require(seen is not None, f"loss {name!r} needs x_adv, the attacked images")
     if name in ("jem", "jeat"):
         with _batch_statistics_of_first(len(x), model):
             outputs = model(seen if x_s is None else torch.cat([seen, x_s]))
@@ -404,10 +407,11 @@ def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Te
         device = like.device if generator is None else generator.device
         drawn = random(shape, generator=generator, dtype=like.dtype, device=device)
     else:
-        rows = [
-            random(shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator
-        ]
-        drawn = torch.stack(rows)
+        n = len(generator)
+        require(n == shape[0], f"{shape[0]} images need as many generators, not {n}")
+        drawn = torch.empty(shape, dtype=like.dtype)
+        for row, g in zip(drawn, generator):
+            row.copy_(random(shape[1:], generator=g, dtype=like.dtype, device=g.device))
     return drawn.to(like.device)
 
 
@@ -416,16 +420,15 @@ def _check_images(x: Tensor, clip: tuple[float, float] | None) -> None:
 
     Values are checked on the CPU only: on a GPU the host would wait for them.
     """
-    if not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1):
-        raise CEMError("x must be a batch of floating-point images: divide uint8 images by 255")
+    batch = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+    require(batch, "x must be a batch of floating-point images: divide uint8 images by 255")
     if x.device.type != "cpu" or not x.numel():
         return
     low, high = (value.item() for value in x.detach().aminmax())
     least, most = clip or (-math.inf, math.inf)
-    inside = least - 1e-4 <= low and high <= most + 1e-4
-    if not (inside and math.isfinite(low) and math.isfinite(high)):
-        range = f"[{least:g}, {most:g}], not [{low:.3g}, {high:.3g}]"
-        raise CEMError(f"x must be finite and in {range}: cem's models normalise images themselves")
+    inside = max(least - 1e-4, -1e38) <= low and high <= min(most + 1e-4, 1e38)  # not if NaN
+    found = f"[{least:g}, {most:g}], not [{low:.3g}, {high:.3g}]"
+    require(inside, f"x must be finite and in {found}: cem's models normalise images themselves")
 
 
 @contextmanager
@@ -464,13 +467,13 @@ def ascend(
     Returns the last iterate, detached. No weight gradient is computed, and parameters, their .grad
     and buffers are left as they were. Raises CEMError for options out of range.
     """
-    if norm not in DIRECTIONS:
-        raise CEMError(f"unknown norm {norm!r}: choose one of {', '.join(DIRECTIONS)}")
-    if steps < 0 or step_size < 0 or noise < 0 or (eps is not None and eps < 0):
-        raise CEMError("steps, step_size, noise and eps must not be negative")
-    if eps is not None and norm == "none":
-        raise CEMError("a ball of radius eps needs norm 'l2' or 'linf'")
+    _require_one_of(DIRECTIONS, norm, "norm")
+    numbers = (steps, step_size, noise, momentum, 0 if eps is None else eps)
+    finite = all(0 <= value < math.inf for value in numbers)
+    require(finite, "steps, step_size, noise, momentum and eps must be finite, none negative")
+    require(eps is None or norm != "none", "a ball of radius eps needs norm 'l2' or 'linf'")
     _check_images(x, clip)
+    require(start is None or start.shape == x.shape, "start must have the shape of x")
     center = x.detach()
     x = (x if start is None else start).detach().clone()
     velocity = 0
@@ -481,8 +484,7 @@ def ascend(
             with torch.enable_grad():
                 x.requires_grad_(True)
                 u = potential(x)
-                if u.dim() != 1:
-                    raise CEMError(f"the potential must return shape (N,), not {tuple(u.shape)}")
+                require(u.dim() == 1, f"the potential must return (N,), not {tuple(u.shape)}")
                 (gradient,) = torch.autograd.grad(u.sum(), x)
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)
             x = x.detach() + step_size * velocity
@@ -505,8 +507,8 @@ def pgd(
     step_size defaults to 2.5 eps / steps; the random start is uniform in the ball, then clipped.
     The other arguments are those of `ascend`. Returns the attacked images, detached.
     """
-    if norm not in ("l2", "linf") or steps < 1:
-        raise CEMError(f"pgd needs norm 'l2' or 'linf' and steps >= 1, not {norm!r} and {steps}")
+    _require_one_of(("l2", "linf"), norm, "norm")
+    require(steps >= 1, f"steps must be at least 1, not {steps}")
     _check_images(x, (0, 1))
     start = x.detach()
     if random_start and eps > 0:
@@ -584,21 +586,24 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Potential
     Raises CEMError for an unknown name, a missing y, or a model of the other kind.
     """
     names = [*PARAMETRIC_SAMPLERS, *PARAMETRIC_ATTACKS, *NON_PARAMETRIC_SAMPLERS]
-    if name not in names:
-        raise CEMError(f"unknown potential {name!r}: choose one of {', '.join(names)}")
+    _require_one_of(names, name, "potential")
     wrong = ParametricCEM if name in NON_PARAMETRIC_SAMPLERS else NonParametricCEM
-    if isinstance(model, wrong):
-        raise CEMError(f"potential {name!r} is not defined for a {wrong.__name__}")
-    if y is None and name not in WITHOUT_Y:
-        what = "the positives" if name == "pgd" else "the labels"
-        raise CEMError(f"potential {name!r} needs y, {what}")
+    fits = not isinstance(model, wrong)
+    require(fits, f"potential {name!r} is not defined for a {wrong.__name__}")
+    what = "the positives" if name == "pgd" else "the labels"
+    require(y is not None or name in WITHOUT_Y, f"potential {name!r} needs y, {what}")
     if y is not None and name not in NON_PARAMETRIC_SAMPLERS:
-        if y.dtype != torch.int64 or y.dim() != 1:
-            raise CEMError(f"labels must be int64 (N,), not {y.dtype} {tuple(y.shape)}")
-        classes = model.config["num_classes"] if isinstance(model, ParametricCEM) else math.inf
-        if y.device.type == "cpu" and len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
-            raise CEMError(f"labels must be in 0..{classes - 1}")
+        known = isinstance(model, ParametricCEM)
+        _check_labels(y, model.config["num_classes"] if known else math.inf)
     return Potential(name, model, y)
+
+
+def _check_labels(y: Tensor, num_classes: float) -> None:
+    """Raise CEMError unless y is int64 (N,) and, which is checked on the CPU only, in range."""
+    integers = y.dtype == torch.int64 and y.dim() == 1
+    require(integers, f"labels must be int64 (N,), not {y.dtype} {tuple(y.shape)}")
+    if y.device.type == "cpu" and len(y):
+        require(0 <= y.min() and y.max() < num_classes, f"labels must be in 0..{num_classes - 1}")
 
 
 # ---------------------------------------------------------------------------------------- seeds
@@ -617,19 +622,34 @@ class GaussianSeeds:
         self.factor = factor
         self.shape = tuple(shape)
         self.num_classes = len(mean) - 1
+        fits = mean.dim() == 2 and factor.dim() == 3 and factor.shape[:2] == mean.shape
+        fits = fits and len(self.shape) == 3 and math.prod(self.shape) == mean.shape[1]
+        require(fits, "mean must be (K + 1, C H W), factor (K + 1, C H W, R), shape (C, H, W)")
+        finite = mean.isfinite().all() and factor.isfinite().all()
+        require(finite, "the mean and the factor of the seeds must be finite")
 
     @classmethod
-    def fit(cls, images: Tensor, labels: Tensor, rank=None, num_classes=None) -> GaussianSeeds:
-        """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, 2 images per class."""
-        flat = images.flatten(1)
+    def fit(
+        cls, images: Tensor, labels: Tensor, rank=None, num_classes=None, progress=iter
+    ) -> GaussianSeeds:
+        """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, 2 images per class.
+
+        progress: wraps the loop over the classes, such as tqdm.
+        """
         scale = 255 if images.dtype == torch.uint8 else 1
+        if scale == 1:
+            _check_images(images, (0, 1))
+        fits = images.dim() == 4 and len(images) == len(labels) > 1
+        require(fits, "the fit needs images (N, C, H, W) and labels (N,), N at least 2")
         num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-        rank = min(rank or flat.shape[1], flat.shape[1], len(flat) - 1)
+        _check_labels(labels, num_classes)
+        flat = images.flatten(1)
+        rank = min(flat.shape[1] if rank is None else rank, flat.shape[1], len(flat) - 1)
+        require(rank >= 1, f"rank must be at least 1, not {rank}")
         means, factors = [], []
-        for k in range(num_classes + 1):
+        for k in progress(range(num_classes + 1)):
             rows = flat if k == num_classes else flat[labels == k]
-            if len(rows) < 2:
-                raise CEMError(f"class {k} has {len(rows)} images: its seeds need at least 2")
+            require(len(rows) > 1, f"class {k} has {len(rows)} images: its seeds need at least 2")
             rows = rows.to(torch.get_default_dtype()) / scale
             means.append(rows.mean(0))
             centered = (rows - means[k]) / (len(rows) - 1) ** 0.5
@@ -640,8 +660,8 @@ class GaussianSeeds:
         """labels (N,): seeds of these classes; an int n: n unconditional ones. -> (N, C, H, W)."""
         if isinstance(labels, int):
             labels = torch.full((labels,), self.num_classes)
-        elif len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise CEMError(f"labels must lie in 0..{self.num_classes - 1}")
+        else:
+            _check_labels(labels, self.num_classes)
         labels = labels.to(self.mean.device)
         dim, rank = self.factor.shape[1:]
         draws = _draw(torch.randn, (len(labels), rank + dim), generator, self.mean)
@@ -657,8 +677,11 @@ class GaussianSeeds:
 
     @classmethod
     def from_state_dict(cls, state: dict, device="cpu") -> GaussianSeeds:
-        mean, factor = (state[name].to(device).float() for name in ("mean", "factor"))
-        return cls(mean, factor, state["shape"])
+        try:
+            mean, factor = (state[name].to(device).float() for name in ("mean", "factor"))
+            return cls(mean, factor, state["shape"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CEMError("seeds need the tensors mean and factor, and a shape") from error
 
 
 def _principal_factor(centered: Tensor, rank: int, seed: int) -> Tensor:
@@ -684,6 +707,8 @@ class ReplayBuffer(nn.Module):
 
     def __init__(self, size: int, shape: Sequence[int], reinit=0.05, fresh: Callable | None = None):
         super().__init__()
+        fits = size >= 1 and 0 <= reinit <= 1
+        require(fits, f"size must be at least 1, reinit in [0, 1], not {size} and {reinit}")
         self.reinit = reinit
         self.shape = tuple(shape)
         self.fresh = fresh or self._uniform
@@ -698,8 +723,8 @@ class ReplayBuffer(nn.Module):
 
         -> x_s (n, C, H, W), detached. Raises CEMError where the buffer has fewer than n chains.
         """
-        if n > len(self.images):
-            raise CEMError(f"the replay buffer has {len(self.images)} chains, fewer than {n}")
+        enough = n <= len(self.images)
+        require(enough, f"the replay buffer has {len(self.images)} chains, fewer than {n}")
         index = torch.randperm(len(self.images), generator=generator, device=self.images.device)
         index = index[:n]
         drawn = _draw(torch.rand, (n, 1, 1, 1), generator, self.images[:0].float())
@@ -718,6 +743,8 @@ KINDS = {"ParametricCEM": ParametricCEM, "NonParametricCEM": NonParametricCEM}
 def write_atomically(path: str | os.PathLike, write: Callable) -> None:
     """write(file) fills a temporary file beside `path`, which is renamed only once it is whole."""
     path = Path(path)
+    if path.is_symlink() or path.exists() and not path.is_file():
+        raise OSError(f"cannot write {path}: it exists and is not a regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.cem-tmp")
     try:
@@ -744,15 +771,13 @@ def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **ext
         with torch.device("meta"):
             rebuilt = KINDS[kind](**model.config).state_dict()
     state = model.state_dict()
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in rebuilt.items()}:
-        raise CEMError(
-            f"cannot save this {kind}: load could not rebuild it from its config. "
-            "Save a ParametricCEM or NonParametricCEM, or torch.save the state_dict yourself"
-        )
+    same = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in rebuilt.items()}
+    advice = "save a ParametricCEM or NonParametricCEM, or torch.save the state_dict yourself"
+    require(same, f"load could not rebuild this {kind} from its config: {advice}")
     if half:
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        if any(v.is_floating_point() and not v.isfinite().all() for v in state.values()):
-            raise CEMError("the weights overflow half precision: save with half=False")
+        finite = all(v.isfinite().all() for v in state.values())
+        require(finite, "the weights overflow half precision: save with half=False")
     _check_plain(extra, "extra")
     content = {"format": "cem", "kind": kind, "config": model.config, "state": state}
     content["extra"] = extra
@@ -761,15 +786,13 @@ def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **ext
 
 def _check_plain(value, name: str) -> None:
     """Raise CEMError unless `load` would read the value: tensors, plain values, lists, dicts."""
-    items = {}
-    if isinstance(value, dict):
-        items = value
-    elif isinstance(value, (list, tuple)):
-        items = dict(enumerate(value))
-    elif not isinstance(value, (Tensor, bool, int, float, str, type(None))):
-        raise CEMError(f"{name} is a {type(value).__name__}, which load would not read")
-    for key, item in items.items():
-        _check_plain(item, f"{name}[{key!r}]")
+    if isinstance(value, (dict, list, tuple)):
+        items = value if isinstance(value, dict) else dict(enumerate(value))
+        for key, item in items.items():
+            _check_plain(item, f"{name}[{key!r}]")
+        return
+    plain = isinstance(value, (Tensor, bool, int, float, str, type(None)))
+    require(plain, f"{name} is a {type(value).__name__}, which load would not read")
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
@@ -778,20 +801,24 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     Only tensors and plain values are read; no code in the file runs. Raises CEMError for a file
     that is missing, damaged or not one of this project's.
     """
-    if not Path(path).is_file():
-        raise CEMError(f"checkpoint {path} not found")
+    require(Path(path).is_file(), f"checkpoint {path} not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can fail in any way
         raise CEMError(f"cannot read {path}: it is damaged or {NOT_OURS}") from error
-    if not isinstance(content, dict) or content.get("format") != "cem":
-        raise CEMError(f"{path} is {NOT_OURS}")
-    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
-        raise CEMError(f"{path} is damaged: checksum mismatch")  # torch.load does not check
+    ours = isinstance(content, dict) and content.get("format") == "cem"
+    require(ours, f"{path} is {NOT_OURS}")
+    whole = zipfile.is_zipfile(path) and not zipfile.ZipFile(path).testzip()
+    require(whole, f"{path} is damaged: checksum mismatch")  # which torch.load does not check
     try:
-        model = KINDS[content["kind"]](**content["config"])
-        model.load_state_dict(content["state"])
+        with torch.device("meta"):  # sizes that only the configuration claims cost no memory
+            model = KINDS[content["kind"]](**content["config"])
+        expected = model.state_dict()
+        state = {k: v.to(expected[k].dtype).contiguous() for k, v in content["state"].items()}
+        model.load_state_dict(state, assign=True)
         model.extra = dict(content["extra"])
+        finite = all(v.isfinite().all() for v in state.values()) and state["std"].all()
+        require(finite, "its weights must be finite, and std not 0")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CEMError(f"{path} is a damaged checkpoint: {error}".splitlines()[0]) from error
     return model.to(device).eval()

@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import cem
-from lib import cli, data, distributed, metrics
+from lib import cli, data, distributed, files, metrics
 from lib.cli import option
 from lib.device import PRECISIONS, pick_device
 from lib.metrics import FeatureNetwork, Reference
@@ -40,23 +39,23 @@ class Options:
     ref: str = option("cifar10", "dataset, folder, samples npz, or npz of mu and sigma", INPUT)
     split: str = option("train", "split of the dataset", INPUT, choices=["train", "test"])
     data_dir: str = option("data", "folder of the downloaded datasets", INPUT, **PATH)
+    image_size: int = option(0, f"of the reference: {data.IMAGE_SIZE}", INPUT, least=0)
     features: str = option("inception", "inception, or a classifier checkpoint", "features")
     weights: str = option("", "FID Inception's weights (default: downloaded)", "features", **PATH)
     preprocess: str = option(
         "torch", "as pytorch-fid; tf1: as torch-fidelity", "features", choices=["torch", "tf1"]
     )
     precision: str = option("float32", "arithmetic", "features", choices=PRECISIONS)
-    splits: int = option(10, "parts of the samples over which IS is averaged", "features")
+    splits: int = option(10, "parts of the samples over which IS is averaged", "features", least=1)
     save_stats: str = option("", "write the reference's mu and sigma to this npz", "run", **PATH)
     out: str = option("", "JSON file (default: metrics.json beside the samples)", "run", **PATH)
-    batch_size: int = option(100, "images at a time", "run")
+    batch_size: int = option(100, "images at a time", "run", least=1)
     device: str = option("auto", cli.DEVICE, "run")
+    quiet: bool = option(False, cli.QUIET, "run")
 
 
 def check(opt: Options) -> None:
     cli.require(not opt.out.endswith(".md"), "--out is the JSON file; the .md is written beside it")
-    cli.require(opt.splits >= 1, "--splits must be at least 1")
-    cli.require(opt.batch_size >= 1, "--batch-size must be at least 1")
     if opt.features != "inception":
         cli.require(not opt.save_stats, "--save-stats needs --features inception")
         cli.require(opt.preprocess == "torch", "--preprocess tf1 needs --features inception")
@@ -65,53 +64,13 @@ def check(opt: Options) -> None:
 # --------------------------------------------------------------------------------------- samples
 
 
-def read_npz(path: Path) -> tuple[Tensor, Tensor]:
-    """-> images uint8 (N, C, H, W) and labels (N,), -1 if the file has none."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file}
-    except Exception as error:  # a damaged archive can fail in any way
-        raise cem.CEMError(f"cannot read the samples {path}: {error}") from error
-    cli.require("arr_0" in arrays, f"{path} contains no images (arr_0)")
-    images = arrays["arr_0"]
-    labels = arrays.get("arr_1", np.full(images.shape[:1], -1))
-    if images.dtype.kind == "f":
-        inside = bool(((images >= 0) & (images <= 1)).all())
-        cli.require(inside, f"{path}: arr_0 is float, but not in [0, 1]")
-        images = (255 * images).round().astype(np.uint8)
-    cli.require(labels.dtype.kind in "iu", f"{path}: arr_1 must contain integer labels")
-    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
-    fits = fits and len(images) > 0 and labels.shape == images.shape[:1]
-    wanted = "uint8, or float in [0, 1], (N, H, W, C) with C = 1 or 3, and arr_1 (N,)"
-    cli.require(fits, f"{path}: arr_0 must be {wanted}")
-    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
-
-
-def read_samples(path: Path) -> tuple[Tensor, Tensor]:
-    """The same of an npz file or an image folder.
-
-    The order is that of the file names. Images in subfolders, read if there are no others, are
-    shuffled: otherwise each split of IS would contain one class.
-    """
-    if not path.is_dir():
-        cli.require(path.is_file(), f"samples {path} not found: python sample.py makes some")
-        return read_npz(path)
-    found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-    cli.require(bool(found), f"{path} contains no images")
-    files = [name for name in found if Path(name).parent == path]
-    if not files:
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-        files = [found[i] for i in order]
-    return data.read_images(files), torch.full((len(files),), -1)
-
-
 def load_samples(opt: Options) -> list[tuple[Path, Tensor, Tensor]]:
     """Path, images and labels of each set; without --samples and --save-stats, the newest one."""
     paths = [Path(path) for path in opt.samples]
     if not paths and not opt.save_stats:
         paths = sorted(Path("runs").glob("*/samples-*.npz"), key=lambda p: p.stat().st_mtime)[-1:]
         cli.require(bool(paths), "no samples in runs/: run python sample.py, or pass --samples")
-    samples = [(path, *read_samples(path)) for path in paths]
+    samples = [(path, *data.read_samples(path)) for path in paths]
     for path, images, _ in samples:
         enough = len(images) > opt.splits
         cli.require(enough, f"{path} has {len(images)} images: --splits {opt.splits} needs more")
@@ -124,15 +83,17 @@ def check_samples(samples: list, reference: Tensor, opt: Options) -> None:
     for path, images, _ in samples:
         shape = tuple(images.shape[1:])
         differs = f"{path} has images of {shape}, the reference of {wanted}"
-        cli.require(shape == wanted, f"{differs}: they must be equal, images are not resized")
+        cli.require(shape == wanted, f"{differs}: --image-size resizes the reference")
 
 
 def warn_about(path: Path, images: Tensor, labels: Tensor, network, opt: Options) -> None:
     if labels.unique().numel() > 1 and bool((labels.diff() >= 0).all()):
         score = f"{network.names[0]}, averaged over {opt.splits} consecutive parts"
         cli.warn(f"{path} is sorted by class: {score}, will be too low")
-    if not network.standardised and len(images) < 2048:
-        cli.warn(f"{path} has {len(images)} images: below 2,048, FID is biased upwards; KID is not")
+    needed = 500 if network.standardised else 2048
+    if len(images) < needed:
+        biased = f"below {needed:,}, {network.names[1]} is biased upwards"
+        cli.warn(f"{path} has {len(images)} images: {biased}; {network.names[2]} is not")
 
 
 # --------------------------------------------------------------------------- reference and table
@@ -167,10 +128,10 @@ def reference_images(opt: Options, key: str) -> Tensor | Reference:
     must be of the feature network `key`."""
     path = Path(opt.ref)
     if path.suffix == ".npz" and path.is_file():
-        return read_statistics(path, key) or read_npz(path)[0]
+        return read_statistics(path, key) or data.read_npz(path)[0]
     if opt.ref not in data.NAMES and path.is_dir() and not (path / "train").is_dir():
-        return read_samples(path)[0]
-    return data.load(opt.ref, opt.split, opt.data_dir).images
+        return data.read_samples(path, opt.image_size)[0]
+    return data.load(opt.ref, opt.split, opt.data_dir, opt.image_size).images
 
 
 FORMAT = 1  # of cached statistics: to be raised when features or blocks change
@@ -250,10 +211,33 @@ def markdown(rows: list[dict]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def output(samples: list, opt: Options) -> Path:
+    """The JSON file to write, of which evaluate also writes the table as .md."""
+    first = samples[0][0]
+    return Path(opt.out or (first if first.is_dir() else first.parent) / "metrics.json")
+
+
+def check_outputs(samples: list, opt: Options) -> None:
+    if opt.save_stats:
+        files.check_output(Path(opt.save_stats), is_statistics)
+    if samples:
+        path = output(samples, opt)
+        is_ours = files.json_with("command", "network", "reference", "rows")
+        files.check_output(path, is_ours)
+        files.check_output(path.with_suffix(".md"), lambda _: is_ours(path))
+
+
+def is_statistics(path: Path) -> bool:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {"mu", "sigma", "key"} <= set(arrays)
+    except Exception:  # not an npz file
+        return False
+
+
 def evaluate(network: FeatureNetwork, samples: list, reference: Reference, opt: Options) -> None:
     """Judge all sets of samples; the files are written after each."""
-    first = samples[0][0]
-    out = Path(opt.out or (first if first.is_dir() else first.parent) / "metrics.json")
+    out = output(samples, opt)
     record = {"command": cli.command(), "network": network.key, "reference": opt.ref}
     record |= {"split": opt.split, "splits": opt.splits, "rows": []}
     rows = record["rows"]
@@ -276,6 +260,7 @@ def main() -> None:
     check(opt)
     device = pick_device(opt.device)
     samples = load_samples(opt)
+    check_outputs(samples, opt)
     if opt.features == "inception":
         network = metrics.Inception(opt.weights, device, opt.preprocess, opt.precision)
     else:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import cem
-from lib import cli, data, distributed, interop, robustness
+from lib import cli, data, distributed, files, interop, robustness
 from lib.cli import option
 from lib.device import PRECISIONS, pick_device, resolve_precision
 
@@ -36,6 +36,9 @@ class Options:
     data_dir: str = option(
         "data", "folder of the downloaded datasets", "checkpoint and data", metavar="PATH"
     )
+    image_size: int = option(
+        0, f"{data.IMAGE_SIZE}, or as the checkpoint has them", "checkpoint and data", least=0
+    )
     mean: list[float] = cli.options(float, cli.MEAN, "checkpoint and data")
     std: list[float] = cli.options(float, cli.STD, "checkpoint and data")
     n: int = option(0, "test images, evenly spaced; 0: all", "checkpoint and data", least=0)
@@ -48,6 +51,7 @@ class Options:
     )
     batch_size: int = option(256, "images at a time", "run", least=1)
     seed: int = option(0, "seed of the attacks' random starts", "run")
+    quiet: bool = option(False, cli.QUIET, "run")
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("float32", "arithmetic", "run", choices=PRECISIONS)
 
@@ -57,15 +61,18 @@ def check(opt: Options) -> None:
         cli.require(name in KNOWN, f"--attacks: unknown {name!r}, choose from {', '.join(KNOWN)}")
 
 
-def load(opt: Options, path: Path, device: torch.device) -> tuple[nn.Module, str]:
-    """The checkpoint, and the name of the dataset to measure it on (by default its own)."""
+def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
+    """The checkpoint. Its dataset and image size become those of `opt`, unless it has others."""
     model = interop.load(path, device, opt.mean or None, opt.std or None)
     own = model.extra.get("dataset", "")
     known = own in data.NAMES or Path(own or "?").is_dir()
     if not opt.dataset and not known:
         print(f"measuring on cifar10: the checkpoint's dataset, {own or 'unknown'}, is not here")
-    dataset = opt.dataset or (own if known else "cifar10")
-    return model.to(memory_format=torch.channels_last), dataset
+    opt.dataset = opt.dataset or (own if known else "cifar10")
+    shape = model.extra.get("image_shape")
+    if shape and opt.dataset not in data.NAMES and not opt.image_size:
+        opt.image_size = shape[1]
+    return model.to(memory_format=torch.channels_last)
 
 
 def evaluate_classifier(model: cem.ParametricCEM, test_set: data.Dataset, opt: Options) -> dict:
@@ -134,19 +141,23 @@ def main() -> None:
     device = pick_device(opt.device)
     opt.precision = resolve_precision(device, opt.precision)
     path = Path(opt.ckpt) if opt.ckpt else cli.default_checkpoint("sup")
-    model, dataset = load(opt, path, device)
+    model = load(opt, path, device)
     third_party = "third_party" in model.extra
     folder = cli.output_folder(path, third_party)
-    if isinstance(model, cem.NonParametricCEM):
-        train_set, test_set = data.splits(dataset, opt.data_dir, device)
+    encoder = isinstance(model, cem.NonParametricCEM)
+    name = "probe.json" if encoder else "accuracy.json"
+    files.check_output(folder / name, files.json_with("command", "ckpt", "eps"))
+    if encoder:
+        train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
         result = evaluate_encoder(model, train_set, test_set, opt)
-        report("probe.json", path, folder, test_set, opt, result)
+        report(name, path, folder, test_set, opt, result)
         return
-    test_set = data.load(dataset, "test", opt.data_dir).to(device)
+    test_set = data.load(opt.dataset, "test", opt.data_dir, opt.image_size).to(device)
     if third_party:
-        interop.check_third_party(model, path, data.load(dataset, "train", opt.data_dir))
+        train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
+        interop.check_third_party(model, path, train_set)
     result = evaluate_classifier(model, test_set, opt)
-    report("accuracy.json", path, folder, test_set, opt, result)
+    report(name, path, folder, test_set, opt, result)
 
 
 if __name__ == "__main__":

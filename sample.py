@@ -23,10 +23,9 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cem
-from lib import cli, data, distributed, interop, metrics, pictures
+from lib import cli, data, distributed, files, interop, metrics, pictures
 from lib.cli import option
 from lib.device import PRECISIONS, autocast, pick_device, resolve_precision, try_batch_size
 
@@ -80,6 +79,7 @@ class Options:
         "", f"for a third-party checkpoint, gives seeds and class names: {data.HELP}", "checkpoint"
     )
     data_dir: str = option("data", "folder of the downloaded datasets", "checkpoint", **cli.PATH)
+    image_size: int = option(0, data.IMAGE_SIZE, "checkpoint", least=0)
     mean: list[float] = cli.options(float, cli.MEAN, "checkpoint")
     std: list[float] = cli.options(float, cli.STD, "checkpoint")
     out: str = option(
@@ -95,6 +95,7 @@ class Options:
     batch_size: int = option(250, "images at a time; pgd and maxent couple these", "run", least=1)
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
+    quiet: bool = option(False, cli.QUIET, "run")
 
 
 def check(opt: Options) -> None:
@@ -122,13 +123,16 @@ def load_model(path: Path, device: torch.device, opt: Options) -> torch.nn.Modul
         "third_party" in model.extra or not opt.dataset,
         f"--dataset is for third-party checkpoints: {path} has its seeds",
     )
+    cli.require(
+        opt.dataset or not opt.image_size, "--image-size needs the --dataset that it applies to"
+    )
     if opt.raw:
         stored = "training" in model.extra
         cli.require(stored, f"--raw needs the last weights, but {path} stores the average only")
         model.load_state_dict(model.extra["training"]["model"])
     if "third_party" in model.extra:
         cli.require(opt.dataset, f"{path} has no seeds: name the --dataset to fit them to")
-        dataset = data.load(opt.dataset, "train", opt.data_dir)
+        dataset = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
         interop.check_third_party(model, path, dataset)
         model.extra |= dataset.checkpoint_info(SEED_RANK)
     complete = {"seeds", "classes", "dataset"} <= model.extra.keys()
@@ -179,6 +183,7 @@ def draw_batch(model, seeds, opt: Options, device, first: int, size: int) -> tup
         length = step_size(opt, seeds.shape)
         with autocast(device, opt.precision):
             x = cem.ascend(potential, x, step_size=length, generator=random, **ascent)
+        cli.require(bool(x.isfinite().all()), "the images are not finite: the network overflows")
     return x.mul(255).round().byte().cpu(), y if conditional else torch.full_like(y, -1)
 
 
@@ -196,9 +201,7 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
         size = n if couples else min(n, opt.n - first)  # coupled images need the whole batch
         return draw_batch(model, seeds, opt, device, first, size)
 
-    hidden = distributed.rank() > 0
-    own = distributed.local_rows(starts)
-    for first in tqdm(own, opt.sampler, unit="batch", leave=False, disable=hidden):
+    for first in cli.progress(distributed.local_rows(starts), opt.sampler, unit="batch"):
         if parts is None or pictures.read_part(parts, first) is None:
             drawn[first] = try_batch_size(opt.batch_size, draw_at_most, first)
             if parts is not None:
@@ -213,18 +216,19 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
     return images[: opt.n], labels[: opt.n]
 
 
-def parts_folder(folder: Path, name: str, opt: Options, path: Path) -> Path:
-    """A folder for the finished batches of exactly these options and weights."""
-    unrelated = ("out", "png", "device", "data_dir", "ckpt")
+def identity(opt: Options, path: Path) -> str:
+    """A digest of all options and weights on which the images depend."""
+    unrelated = ("out", "png", "device", "data_dir", "ckpt", "quiet")
     options = {key: value for key, value in asdict(opt).items() if key not in unrelated}
     content = json.dumps([options, metrics.digest(path)]).encode()
-    return folder / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}.parts"
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def record(opt: Options, path: Path, model, device, seconds: float) -> dict:
     """The content of the .json beside the samples: command, options, model, time."""
     return {
         "command": cli.command(),
+        "set": identity(opt, path),
         **asdict(opt),
         "ckpt": str(path),
         "dataset": model.extra["dataset"],
@@ -245,10 +249,14 @@ def main() -> None:
     path = Path(opt.ckpt or cli.default_checkpoint("unsup" if unsupervised else "sup"))
     model = load_model(path, device, opt)
     folder = Path(opt.out or cli.output_folder(path, "third_party" in model.extra))
+    name = f"samples-{opt.sampler}{'-cond' * opt.cond}"
+    parts = folder / f"{name}-{identity(opt, path)}.parts"  # of its finished batches
+    files.make_folder(parts)
+    files.lock(parts, f"another process draws the same images: its batches are in {parts}")
+    if opt.png:
+        files.make_folder(Path(opt.png).absolute().parent)
     print(f"{opt.sampler}: {opt.n} images from {path}")
     begin = time.monotonic()
-    name = f"samples-{opt.sampler}{'-cond' * opt.cond}"
-    parts = parts_folder(folder, name, opt, path)
     found = len(list(parts.glob("*.npz")))
     if found:
         print(f"resuming with {found} finished batch{'es' * (found > 1)} in {parts}")

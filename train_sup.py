@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cem
-from lib import cli, data, distributed, robustness
+from lib import augment, cli, data, distributed, options, robustness
 from lib.cli import option
 from lib.device import AttackCopy, autocast, pick_device
 from lib.loop import Trainer
@@ -31,7 +31,7 @@ ENERGY = "energy terms (jem and jeat; the weight also in mle)"
 
 
 @dataclass
-class Options(cli.TrainOptions):
+class Options(options.TrainOptions):
     dataset: str = option(
         "cifar10", f"{data.HELP}; digits changes defaults: {cli.as_flags(DIGITS)}", "data"
     )
@@ -63,17 +63,19 @@ class Options(cli.TrainOptions):
 
 
 def preset(opt: Options) -> dict:
+    stored = options.stored(opt)
+    opt.dataset, opt.loss = stored.get("dataset", opt.dataset), stored.get("loss", opt.loss)
     defaults = dict(DIGITS) if opt.dataset == "digits" else {}
     if opt.loss in ENERGY_BASED:
         if opt.dataset == "digits":
             defaults |= ENERGY_BASED_DIGITS
         if distributed.world_size() > 1:
             defaults["batch_norm"] = "local"
-    return defaults
+    return defaults | stored
 
 
 def check(opt: Options) -> None:
-    cli.check(opt)
+    options.check(opt)
     if opt.loss in ENERGY_BASED:
         positive = opt.likelihood_weight > 0
         cli.require(positive, f"--likelihood-weight must be greater than 0 for {opt.loss}")
@@ -91,7 +93,7 @@ def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuf
 
     def batch_loss(model, index, draws, generator):
         x, y = train_set.pixels(index), train_set.labels[index]
-        x = data.crop_flip(x, draws, flip=train_set.flip, padding=padding)
+        x = augment.crop_flip(x, draws, flip=train_set.flip, padding=padding)
         x_adv = x_s = None
         with autocast(x.device, opt.precision):
             if opt.loss in ("at", "mle", "jeat"):
@@ -160,7 +162,7 @@ def diagnosis(opt: Options, model, test_set: data.Dataset, seeds, buffer) -> dic
 
 def train(opt: Options) -> None:
     device = pick_device(opt.device)
-    train_set, test_set = data.splits(opt.dataset, opt.data_dir, device)
+    train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     classes = len(train_set.classes)
@@ -187,7 +189,7 @@ def train(opt: Options) -> None:
         opt,
         model,
         len(train_set),
-        shuffle=lambda epoch: data.draws(len(train_set), 3, opt.seed, epoch, device),
+        shuffle=lambda epoch: augment.draws(len(train_set), 3, opt.seed, epoch, device),
         batch_loss=make_batch_loss(opt, train_set, buffer),
         measure=measure,
         chains=buffer,
@@ -197,7 +199,7 @@ def train(opt: Options) -> None:
 
 
 def main() -> None:
-    opt = cli.parse(Options, __doc__, preset, cli.MOVED_IN_TRAINING)
+    opt = cli.parse(Options, __doc__, preset, options.MOVED)
     check(opt)
     train(opt)
 

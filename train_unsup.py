@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import cem
-from lib import cli, data, distributed, robustness
+from lib import augment, cli, data, distributed, options, robustness
 from lib.cli import option
 from lib.device import AttackCopy, autocast, pick_device
 from lib.loop import Trainer
@@ -26,14 +26,14 @@ DIGITS = dict(
 
 
 @dataclass
-class Options(cli.TrainOptions):
+class Options(options.TrainOptions):
     dataset: str = option(
         "cifar10", f"{data.HELP}; digits changes defaults: {cli.as_flags(DIGITS)}", "data"
     )
     min_crop: float = option(
         0.2, "least area of a view, as a share of the image", "data", above=0, most=1
     )
-    arch: str = option("resnet18", cli.ARCH, "model", choices=list(cem.ARCHS), metavar="NAME")
+    arch: str = option("resnet18", options.ARCH, "model", choices=list(cem.ARCHS), metavar="NAME")
     embed_dim: int = option(128, "dimension of the embedding", "model", least=1)
     temperature: float = option(0.3, "temperature tau of the similarities", "model", above=0)
     loss: str = option(
@@ -50,11 +50,16 @@ class Options(cli.TrainOptions):
     )
 
 
+def preset(opt: Options) -> dict:
+    stored = options.stored(opt)
+    return (DIGITS if stored.get("dataset", opt.dataset) == "digits" else {}) | stored
+
+
 def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tuple[Tensor, Tensor]:
     """Two random views of each image of x, by the uniform draws u (N, 2 SIMCLR_DRAWS)."""
-    augment = dict(scale=(opt.min_crop, 1.0), flip=dataset.flip)
+    settings = dict(scale=(opt.min_crop, 1.0), flip=dataset.flip)
     first, second = u.chunk(2, 1)
-    return data.simclr(x, first, **augment), data.simclr(x, second, **augment)
+    return augment.simclr(x, first, **settings), augment.simclr(x, second, **settings)
 
 
 def make_batch_loss(opt: Options, train_set: data.Dataset):
@@ -96,7 +101,7 @@ def measure(model: nn.Module, train_set, test_set, opt: Options) -> dict[str, fl
     known = robustness.features(model, train_set, bank, opt)
     asked = robustness.features(model, test_set, query, opt)
     labels = train_set.labels[bank], test_set.labels[query]
-    _, u = data.draws(len(query), 2 * data.SIMCLR_DRAWS, opt.seed, 0, query.device)
+    _, u = augment.draws(len(query), 2 * augment.SIMCLR_DRAWS, opt.seed, 0, query.device)
     views = two_views(test_set.pixels(query), u, test_set, opt)
     with autocast(query.device, opt.precision):
         z1, z2 = (torch.cat([model(x) for x in view.split(opt.batch_size)]) for view in views)
@@ -109,7 +114,7 @@ def measure(model: nn.Module, train_set, test_set, opt: Options) -> dict[str, fl
 
 def train(opt: Options) -> None:
     device = pick_device(opt.device)
-    train_set, test_set = data.splits(opt.dataset, opt.data_dir, device)
+    train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     head = dict(embed_dim=opt.embed_dim, temperature=opt.temperature)
@@ -122,12 +127,12 @@ def train(opt: Options) -> None:
         due = epoch % opt.eval_every == 0 or epoch == opt.epochs
         return measure(model, train_set, test_set, opt) if due else {}
 
-    n, per_image = len(train_set), 2 * data.SIMCLR_DRAWS
+    n, per_image = len(train_set), 2 * augment.SIMCLR_DRAWS
     Trainer(
         opt,
         model,
         n,
-        shuffle=lambda epoch: data.draws(n, per_image, opt.seed, epoch, device),
+        shuffle=lambda epoch: augment.draws(n, per_image, opt.seed, epoch, device),
         batch_loss=make_batch_loss(opt, train_set),
         measure=measure_when_due,
         **train_set.checkpoint_info(opt.seed_rank),
@@ -135,11 +140,8 @@ def train(opt: Options) -> None:
 
 
 def main() -> None:
-    opt = cli.parse(
-        Options, __doc__, lambda opt: DIGITS if opt.dataset == "digits" else {},
-        cli.MOVED_IN_TRAINING,
-    )  # fmt: skip
-    cli.check(opt)
+    opt = cli.parse(Options, __doc__, preset, options.MOVED)
+    options.check(opt)
     train(opt)
 
 

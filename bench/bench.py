@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from contenders import Ours, Textbook  # noqa: E402
 
 import cem  # noqa: E402
-from lib import cli  # noqa: E402
+from lib import cli, files, options  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import PRECISIONS, pick_device, resolve_precision  # noqa: E402
 
@@ -45,25 +45,20 @@ PEAKS = {  # dense bfloat16 FLOP/s of GPUs
 
 @dataclass(frozen=True)
 class Options:
-    arch: str = option("resnet18", cli.ARCH, "work", choices=list(cem.ARCHS), metavar="NAME")
-    width: int = option(64, "channels of the stem", "work")
-    image_size: int = option(32, "height and width of the images", "work")
-    batch_size: int = option(64, "images per step", "work")
-    steps: int = option(10, "steps of the attack and the samplers", "work")
+    arch: str = option("resnet18", options.ARCH, "work", choices=list(cem.ARCHS), metavar="NAME")
+    width: int = option(64, "channels of the stem", "work", least=1)
+    image_size: int = option(32, "height and width of the images", "work", least=8)
+    batch_size: int = option(64, "images per step", "work", least=2)
+    steps: int = option(10, "steps of the attack and the samplers", "work", least=1)
     only: str = option(
         "",
         "measure what has one of these words in its name, comma-separated (default: all)",
         "work",
     )
-    repeats: int = option(5, "timed pairs, after one for warm-up", "run")
+    repeats: int = option(5, "timed pairs, after one for warm-up", "run", least=1)
     out: str = option("", "JSON file to write (default: none)", "run", metavar="PATH")
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("auto", "arithmetic of our side", "run", choices=PRECISIONS)
-
-
-def check(opt: Options) -> None:
-    for name in ("width", "image_size", "batch_size", "steps", "repeats"):
-        cli.require(getattr(opt, name) > 0, f"--{name.replace('_', '-')} must be positive")
 
 
 def machine_name(device: torch.device) -> str:
@@ -154,7 +149,8 @@ def show(row: dict) -> None:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    check(opt)
+    if opt.out:
+        files.check_output(Path(opt.out), files.json_with("command", "rows"))
     device = pick_device(opt.device)
     machine, precision = machine_name(device), resolve_precision(device, opt.precision)
     flop = forward_flop(opt)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import train_sup  # noqa: E402
 import train_unsup  # noqa: E402
-from lib import data, distributed  # noqa: E402
+from lib import augment, data, distributed  # noqa: E402
 from lib.device import autocast  # noqa: E402
 
 STEP_SIZE = 0.1
@@ -93,7 +93,8 @@ class Ours:
         """name -> our step and its FLOP, in forward passes of the batch."""
         k = self.opt.steps
         supervised = self.training_step(train_sup, cem.ParametricCEM, 3)
-        unsupervised = self.training_step(train_unsup, cem.NonParametricCEM, 2 * data.SIMCLR_DRAWS)
+        draws = 2 * augment.SIMCLR_DRAWS
+        unsupervised = self.training_step(train_unsup, cem.NonParametricCEM, draws)
         attack = functools.partial(self.climb, "ce", self.classifier, self.y, EPS)
         pgd = functools.partial(self.climb, "pgd", self.encoder, self.x)
         maxent = functools.partial(self.climb, "maxent", self.encoder)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from contenders import Ours  # noqa: E402
 
 import bench  # noqa: E402
-from lib import cli  # noqa: E402
+from lib import cli, files  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import PRECISIONS, pick_device  # noqa: E402
 
@@ -30,7 +30,7 @@ BASE = dict(batch_size=64, steps=10, width=32)
 
 @dataclass
 class Options:
-    rounds: int = option(3, "timed rounds, after one for warm-up")
+    rounds: int = option(3, "timed rounds, after one for warm-up", least=1)
     out: str = option("bench/cost-cpu.json", "JSON file; the .md is written beside it", **cli.PATH)
     device: str = option("auto", cli.DEVICE)
     precision: str = option("auto", "arithmetic", choices=PRECISIONS)
@@ -66,7 +66,9 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    cli.require(opt.rounds > 0, "--rounds must be positive")
+    is_ours = files.json_with("command", "rows")
+    files.check_output(Path(opt.out), is_ours)
+    files.check_output(Path(opt.out).with_suffix(".md"), lambda _: is_ours(Path(opt.out)))
     device = pick_device(opt.device)
     steps = [training_step(setting, opt.precision, device) for setting in settings()]
     rounds = []

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lib import cli  # noqa: E402
+from lib import cli, files  # noqa: E402
 from lib.cli import option  # noqa: E402
 
 WARM_UP = 0.1  # share of the readings
@@ -31,7 +31,7 @@ WARM_UP = 0.1  # share of the readings
 @dataclass
 class Options:
     minutes: float = option(60.0, "duration of both parts together")
-    every: float = option(10.0, "seconds between two readings")
+    every: float = option(10.0, "seconds between two readings", above=0)
     run: str = option("runs/soak", "folder of the training run and the samples", **cli.PATH)
     out: str = option("bench/soak.json", "JSON file to write", **cli.PATH)
 
@@ -94,7 +94,7 @@ def watch(words: list[str], minutes: float, every: float) -> dict:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    cli.require(opt.every > 0, "--every must be positive")
+    files.check_output(Path(opt.out), files.json_with("command", "rows"))
     minutes = opt.minutes / 2
     enough = 60 * minutes / opt.every >= 12
     cli.require(enough, "--minutes is too short for --every: each part needs 12 readings")

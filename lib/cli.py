@@ -1,6 +1,7 @@
 """Command lines: options, errors, signals."""
 
 import argparse
+import contextlib
 import functools
 import math
 import operator
@@ -9,16 +10,17 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 
 import torch
 from argparse_dataclass import ArgumentParser
+from tqdm import tqdm
 
 import cem
 from lib import distributed
-from lib.device import PRECISIONS
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
@@ -27,6 +29,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 MEAN = "channel means for a third-party checkpoint (default: the file's, else the dataset's)"
 STD = "channel standard deviations for a third-party checkpoint"
 DEVICE = "auto, cpu, cuda, cuda:1 or mps"
+PATH, CHOICE = dict(metavar="PATH"), dict(metavar="NAME")
 METAVARS = {int: "N", float: "X", str: "S"}
 BOUNDS = {
     "least": ("at least", operator.ge),
@@ -120,6 +123,8 @@ def parse(options: type, description: str, preset=None, moved: dict | None = Non
         parser.set_defaults(**preset(parser.parse_args(argv)))
     opt = parser.parse_args(argv)
     check_bounds(opt)
+    global _quiet
+    _quiet = getattr(opt, "quiet", False)
     return opt
 
 
@@ -157,6 +162,31 @@ def write_text(path: Path, text: str) -> None:
     cem.write_atomically(path, lambda file: file.write(text.encode()))
 
 
+# -------------------------------------------------------------------------------------- progress
+
+QUIET = "no progress bars; results and warnings remain"  # help text of --quiet
+_quiet = False
+
+
+class _Lines:
+    """A file for tqdm where stderr is no terminal: lines instead of carriage returns."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def progress(items, name: str, **options) -> tqdm:
+    """A tqdm bar on a terminal, elsewhere a line every half minute, nothing with --quiet."""
+    if not sys.stderr.isatty():
+        options |= dict(file=_Lines(), delay=30, mininterval=30, maxinterval=30)
+    hidden = _quiet or distributed.rank() > 0
+    return tqdm(items, name, leave=False, disable=hidden, **options)
+
+
 # ---------------------------------------------------------------------------- errors and signals
 
 
@@ -164,9 +194,8 @@ class Diverged(cem.CEMError):
     """A training run that cannot continue: exit status 3."""
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise cem.CEMError(message)
+require = cem.require
+AT_END = contextlib.ExitStack()  # what remains to be done when the script ends, however it ends
 
 
 def warn(message: str) -> None:
@@ -179,7 +208,10 @@ def run(main: Callable[[], None]) -> None:
     and exit status 2; divergence with 3."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
+        with AT_END, warnings.catch_warnings():
+            if not sys.warnoptions:  # libraries' warnings are for developers: python -W default
+                warnings.simplefilter("ignore")
+            main()
     except (cem.CEMError, OSError) as error:
         process = f" (process {distributed.rank()})" if distributed.rank() else ""
         message = " ".join(str(error).split())
@@ -237,63 +269,3 @@ class Stop:
         print(message, flush=True)
         if self.signal:
             sys.exit(128 + self.signal)
-
-
-# -------------------------------------------------------------- options of both training scripts
-
-MOVED_IN_TRAINING = {"--evaluate": "python eval_robust.py --ckpt CKPT measures a checkpoint"}
-PATH, CHOICE = dict(metavar="PATH"), dict(metavar="NAME")
-ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
-
-
-@dataclass
-class TrainOptions:
-    """Options of both training scripts; their order is the order of the headings of --help."""
-
-    dataset: str = option("cifar10", "", "data")  # each script's help comes from data.HELP
-    data_dir: str = option("data", "folder of the downloaded datasets", "data", **PATH)
-    arch: str = option("resnet50", ARCH, "model", choices=list(cem.ARCHS), **CHOICE)
-    width: int = option(
-        64, "scales all channels; 64 is standard, and a ResNet's stem", "model", least=1
-    )
-    loss: str = option("at", "", "optimisation")  # each script has its own
-    epochs: int = option(150, "passes over the training images", "optimisation", least=1)
-    batch_size: int = option(256, "images per step, over all processes", "optimisation", least=2)
-    lr: float = option(0.1, "peak rate of SGD with momentum 0.9", "optimisation", above=0)
-    schedule: str = option(
-        "cosine", "learning rate after a warm-up", "optimisation", choices=["cosine", "onecycle"]
-    )
-    weight_decay: float = option(5e-4, "weight decay", "optimisation", least=0)
-    ema: float = option(
-        0.999, "decay of the weight average that becomes the model; 0: none", "optimisation",
-        least=0, below=1,
-    )  # fmt: skip
-    norm: str = option("l2", "norm of the attack's ball", "attack", choices=["l2", "linf"])
-    eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
-    attack_steps: int = option(7, "PGD steps", "attack", least=1)
-    attack_step_size: float = option(0.1, "PGD step size", "attack", above=0)
-    out: str = option("", "folder of the run", "run", **PATH)
-    resume: bool = option(False, "continue the run in --out, or start it", "run")
-    max_minutes: float = option(
-        math.inf, "save and stop after this time; --resume continues", "run", type=float, above=0
-    )
-    seed: int = option(0, "seed of weights, order, augmentation and attack", "run")
-    device: str = option("auto", DEVICE, "run")
-    precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
-    compile: bool = option(False, "torch.compile network and attack", "run")
-    n_eval: int = option(1000, "test images for the measurements in the log", "run", least=1)
-    seed_rank: int = option(64, "rank of the Gaussian seeds in the checkpoint", "run", least=1)
-    batch_norm: str = option(
-        "sync", "BatchNorm over all torchrun processes or per process", "run",
-        choices=["sync", "local"],
-    )  # fmt: skip
-    on_diverge: str = option(
-        "stop", "stop, or restart from ckpt.pt at half the learning rate", "run",
-        choices=["stop", "restart"],
-    )  # fmt: skip
-
-
-def check(opt: TrainOptions) -> None:
-    n = distributed.world_size()
-    require(opt.batch_size >= 2 * n, f"--batch-size must be at least {2 * n}, 2 per process")
-    require(opt.batch_size % n == 0, f"--batch-size must be a multiple of {n}, the processes")

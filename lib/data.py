@@ -1,27 +1,25 @@
-"""Datasets as uint8 tensors on the device, and augmentations as batched tensor operations.
+"""Datasets as uint8 tensors on the device."""
 
-An augmentation is a function of the images and of uniform random numbers, a row per image: what
-happens to an image depends on seed, epoch and index, not on batch, device or number of processes.
-"""
-
-import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as tv
 
 from cem import CEMError, GaussianSeeds
-from lib import distributed
+from lib import cli, distributed, files
 
 NAMES = ("cifar10", "cifar100", "svhn", "digits")
 HELP = f"{', '.join(NAMES)}, or image folder PATH with train/<class>/* and test/<class>/*"
+IMAGE_SIZE = "resize and crop a folder's images to this height and width; 0: as they are"
 
 
 @dataclass
@@ -53,7 +51,8 @@ class Dataset:
 
     def checkpoint_info(self, rank: int) -> dict:
         """What a checkpoint stores about its training set; `rank` is that of its seeds."""
-        seeds = GaussianSeeds.fit(self.images, self.labels, rank, len(self.classes))
+        bar = partial(cli.progress, name="seeds", unit="class")
+        seeds = GaussianSeeds.fit(self.images, self.labels, rank, len(self.classes), bar)
         info = {"dataset": self.name, "classes": self.classes, "seeds": seeds.state_dict()}
         return info | {"image_shape": list(self.images.shape[1:])}
 
@@ -65,28 +64,33 @@ class Dataset:
 # -------------------------------------------------------------------------------------- datasets
 
 
-def load(name: str, split: str, data_dir: str = "data") -> Dataset:
+def load(name: str, split: str, data_dir: str = "data", image_size: int = 0) -> Dataset:
     """The "train" or "test" split of a named dataset or of an image folder.
 
-    Raises CEMError if the dataset is unknown, not available or malformed.
+    image_size: a folder's images are resized, antialiased, so that their shorter side has this
+    length, and cropped at the centre to a square; 0: they stay as they are. Raises CEMError if the
+    dataset is unknown, not available or malformed.
     """
+    if name in NAMES:
+        fixed = f"--image-size is for image folders: {name} has images of one size"
+        cli.require(image_size == 0, fixed)
     if name == "digits":
         return _digits(split)
     if name in NAMES:
         return _torchvision(name, split, data_dir)
     if Path(name).is_dir():
-        return _folder(Path(name), split)
+        return _folder(Path(name), split, image_size)
     raise CEMError(f"unknown dataset {name!r}: not a folder and not one of {', '.join(NAMES)}")
 
 
-def splits(name: str, data_dir: str, device) -> tuple[Dataset, Dataset]:
+def splits(name: str, data_dir: str, device, image_size: int = 0) -> tuple[Dataset, Dataset]:
     """Both splits, on the device. Raises CEMError if their images differ in shape."""
-    train = load(name, "train", data_dir).to(device)
-    test = load(name, "test", data_dir).to(device)
+    train = load(name, "train", data_dir, image_size).to(device)
+    test = load(name, "test", data_dir, image_size).to(device)
     shapes = [tuple(dataset.images.shape[1:]) for dataset in (train, test)]
     if shapes[0] != shapes[1]:
         differ = f"training images have shape {shapes[0]}, test images {shapes[1]}"
-        raise CEMError(f"{name}: {differ}: resize them to one shape")
+        raise CEMError(f"{name}: {differ}: --image-size makes them equal")
     return train, test
 
 
@@ -105,18 +109,23 @@ def _digits(split: str) -> Dataset:
 
 @distributed.first_then_others()  # only one process downloads
 def _torchvision(name: str, split: str, data_dir: str) -> Dataset:
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "svhn": datasets.SVHN}
+    part = split if name == "svhn" else split == "train"
     try:
+        try:
+            raw = dataset[name](data_dir, part)
+        except RuntimeError:  # not found
+            files.make_folder(Path(data_dir))
+            files.lock(Path(data_dir), f"another process is downloading to {data_dir}: try later")
+            raw = dataset[name](data_dir, part, download=True)
+        images = torch.from_numpy(raw.data)
         if name == "svhn":
-            raw = datasets.SVHN(data_dir, split, download=True)
-            images = torch.from_numpy(raw.data)
-            labels = raw.labels
-            classes = list("0123456789")
+            labels, classes = raw.labels, list("0123456789")
         else:
-            cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-            raw = cifar(data_dir, split == "train", download=True)
-            images = torch.from_numpy(raw.data).permute(0, 3, 1, 2)
-            labels = raw.targets
-            classes = raw.classes
+            images = images.permute(0, 3, 1, 2)
+            labels, classes = raw.targets, raw.classes
+    except CEMError:
+        raise
     except Exception as error:  # download, archive and unpickling fail with errors of any type
         reason = f"its download failed ({type(error).__name__}: {error})"
         advice = "use --dataset digits, which needs no network, or an image folder"
@@ -125,7 +134,7 @@ def _torchvision(name: str, split: str, data_dir: str) -> Dataset:
     return Dataset(name, images.contiguous(), labels, classes, flip=name != "svhn")
 
 
-def _folder(root: Path, split: str) -> Dataset:
+def _folder(root: Path, split: str, image_size: int) -> Dataset:
     listings = {}
     for part in ("train", "test"):
         try:
@@ -138,162 +147,87 @@ def _folder(root: Path, split: str) -> Dataset:
         names = ", ".join(sorted(differing)[:5])
         raise CEMError(f"{root}: train and test have different classes ({names})")
     listing = listings[split]
-    images = read_images([path for path, _ in listing.samples])
+    images = read_images([path for path, _ in listing.samples], image_size)
     height, width = images.shape[2:]
+    if image_size:
+        print(f"{root / split}: images of other sizes are resized and cropped to {width}x{height}")
     if height != width or height < 8:
-        raise CEMError(f"{root}: images must be square and at least 8x8, not {width}x{height}")
+        sizes = f"square and at least 8x8, not {width}x{height}"
+        raise CEMError(f"{root}: images must be {sizes}: --image-size resizes and crops them")
     return Dataset(str(root), images, torch.tensor(listing.targets), listing.classes)
 
 
-def read_images(paths: list[str]) -> Tensor:
+def read_images(paths: list[str], image_size: int = 0) -> Tensor:
     """Image files as uint8 (N, C, H, W); C is 1 if all are greyscale, else 3.
 
-    Raises CEMError naming a file that is damaged or differs in size from most others.
+    image_size: as in `load`. Raises CEMError naming a file that is damaged or differs in size from
+    most others.
     """
     with ThreadPoolExecutor() as pool:
-        images = list(pool.map(_read_image, paths))
+        read = pool.map(partial(_read_image, image_size=image_size), paths)
+        images = list(cli.progress(read, "images", total=len(paths), unit="image"))
     width, height = Counter(image.size for image in images).most_common(1)[0][0]
     for path, image in zip(paths, images):
         if image.size != (width, height):
             differs = f"{path} is {image.size[0]}x{image.size[1]}, others are {width}x{height}"
-            raise CEMError(f"{differs}: resize them to one size")
+            raise CEMError(f"{differs}: --image-size resizes and crops a dataset's images")
     if any(image.mode == "RGB" for image in images):
         images = [image.convert("RGB") for image in images]
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked[:, None] if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2).contiguous()
 
 
-def _read_image(path: str) -> Image.Image:
+def _read_image(path: str, image_size: int) -> Image.Image:
+    cli.require(Path(path).is_file(), f"cannot read the image {path}: it is not a regular file")
     try:
         with Image.open(path) as image:
-            return image.convert("L" if image.mode in ("1", "L") else "RGB")
+            image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+        if image_size:
+            image = tv.resize(image, [image_size], antialias=True)
+            image = tv.center_crop(image, [image_size])
+        return image
     except Exception as error:  # decoders of damaged files fail with errors of any type
         raise CEMError(f"cannot read the image {path}: {error}") from error
 
 
-# --------------------------------------------------------------------------------- augmentations
-
-TRIES = 10  # boxes drawn per random resized crop, as in torchvision
-BOX_DRAWS = 2 * TRIES + 2  # areas, aspect ratios and a position
-SIMCLR_DRAWS = BOX_DRAWS + 7
+# --------------------------------------------------------------------------------------- samples
 
 
-def draws(n: int, per_image: int, seed: int, epoch: int, device="cpu") -> tuple[Tensor, Tensor]:
-    """An epoch's order, a permutation (n,), and its uniform draws in [0, 1), (n, per_image)."""
-    generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**32)
-    order = torch.randperm(n, generator=generator)
-    uniform = torch.rand(n, per_image, generator=generator)
-    return order.to(device), uniform.to(device)
+def read_npz(path: Path) -> tuple[Tensor, Tensor]:
+    """-> images uint8 (N, C, H, W) and labels (N,), -1 if the file has none."""
+    cli.require(path.is_file(), f"samples {path} not found: python sample.py makes some")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file}
+    except Exception as error:  # a damaged archive can fail in any way
+        raise CEMError(f"cannot read the samples {path}: {error}") from error
+    cli.require("arr_0" in arrays, f"{path} contains no images (arr_0)")
+    images = arrays["arr_0"]
+    labels = arrays.get("arr_1", np.full(images.shape[:1], -1))
+    if images.dtype.kind == "f":
+        inside = bool(((images >= 0) & (images <= 1)).all())
+        cli.require(inside, f"{path}: arr_0 is float, but not in [0, 1]")
+        images = (255 * images).round().astype(np.uint8)
+    cli.require(labels.dtype.kind in "iu", f"{path}: arr_1 must contain integer labels")
+    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
+    fits = fits and len(images) > 0 and labels.shape == images.shape[:1]
+    wanted = "uint8, or float in [0, 1], (N, H, W, C) with C = 1 or 3, and arr_1 (N,)"
+    cli.require(fits, f"{path}: arr_0 must be {wanted}")
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
 
 
-def crop_flip(x: Tensor, u: Tensor, *, flip: bool = True, padding: str = "constant") -> Tensor:
-    """Pad by an eighth of the side, crop at random, mirror half of the images.
+def read_samples(path: Path, image_size: int = 0) -> tuple[Tensor, Tensor]:
+    """The same of an npz file or an image folder, whose images are resized as in `load`.
 
-    x (N, C, H, W); u (N, 3) in [0, 1); padding: "constant" (zeros) or "reflect".
+    The order is that of the file names. Images in subfolders, read if there are no others, are
+    shuffled: otherwise each split of IS would contain one class.
     """
-    n, _, height, width = x.shape
-    pad = height // 8
-    offset = (u[:, :2] * (2 * pad + 1)).long()
-    rows = offset[:, 0:1] + torch.arange(height, device=x.device)
-    columns = torch.arange(width, device=x.device).expand(n, -1)
-    if flip:
-        columns = torch.where(u[:, 2:3] < 0.5, columns, columns.flip(1))
-    columns = offset[:, 1:2] + columns
-    padded = F.pad(x, (pad, pad, pad, pad), padding)
-    image = torch.arange(n, device=x.device)[:, None, None]
-    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def simclr(x: Tensor, u: Tensor, *, scale=(0.2, 1.0), flip: bool = True) -> Tensor:
-    """SimCLR's augmentation of small images (Chen et al., 2020, appendix B.9, strength 0.5).
-
-    A random resized crop, mirrored with probability 1/2; colour jitter (0.4, 0.4, 0.4, 0.1), in
-    fixed order, with probability 0.8; greyscale with probability 0.2. Greyscale images are only
-    cropped and mirrored. x (N, C, H, W) in [0, 1], square; u (N, SIMCLR_DRAWS) in [0, 1).
-    """
-    boxes = crop_boxes(u, x.shape[-1], scale)
-    u = u[:, BOX_DRAWS:]
-    x = resized_crop(x, *boxes, mirror=(u[:, 0] < 0.5) & flip)
-    if x.shape[1] != 3:
-        return x
-    jittered = (u[:, 1:2] < 0.8).float()
-    strength = jittered * (2 * u[:, 3:7] - 1)  # in [-1, 1), 0 without jitter
-    brightness, contrast, saturation = (1 + 0.4 * strength[:, :3]).unbind(1)
-    x = colour_jitter(x, brightness, contrast, saturation, hue=0.1 * strength[:, 3])
-    grey = (u[:, 2] < 0.2).view(-1, 1, 1, 1)
-    return torch.where(grey, _luma(x), x)
-
-
-def crop_boxes(u: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor, ...]:
-    """The boxes of torchvision's RandomResizedCrop on square images: top, left, height, width (N,).
-
-    Relative area uniform in `scale`, aspect ratio log-uniform in [3/4, 4/3]. The first of TRIES
-    boxes that fits, or the whole image if none does. u (N, BOX_DRAWS) in [0, 1).
-    """
-    area = side**2 * (scale[0] + (scale[1] - scale[0]) * u[:, :TRIES])
-    aspect = ((2 * u[:, TRIES : 2 * TRIES] - 1) * math.log(4 / 3)).exp()
-    width = (area * aspect).sqrt().round()
-    height = (area / aspect).sqrt().round()
-    fits = (0 < width) & (width <= side) & (0 < height) & (height <= side)
-    first = fits.int().argmax(1, keepdim=True)
-    width = torch.where(fits.any(1), width.gather(1, first).squeeze(1), side)
-    height = torch.where(fits.any(1), height.gather(1, first).squeeze(1), side)
-    top = (u[:, 2 * TRIES] * (side - height + 1)).floor()
-    left = (u[:, 2 * TRIES + 1] * (side - width + 1)).floor()
-    return top, left, height, width
-
-
-def resized_crop(x: Tensor, top, left, height, width, mirror: Tensor) -> Tensor:
-    """Crop a box from each image of x (N, C, H, W), resize it bilinearly to H x W, mirror it.
-
-    The boxes, each a tensor (N,), are in whole pixels. mirror, bool (N,), selects images.
-    """
-    x = _crop_rows(x, top, height)
-    x = _crop_rows(x.transpose(2, 3), left, width).transpose(2, 3)
-    return torch.where(mirror.view(-1, 1, 1, 1), x.flip(3), x)
-
-
-def _crop_rows(x: Tensor, start: Tensor, size: Tensor) -> Tensor:
-    """Resize the rows [start, start + size) of each image, (N,), linearly to x's height."""
-    side = x.shape[2]
-    centres = torch.arange(side, device=x.device) + 0.5
-    inside = centres * size[:, None] / side - 0.5
-    position = start[:, None] + inside.clamp(min=0).minimum(size[:, None] - 1)
-    lower = position.floor().long().clamp(0, side - 1)
-    upper = (lower + 1).clamp(max=side - 1)
-    image = torch.arange(len(x), device=x.device)[:, None]
-    rows = x.transpose(1, 2)
-    below = rows[image, lower]
-    above = rows[image, upper]
-    weight = (position - lower)[:, :, None, None]
-    return (below + weight * (above - below)).transpose(1, 2)
-
-
-def colour_jitter(x: Tensor, brightness, contrast, saturation, hue: Tensor) -> Tensor:
-    """torchvision's ColorJitter, in the order of the arguments. x (N, 3, H, W) in [0, 1].
-
-    brightness, contrast, saturation: factors (N,); hue: shifts (N,) in full circles.
-    """
-    x = (brightness.view(-1, 1, 1, 1) * x).clamp(0, 1)
-    mean = _luma(x).mean((2, 3), keepdim=True)
-    x = torch.lerp(mean, x, contrast.view(-1, 1, 1, 1)).clamp(0, 1)
-    x = torch.lerp(_luma(x), x, saturation.view(-1, 1, 1, 1)).clamp(0, 1)
-    return shift_hue(x, hue)
-
-
-def _luma(x: Tensor) -> Tensor:
-    """ITU-R 601 luma, (N, 3, H, W) -> (N, 1, H, W)."""
-    # a tensor of the three weights would be copied to the GPU, which synchronises
-    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
-
-
-def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Shift the HSV hue of x (N, 3, H, W) by `shift` (N,) full circles."""
-    value = x.amax(1)
-    chroma = value - x.amin(1)
-    r, g, b = ((value[:, None] - x) / chroma.clamp_min(1e-12)[:, None]).unbind(1)
-    hue = torch.where(x[:, 1] == value, 2 + r - b, 4 + g - r)  # in sixths of a circle
-    hue = torch.where(x[:, 0] == value, b - g, hue)
-    hue = hue + 6 * shift[:, None, None]
-    ramps = torch.stack([(hue + n) % 6 for n in (5, 3, 1)], 1)
-    return value[:, None] - chroma[:, None] * ramps.minimum(4 - ramps).clamp(0, 1)
+    if not path.is_dir():
+        return read_npz(path)
+    found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    cli.require(bool(found), f"{path} contains no images")
+    files = [name for name in found if Path(name).parent == path]
+    if not files:
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+        files = [found[i] for i in order]
+    return read_images(files, image_size), torch.full((len(files),), -1)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -161,10 +160,8 @@ def wrap(model: nn.Module, batch_norm: str) -> nn.Module:
         for module in model.modules():
             if type(module) is nn.BatchNorm2d:
                 module.__class__ = SyncBatchNormCPU
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch < 2.15 lacks the option's new name
-        # buffers are equal in all processes, or local on purpose
-        return DistributedDataParallel(model, broadcast_buffers=False)
+    # buffers are equal in all processes, or local on purpose
+    return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

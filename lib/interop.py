@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import cem
+from lib import schema
 from lib.cli import require, warn
 
 State = dict[str, Tensor]
@@ -51,7 +52,9 @@ def load(path: str | Path, device="cpu", mean=None, std=None) -> nn.Module:
     if ours and mean is not None:
         raise cem.CEMError(f"mean and std are for third-party checkpoints, which {path} is not")
     if ours:
-        return cem.load(path, device)
+        model = cem.load(path, device)
+        schema.check(model, path)
+        return model
     given = {} if mean is None else {"mean": mean, "std": std}
     content = read(path)
     try:

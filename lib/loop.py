@@ -15,7 +15,6 @@ import time
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 import cem
 from lib import cli, distributed
@@ -127,7 +126,7 @@ class Trainer:
         batches = order[: self.steps_per_epoch * size].split(size)[done:]
         begin, unread = time.monotonic(), []
         name = f"epoch {epoch + 1}/{self.opt.epochs}"
-        bar = tqdm(batches, name, self.steps_per_epoch, False, initial=done, disable=not self.first)
+        bar = cli.progress(batches, name, total=self.steps_per_epoch, initial=done)
         self.model.train()
         for count, index in enumerate(bar, 1):
             unread.append(self.train_step(distributed.local_rows(index), draws))
@@ -141,7 +140,7 @@ class Trainer:
                 speed = count * size / (time.monotonic() - begin)
                 means = {k: v / (done + count) for k, v in self.progress["sums"].items()}
                 shown = [f"{k} {v:.3f}" for k, v in means.items()]
-                bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]))
+                bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]), refresh=False)
             if stop:
                 break
         bar.close()
@@ -170,7 +169,8 @@ class Trainer:
         if opt.batch_norm == "local":
             distributed.average_statistics(self.model)
         if self.average is not self.model:
-            ema_update(self.average, self.model, opt.ema if self.step else 0.0)
+            # growing, so that the average of a short run does not remember the first weights
+            ema_update(self.average, self.model, min(opt.ema, self.step / (self.step + 10)))
         self.progress["step"] += 1
         metrics = {"loss": loss, "gradient_norm": norm, **metrics}
         return {name: value.detach().float() for name, value in metrics.items()}

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from tqdm import tqdm
 
 import cem
 from lib import cli, distributed
@@ -55,6 +54,7 @@ def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=prefix)
+        cli.require(Path(path).is_file(), f"{path} not found")
         state = torch.load(path, map_location="cpu", weights_only=True)
         sha = digest(path)
     except Exception as error:  # no network, or a file that is damaged in any way
@@ -168,7 +168,7 @@ def extract(
     size = min(batch_size, max(len(images) // distributed.world_size(), 1))
     batches = distributed.local_rows(images.split(size))
     parts = []
-    for batch in tqdm(batches, name, unit="batch", leave=False, disable=distributed.rank() > 0):
+    for batch in cli.progress(batches, name, unit="batch"):
         blocks, logits = network(batch)
         parts.append([tensor.cpu() for tensor in (*blocks, logits)])
     *blocks, logits = [distributed.gather(torch.cat(part)) for part in zip(*parts)]

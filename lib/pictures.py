@@ -1,5 +1,6 @@
 """Samples as files: npz and record, a grid of pictures, one PNG file per image."""
 
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 import cem
-from lib import cli
+from lib import cli, files
 
 
 def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Tensor:
@@ -41,15 +42,50 @@ def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Tensor:
 def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict) -> None:
     """Write name.npz (arr_0: images (N, H, W, C), arr_1: labels), its grid .png and record .json.
 
-    images uint8 (N, C, H, W); labels int64 (N,), -1 for images without a class.
+    images uint8 (N, C, H, W); labels int64 (N,), -1 for images without a class. They replace the
+    set of the same record["set"]; beside another one, or files that are no set, they get a number.
     """
-    npz = folder / f"{name}.npz"
+    path = claim(folder, name, record["set"])
+    try:
+        _write(path, images, labels, record)
+    except BaseException:
+        if "command" not in files.read_json(path):  # claimed now, with nothing in it yet
+            path.unlink()
+        raise
+
+
+def _write(path: Path, images: Tensor, labels: Tensor, record: dict) -> None:
+    npz = path.with_suffix(".npz")
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
     cem.write_atomically(npz, lambda file: np.savez_compressed(file, **arrays))
     picture = to_pil_image(grid(images, labels))
-    cem.write_atomically(folder / f"{name}.png", lambda file: picture.save(file, "PNG"))
-    cli.write_text(folder / f"{name}.json", json.dumps(record, indent=2) + "\n")
+    cem.write_atomically(npz.with_suffix(".png"), lambda file: picture.save(file, "PNG"))
+    cli.write_text(path, json.dumps(record, indent=2) + "\n")
     print(f"wrote {npz}, .png and .json")
+
+
+def claim(folder: Path, name: str, identity: str) -> Path:
+    """The .json file of the set `identity`, which is created if it does not exist yet.
+
+    <name>.json, or <name>-1.json, -2, ... beside others' sets or files. Two processes never get
+    the same one.
+    """
+    for number in itertools.count():
+        path = folder / f"{name}{f'-{number}' * (number > 0)}.json"
+        content = files.read_json(path)
+        if isinstance(content, dict) and content.get("set") == identity and not path.is_symlink():
+            return path
+        if any(os.path.lexists(path.with_suffix(end)) for end in (".npz", ".png", ".json")):
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "x") as file:
+                json.dump({"set": identity}, file)
+        except FileExistsError:
+            continue
+        if number:
+            print(f"{folder / name}.npz has other options or weights: it stays as it is")
+        return path
 
 
 def part_of(parts: Path, first: int) -> Path:

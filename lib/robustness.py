@@ -2,18 +2,19 @@
 likelihood gradients, and the linear probe and nearest neighbours of an encoder."""
 
 import importlib
+import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
-from sklearn.linear_model import LogisticRegression
+from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import cem
-from lib import data
+from lib import cli, data
 from lib.device import autocast
 
 # ------------------------------------------------------------------------- accuracy under attack
@@ -72,7 +73,7 @@ def accuracy(
     generator = torch.Generator(device).manual_seed(opt.seed)
     correct = {name: [] for name in ("clean_accuracy", *attacks)}
     batches = dataset.evenly_spaced(n or len(dataset)).split(opt.batch_size)
-    for index in tqdm(batches, "evaluating", leave=False):
+    for index in cli.progress(batches, "evaluating"):
         x, y = dataset.pixels(index), dataset.labels[index]
         with autocast(device, opt.precision):
             clean = model(x).argmax(1) == y
@@ -192,7 +193,7 @@ def features(model: nn.Module, dataset: data.Dataset, index: Tensor, opt) -> Ten
     opt has batch_size and precision.
     """
     parts = []
-    for batch in tqdm(index.split(opt.batch_size), "features", leave=False):
+    for batch in cli.progress(index.split(opt.batch_size), "features"):
         with autocast(index.device, opt.precision):
             parts.append(model.features(dataset.pixels(batch)))
     return torch.cat(parts)
@@ -227,16 +228,28 @@ class Probe(nn.Module):
 
 
 def fit_probe(model: nn.Module, known: Tensor, labels: Tensor) -> Probe:
-    """Multinomial logistic regression (scikit-learn) on the standardised features known (N, D)."""
+    """Multinomial logistic regression on the standardised features known (N, D), by L-BFGS.
+
+    Minimises the mean cross-entropy + |W|² / (2 C N) with C = 0.1, as scikit-learn does.
+    """
     std, mean = torch.std_mean(known, 0)
     std = std.clamp_min(1e-6)
-    regression = LogisticRegression(C=0.1, max_iter=300)
-    regression.fit(((known - mean) / std).cpu().numpy(), labels.cpu().numpy())
-    weight, bias = (
-        torch.as_tensor(array, dtype=known.dtype, device=known.device)
-        for array in (regression.coef_, regression.intercept_)
-    )
-    if len(weight) == 1:  # scikit-learn stores one row for two classes
-        weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
-    weight = weight / std
-    return Probe(model, weight, bias - weight @ mean)
+    z = F.pad((known - mean) / std, (0, 1), value=1.0)  # the last weight of a class is its bias
+    shape = int(labels.max()) + 1, z.shape[1]
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        w = torch.from_numpy(flat).to(z).view(shape).requires_grad_()
+        penalty = w[:, :-1].square().sum() / (2 * 0.1 * len(z))
+        loss = F.cross_entropy(z @ w.T, labels) + penalty
+        (gradient,) = torch.autograd.grad(loss, w)
+        return loss.item(), gradient.flatten().double().cpu().numpy()
+
+    limit = 300
+    with torch.enable_grad(), cli.progress(None, "linear probe", total=limit) as bar:
+        solution = minimize(
+            objective, np.zeros(math.prod(shape)), jac=True, method="L-BFGS-B",
+            callback=lambda _: bar.update(), options=dict(maxiter=limit, gtol=1e-4),
+        )  # fmt: skip
+    w = torch.from_numpy(solution.x).to(z).view(shape)
+    weight = w[:, :-1] / std
+    return Probe(model, weight, w[:, -1] - weight @ mean)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import cem
-from lib import cli, distributed
+from lib import cli, distributed, schema
 
 # The files of a run. Nothing else in its folder is moved, replaced or deleted.
 NAMES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json")
@@ -20,7 +20,7 @@ EVENTS = ".cem"  # suffix of TensorBoard's event files
 
 # Options that may change when a run is resumed.
 FREE = ("resume", "max_minutes", "out", "data_dir", "device", "n_eval", "eval_every", "on_diverge")
-FREE += ("max_energy_gap", "diagnose")
+FREE += ("max_energy_gap", "diagnose", "quiet")
 
 
 class RunFolder:
@@ -69,15 +69,21 @@ class RunFolder:
     def load(self, device: torch.device) -> nn.Module:
         """The run's checkpoint or, with a warning, the previous one if it is damaged."""
         try:
-            model = cem.load(self.checkpoint, device)
+            model = self._read(self.checkpoint, device)
         except cem.CEMError as error:
             if not self.previous.exists():
                 raise
-            model = cem.load(self.previous, device)
+            model = self._read(self.previous, device)
             step = model.extra["training"]["step"]
             cli.warn(f"{error}: continuing from {self.previous}, step {step}")
             self.step_back()
         self._check_resumable(model.extra)
+        return model
+
+    @staticmethod
+    def _read(path: Path, device: torch.device) -> nn.Module:
+        model = cem.load(path, device)
+        schema.check(model, path)
         return model
 
     def _check_resumable(self, extra: dict) -> None:

@@ -24,9 +24,9 @@ from lib.device import pick_device  # noqa: E402
 @dataclass
 class Options:
     ckpt: str = cli.option("", "encoder checkpoint (default: the shipped unsup.pt)", **cli.PATH)
-    n: int = cli.option(250, "images in the batch")
-    steps: int = cli.option(50, "steps of the ascent")
-    step_size: float = cli.option(0.25, "l2 length of a step")
+    n: int = cli.option(250, "images in the batch", least=2)
+    steps: int = cli.option(50, "steps of the ascent", least=1)
+    step_size: float = cli.option(0.25, "l2 length of a step", above=0)
     out: str = cli.option(
         "results/entropy", "PNG and JSON file to write, without suffix", **cli.PATH
     )
@@ -51,7 +51,6 @@ def curve(sampler: str, model: nn.Module, seeds: Tensor, opt: Options) -> list[f
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    cli.require(opt.n >= 2, "--n must be at least 2")
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:

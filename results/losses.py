@@ -13,6 +13,7 @@ is trained.
 
 import json
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -83,11 +84,12 @@ def attack(run: Path, opt: Options, *attacks) -> tuple[dict, str]:
 
 def draw_and_judge(run: Path, judge: Path, opt: Options) -> tuple[dict, list[str]]:
     """C-FD of the run's samples, and the commands."""
-    commands = []
+    commands, folder = [], run / "samples"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call with other options
     for sampler in SAMPLERS:
         settings = ["--sampler", sampler, "--n", opt.n_samples, "--ckpt", run / "ckpt.pt"]
-        commands.append(call("sample.py", *settings))
-    samples = [run / f"samples-{sampler}.npz" for sampler in SAMPLERS]
+        commands.append(call("sample.py", *settings, "--out", folder))
+    samples = [folder / f"samples-{sampler}.npz" for sampler in SAMPLERS]
     settings = ["--samples", *samples, "--ref", opt.dataset, "--features", judge]
     out = run / "c-fd.json"
     commands.append(call("eval_is_fid.py", *settings, "--out", out))

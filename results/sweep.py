@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import cem  # noqa: E402
 import eval_is_fid  # noqa: E402
 import sample  # noqa: E402
-from lib import cli, metrics  # noqa: E402
+from lib import cli, data, files, metrics  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import pick_device  # noqa: E402
 
@@ -45,8 +45,8 @@ class Options:
     )
     cond: bool = option(False, "class-wise seeds for the unsupervised samplers", "sampling")
     ckpt: str = option("", "checkpoint that draws (default: sample.py's)", "sampling", **cli.PATH)
-    n: int = option(300, "images per point", "sampling")
-    batch_size: int = option(250, "images at a time", "sampling")
+    n: int = option(300, "images per point", "sampling", least=2)
+    batch_size: int = option(250, "images at a time", "sampling", least=1)
     judge: str = option(
         "",
         "classifier checkpoint that judges (default: the shipped judge.pt)",
@@ -56,6 +56,7 @@ class Options:
     ref: str = option("cifar10", "reference dataset, as for eval_is_fid.py", "judging")
     split: str = option("train", "split of the dataset", "judging", choices=["train", "test"])
     data_dir: str = option("data", "folder of the downloaded datasets", "judging", **cli.PATH)
+    image_size: int = option(0, f"of the reference: {data.IMAGE_SIZE}", "judging", least=0)
     out: str = option("results/sweep.json", "JSON file to write", "run", **cli.PATH)
     device: str = option("auto", cli.DEVICE, "run")
 
@@ -130,6 +131,7 @@ def main() -> None:
         cli.require(name in sample.SAMPLERS, f"--samplers: unknown {name!r}, choose from {known}")
     unsupervised = samplers[0] in cem.NON_PARAMETRIC_SAMPLERS
     ckpt = Path(opt.ckpt or cli.default_checkpoint("unsup" if unsupervised else "sup"))
+    files.check_output(Path(opt.out), files.json_with("command", "rows"))
     sweep = Sweep(opt, ckpt, device)
     sweep.point(sampler="seeds")
     for name in samplers:

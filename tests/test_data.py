@@ -1,5 +1,10 @@
 """lib/data.py: splits, valid and invalid image folders, augmentations as functions of draws."""
 
+import contextlib
+import fcntl
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +12,7 @@ import torchvision
 from PIL import Image
 
 import cem
-from lib import data
+from lib import augment, cli, data
 
 
 def write_folder(root, size=10, per_class=3, mode="RGB"):
@@ -146,14 +151,14 @@ def test_checkpoint_info_is_what_sampling_needs():
 
 
 def test_draws_depend_only_on_seed_and_epoch():
-    order, u = data.draws(50, 3, seed=1, epoch=2)
+    order, u = augment.draws(50, 3, seed=1, epoch=2)
     assert sorted(order.tolist()) == list(range(50))
     assert u.shape == (50, 3)
     assert u.min() >= 0 and u.max() < 1
-    same_order, same_u = data.draws(50, 3, seed=1, epoch=2)
+    same_order, same_u = augment.draws(50, 3, seed=1, epoch=2)
     assert torch.equal(order, same_order) and torch.equal(u, same_u)
     for seed, epoch in [(1, 3), (2, 2)]:
-        assert not torch.equal(u, data.draws(50, 3, seed, epoch)[1])
+        assert not torch.equal(u, augment.draws(50, 3, seed, epoch)[1])
 
 
 @pytest.mark.parametrize(
@@ -163,7 +168,7 @@ def test_crop_flip_equals_torchvision(flip, padding):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(20, 3, 16, 16, generator=generator)
     u = torch.rand(20, 3, generator=generator)
-    ours = data.crop_flip(x, u, flip=flip, padding=padding)
+    ours = augment.crop_flip(x, u, flip=flip, padding=padding)
     functional = torchvision.transforms.functional
     for image, output, (top, left, mirror) in zip(x, ours, u.tolist()):
         padded = functional.pad(image, 2, padding_mode=padding)
@@ -175,4 +180,56 @@ def test_crop_flip_equals_torchvision(flip, padding):
 
 def test_crop_flip_treats_each_image_on_its_own():
     x, u = torch.rand(8, 1, 8, 8), torch.rand(8, 3)
-    assert torch.equal(data.crop_flip(x, u)[3:5], data.crop_flip(x[3:5], u[3:5]))
+    assert torch.equal(augment.crop_flip(x, u)[3:5], augment.crop_flip(x[3:5], u[3:5]))
+
+
+@pytest.mark.parametrize("size", [(40, 24), (17, 17), (9, 30)])
+def test_image_size_resizes_the_shorter_side_antialiased_and_crops_the_centre(size, tmp_path):
+    root = write_folder(tmp_path / "set", size=16)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(root / "train/ant/0.png")
+    loaded = data.load(str(root), "train", image_size=16).images
+    assert loaded.shape == (6, 3, 16, 16)
+    scale = 16 / min(size)
+    width, height = (int(side * scale) for side in size)  # PIL's bilinear filter is antialiased
+    small = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    top, left = round((height - 16) / 2), round((width - 16) / 2)
+    expected = torch.from_numpy(small[top : top + 16, left : left + 16].copy())
+    assert torch.equal(loaded[0].permute(1, 2, 0), expected)
+    others = data.load(str(write_folder(tmp_path / "other", 16)), "train").images
+    assert torch.equal(loaded[1:], others[1:])
+
+
+def test_image_size_of_a_named_dataset_is_refused():
+    with pytest.raises(cem.CEMError, match="--image-size is for image folders"):
+        data.load("digits", "train", image_size=16)
+
+
+def test_a_second_download_into_one_folder_is_refused_and_an_existing_dataset_is_read(
+    tmp_path, monkeypatch
+):
+    calls = []
+
+    def cifar(root, train, download=False):
+        calls.append(download)
+        if not (tmp_path / "data/cifar").exists():
+            if not download:
+                raise RuntimeError("not found")
+            (tmp_path / "data/cifar").write_text("")
+        pixels = np.zeros((20, 32, 32, 3), np.uint8)
+        names = [str(i) for i in range(10)]
+        return SimpleNamespace(data=pixels, targets=[*range(10)] * 2, classes=names)
+
+    monkeypatch.setattr("lib.data.datasets.CIFAR10", cifar)
+    monkeypatch.setattr(cli, "AT_END", contextlib.ExitStack())
+    root = tmp_path / "data"
+    root.mkdir()
+    descriptor = os.open(root, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(cem.CEMError, match="another process is downloading"):
+        data.load("cifar10", "train", str(root))
+    os.close(descriptor)
+    assert data.load("cifar10", "train", str(root)).images.shape == (20, 3, 32, 32)
+    assert data.load("cifar10", "test", str(root)).labels.tolist() == [*range(10)] * 2
+    assert calls == [False, False, True, False]

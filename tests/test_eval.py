@@ -221,7 +221,7 @@ UINT8 = np.zeros((30, 8, 8, 1), np.uint8)
         ({"arr_0": np.zeros((30, 8, 8, 1), np.int32)}, "must be uint8"),
         ({"arr_0": np.zeros((30, 8, 8), np.uint8)}, "must be uint8"),
         ({"arr_0": np.uint8(3)}, "must be uint8"),
-        ({"arr_0": np.zeros((30, 9, 9, 1), np.uint8)}, "images are not resized"),
+        ({"arr_0": np.zeros((30, 9, 9, 1), np.uint8)}, "--image-size resizes"),
         ({"arr_0": np.zeros((5, 8, 8, 1), np.uint8)}, "--splits 10 needs more"),
         ({"arr_0": UINT8, "arr_1": np.zeros(4, int)}, "arr_1 (N,)"),
         ({"arr_0": UINT8, "arr_1": np.full(30, "cat")}, "integer labels"),
@@ -500,7 +500,7 @@ def test_float_images_in_0_to_1(digits_run, tmp_path):
 
 def test_nonfinite_features_are_an_error(digits_run, tmp_path):
     model = cem.load(digits_run / CKPT)
-    model.net.bn1.weight.data[0] = torch.nan
+    model.net.bn1.weight.data.fill_(3e38)
     cem.save(tmp_path / "nan.pt", model)
     np.savez(tmp_path / "s.npz", arr_0=UINT8)
     options = ["--ref", "s.npz", "--features", "nan.pt"]

@@ -21,7 +21,7 @@ from test_data import write_folder
 
 import cem
 import train_sup
-from lib import cli, data, distributed, loop, robustness
+from lib import augment, cli, data, distributed, loop, options, robustness
 
 # ---------------------------------------------------------------------------------------- losses
 
@@ -139,7 +139,7 @@ def test_a_training_step_pads_and_samples_as_its_loss_needs(name, padding):
     opt = train_sup.Options(loss=name, attack_steps=1, sgld_steps=1, precision="float32")
     batch_loss = train_sup.make_batch_loss(opt, train_set, buffer)
     with (
-        spy(data, "crop_flip") as crop,
+        spy(augment, "crop_flip") as crop,
         spy(train_sup, "with_statistics_of") as statistics,
         spy(cem, "supervised_loss") as loss,
     ):
@@ -308,7 +308,7 @@ def test_a_diverged_run_stops_with_its_last_good_checkpoint(tmp_path):
 
 def fit(folder, model, batch_loss, bounds=None, **changes):
     """Train with batches of 2 of 40 images for the given loss."""
-    opt = cli.TrainOptions(out=str(folder), batch_size=2, ema=0.0, weight_decay=0.0, **changes)
+    opt = options.TrainOptions(out=str(folder), batch_size=2, ema=0.0, weight_decay=0.0, **changes)
     trainer = loop.Trainer(
         opt,
         model,

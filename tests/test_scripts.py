@@ -1,8 +1,11 @@
 """The scripts as a user runs them: from the command line, with good and with bad input."""
 
+import contextlib
 import copy
 import dataclasses
 import importlib
+import io
+import itertools
 import json
 import math
 import os
@@ -493,3 +496,65 @@ def test_freed_memory_is_reused_without_page_faults():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 100 or platform.libc_ver()[1] < "2.35"
+
+
+def test_average_of_a_short_run_does_not_remember_the_first_weights(tmp_path):
+    """Its decay grows: min(--ema, t / (t + 10)), checked against a recursion in float64."""
+    options = ["--dataset", "digits", "--width", 4, "--epochs", 2, "--ema", 0.999, "--n-eval", 200]
+    averages = []
+    update = loop.ema_update
+    with mock.patch.object(loop, "ema_update", lambda *a: (averages.append(a[2]), update(*a))):
+        done = script("train_sup.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert averages == [min(0.999, t / (t + 10)) for t in range(22)]
+    saved = cem.load(tmp_path / "runs/sup/ckpt.pt")
+    last = saved.extra["training"]["model"]["net.fc.weight"]
+    torch.manual_seed(0)
+    first = cem.ParametricCEM("resnet18", 10, width=4, in_channels=1).net.fc.weight
+    assert (saved.net.fc.weight - last).norm() < 0.2 * (first - last).norm()
+
+
+def test_resume_takes_the_options_of_the_run_and_names_a_contradiction(tmp_path):
+    options = ["--dataset", "digits", "--width", 4, "--epochs", 1, "--loss", "mle", "--lr", 0.05]
+    assert script("train_sup.py", *options, "--out", "r", cwd=tmp_path).returncode == 0
+    done = script("train_sup.py", "--resume", "--out", "r", "--epochs", 2, cwd=tmp_path)
+    assert done.returncode == 0 and "resuming at step 11 of 22" in done.stdout, done.stderr
+    stored = json.loads((tmp_path / "r/options.json").read_text())
+    assert (stored["lr"], stored["loss"], stored["width"], stored["epochs"]) == (0.05, "mle", 4, 2)
+    for name, then, now in (("--lr", 0.05, 0.1), ("--dataset", "digits", tmp_path / "none")):
+        done = script("train_sup.py", "--resume", "--out", "r", name, now, cwd=tmp_path)
+        assert done.returncode == 2 and "error: " in done.stderr
+        if name == "--lr":
+            assert_refused(done, f"has {name} {then}, not {now}")
+    (tmp_path / "r/options.json").write_text('{"width": "wide", "lr": [], "dataset": 3}')
+    done = script("train_sup.py", "--resume", "--out", "r", "--dataset", "digits", cwd=tmp_path)
+    assert_refused(done)
+
+
+def test_quiet_hides_progress_and_nothing_else(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown = {}
+    for quiet in (False, True):
+        stderr = Terminal()
+        with contextlib.redirect_stderr(stderr):
+            monkeypatch.setattr(cli, "_quiet", quiet)
+            assert list(cli.progress(range(3), "name")) == [0, 1, 2]
+            cli.warn("important")
+        shown[quiet] = stderr.getvalue()
+    assert "name: " in shown[False] and "/3" in shown[False]
+    assert shown[True] == "warning: important\n"
+
+
+def test_progress_without_a_terminal_is_a_line_every_so_often():
+    stderr, clock = io.StringIO(), itertools.count(0, 10)
+    with contextlib.redirect_stderr(stderr):
+        bar = cli.progress(range(100), "name", miniters=1)
+        with mock.patch.object(bar, "_time", lambda: next(clock)):
+            bar.start_t = bar.last_print_t = 0
+            list(bar)
+    lines = stderr.getvalue().splitlines()
+    assert "\r" not in stderr.getvalue() and 5 < len(lines) < 60
+    assert all(line.startswith("name: ") and "it/s" in line or "s/it" in line for line in lines)

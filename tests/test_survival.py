@@ -500,8 +500,11 @@ def test_sampling_resumes_with_the_batches_that_were_finished(whole, tmp_path):
     assert done.returncode == 0 and "resuming with 2 finished batches" in done.stdout, done.stderr
     assert "000000010.npz is damaged" in done.stderr
     assert batches.drawn == [10, 20, 30, 40]
-    assert files(tmp_path / "two") == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
-    paths = [tmp_path / out / "samples-rcs.npz" for out in ("one", "two")]
+    names = [
+        f"samples-rcs{number}.{end}" for number in ("-1", "") for end in ("json", "npz", "png")
+    ]
+    assert files(tmp_path / "two") == names  # the set of the other seed was there first
+    paths = [tmp_path / "one/samples-rcs.npz", tmp_path / "two/samples-rcs-1.npz"]
     with np.load(paths[0]) as one, np.load(paths[1]) as two:
         for name in ("arr_0", "arr_1"):
             assert np.array_equal(one[name], two[name])

@@ -3,6 +3,7 @@ augmentation, against torchvision; train_unsup.py and the samplers of an encoder
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torchvision.transforms import functional
 
 import cem
 import train_unsup
-from lib import data, robustness
+from lib import augment, robustness
 
 TAU = 0.4
 EXACT = dict(rtol=0, atol=1e-12)
@@ -197,7 +198,7 @@ def test_resized_crop_equals_that_of_torchvision():
         [2, 9, 6, 7],
     ]
     mirror = torch.tensor([False, True] * 3)
-    ours = data.resized_crop(x, *torch.tensor(boxes).float().unbind(1), mirror)
+    ours = augment.resized_crop(x, *torch.tensor(boxes).float().unbind(1), mirror)
     for i, box in enumerate(boxes):
         expected = functional.resized_crop(x[i], *box, [16, 16], antialias=True)
         if mirror[i]:
@@ -219,7 +220,7 @@ def test_colour_operations_equal_those_of_torchvision():
     for name, (values, arguments) in cases.items():
         adjust = getattr(functional, name)
         expected = torch.stack([adjust(image, float(v)) for image, v in zip(x, values)])
-        ours = data.colour_jitter(x, *arguments)
+        ours = augment.colour_jitter(x, *arguments)
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6, msg=name)
 
 
@@ -235,15 +236,15 @@ def compare_moments(ours, theirs):
 
 
 JITTERS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
-MIRROR, JITTER, GREY, STRENGTH = range(data.BOX_DRAWS, data.BOX_DRAWS + 4)  # columns of the draws
+MIRROR, JITTER, GREY, STRENGTH = range(augment.BOX_DRAWS, augment.BOX_DRAWS + 4)  # columns
 
 
 def draws_of(operation, n):
     """SimCLR's draws that leave an image as it is, except for a random `operation`."""
-    random = torch.rand(n, data.SIMCLR_DRAWS, generator=torch.Generator().manual_seed(0))
+    random = torch.rand(n, augment.SIMCLR_DRAWS, generator=torch.Generator().manual_seed(0))
     u = torch.zeros_like(random)
-    u[:, : data.TRIES] = 1  # the whole area
-    u[:, data.TRIES : 2 * data.TRIES] = 0.5  # aspect ratio 1
+    u[:, : augment.TRIES] = 1  # the whole area
+    u[:, augment.TRIES : 2 * augment.TRIES] = 0.5  # aspect ratio 1
     u[:, [MIRROR, JITTER, GREY]] = 0.9  # above each probability
     u[:, STRENGTH:] = 0.5  # factors of 1, a shift of 0
     if operation == "crop and flip":
@@ -270,22 +271,22 @@ def torchvision_transform(operation):
 def test_distribution_of_each_operation_is_that_of_torchvision(operation):
     n = 1500
     image = photographs(1, 8)[0]
-    ours = data.simclr(image.expand(n, -1, -1, -1), draws_of(operation, n))
+    ours = augment.simclr(image.expand(n, -1, -1, -1), draws_of(operation, n))
     transform = torchvision_transform(operation)
     torch.manual_seed(0)
     compare_moments(ours, torch.stack([transform(image) for _ in range(n)]))
 
 
 def test_greyscale_images_are_only_cropped():
-    x, u = torch.rand(6, 1, 8, 8), torch.rand(6, data.SIMCLR_DRAWS)
-    boxes = data.crop_boxes(u, 8, (0.6, 1.0))
-    expected = data.resized_crop(x, *boxes, mirror=torch.zeros(6, dtype=torch.bool))
-    assert torch.equal(data.simclr(x, u, scale=(0.6, 1.0), flip=False), expected)
+    x, u = torch.rand(6, 1, 8, 8), torch.rand(6, augment.SIMCLR_DRAWS)
+    boxes = augment.crop_boxes(u, 8, (0.6, 1.0))
+    expected = augment.resized_crop(x, *boxes, mirror=torch.zeros(6, dtype=torch.bool))
+    assert torch.equal(augment.simclr(x, u, scale=(0.6, 1.0), flip=False), expected)
 
 
 def test_a_view_does_not_depend_on_the_batch():
-    x, u = torch.rand(6, 3, 8, 8), torch.rand(6, data.SIMCLR_DRAWS)
-    torch.testing.assert_close(data.simclr(x, u)[2:4], data.simclr(x[2:4], u[2:4]))
+    x, u = torch.rand(6, 3, 8, 8), torch.rand(6, augment.SIMCLR_DRAWS)
+    torch.testing.assert_close(augment.simclr(x, u)[2:4], augment.simclr(x[2:4], u[2:4]))
 
 
 # ----------------------------------------------------------------------- training and evaluation
@@ -363,8 +364,8 @@ def draw(folder, sampler, *options):
     """The images, as integers, and labels that sample.py draws from the run in `folder`."""
     done = script("sample.py", "--sampler", sampler, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
-    name = f"samples-{sampler}-cond.npz" if "--cond" in options else f"samples-{sampler}.npz"
-    with np.load(folder / "runs/unsup" / name) as z:
+    (path,) = re.findall(r"^wrote (\S+\.npz)", done.stdout, re.M)
+    with np.load(folder / path) as z:
         return z["arr_0"].astype(int), z["arr_1"].tolist()
 
 

@@ -1,0 +1,87 @@
+"""What scripts check before they work: that outputs can be written and are theirs; locks."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cem
+from lib import cli, distributed
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder in which files can be written; cli.run removes it again if it stays empty.
+
+    Raises CEMError if it cannot be written.
+    """
+    folder = folder.absolute()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            cli.AT_END.callback(_remove_if_empty, path)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise cem.CEMError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        pass
+
+
+def lock(folder: Path, busy: str) -> None:
+    """Lock the folder itself until the script ends, in the first process of torchrun.
+
+    Raises CEMError, with the message `busy`, if another process has locked it.
+    """
+    if distributed.rank():
+        return
+    if fcntl is None:
+        cli.warn("this system has no file locks: start one run at a time")
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    cli.AT_END.callback(os.close, descriptor)  # which unlocks, as the death of the process does
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        current = os.path.samestat(os.fstat(descriptor), os.stat(folder))
+    except (BlockingIOError, FileNotFoundError):  # locked, or removed by the one who had the lock
+        current = False
+    except OSError:
+        cli.warn(f"{folder} is on a file system without locks: start one run at a time")
+        return
+    cli.require(current, busy)
+
+
+def check_output(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Raise CEMError unless `path` can be written, and what is there was written by this script."""
+    make_folder(path.parent)
+    if path.is_symlink() or path.exists():
+        ours = path.is_file() and not path.is_symlink() and is_ours(path)
+        cli.require(ours, f"{path} exists and this script did not write it: name another file")
+
+
+def json_with(*keys: str) -> Callable[[Path], bool]:
+    """A test for check_output: whether a file is a JSON object with these keys."""
+
+    def is_ours(path: Path) -> bool:
+        content = read_json(path)
+        return isinstance(content, dict) and content.keys() >= set(keys)
+
+    return is_ours
+
+
+def read_json(path: Path) -> object:
+    """The content of a JSON file, None if it is missing, not a regular file or no JSON."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None

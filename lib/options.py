@@ -1,0 +1,95 @@
+"""The options that both training scripts share."""
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cem
+from lib import cli, data, distributed, files
+from lib.cli import CHOICE, PATH, option
+from lib.device import PRECISIONS
+from lib.run import FREE, NAMES
+
+MOVED = {"--evaluate": "python eval_robust.py --ckpt CKPT measures a checkpoint"}
+ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
+
+
+@dataclass
+class TrainOptions:
+    """Options of both training scripts; their order is the order of the headings of --help."""
+
+    dataset: str = option("cifar10", "", "data")  # each script's help comes from data.HELP
+    data_dir: str = option("data", "folder of the downloaded datasets", "data", **PATH)
+    image_size: int = option(0, data.IMAGE_SIZE, "data", least=0)
+    arch: str = option("resnet50", ARCH, "model", choices=list(cem.ARCHS), **CHOICE)
+    width: int = option(
+        64, "scales all channels; 64 is standard, and a ResNet's stem", "model", least=1
+    )
+    loss: str = option("at", "", "optimisation")  # each script has its own
+    epochs: int = option(150, "passes over the training images", "optimisation", least=1)
+    batch_size: int = option(256, "images per step, over all processes", "optimisation", least=2)
+    lr: float = option(0.1, "peak rate of SGD with momentum 0.9", "optimisation", above=0)
+    schedule: str = option(
+        "cosine", "learning rate after a warm-up", "optimisation", choices=["cosine", "onecycle"]
+    )
+    weight_decay: float = option(5e-4, "weight decay", "optimisation", least=0)
+    ema: float = option(
+        0.999, "decay of the weight average that becomes the model; 0: none", "optimisation",
+        least=0, below=1,
+    )  # fmt: skip
+    norm: str = option("l2", "norm of the attack's ball", "attack", choices=["l2", "linf"])
+    eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
+    attack_steps: int = option(7, "PGD steps", "attack", least=1)
+    attack_step_size: float = option(0.1, "PGD step size", "attack", above=0)
+    out: str = option("", "folder of the run", "run", **PATH)
+    resume: bool = option(False, "continue the run in --out, or start it", "run")
+    max_minutes: float = option(
+        math.inf, "save and stop after this time; --resume continues", "run", type=float, above=0
+    )
+    seed: int = option(0, "seed of weights, order, augmentation and attack", "run")
+    device: str = option("auto", cli.DEVICE, "run")
+    precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
+    compile: bool = option(False, "torch.compile network and attack", "run")
+    n_eval: int = option(1000, "test images for the measurements in the log", "run", least=1)
+    seed_rank: int = option(64, "rank of the Gaussian seeds in the checkpoint", "run", least=1)
+    batch_norm: str = option(
+        "sync", "BatchNorm over all torchrun processes or per process", "run",
+        choices=["sync", "local"],
+    )  # fmt: skip
+    quiet: bool = option(False, cli.QUIET, "run")
+    on_diverge: str = option(
+        "stop", "stop, or restart from ckpt.pt at half the learning rate", "run",
+        choices=["stop", "restart"],
+    )  # fmt: skip
+
+
+def stored(opt: TrainOptions) -> dict:
+    """With --resume, the options of the run in --out, which are then the defaults."""
+    folder = Path(opt.out)
+    if not (opt.resume and any((folder / name).exists() for name in NAMES[:2])):
+        return {}
+    content = files.read_json(folder / "options.json")
+    found = content if isinstance(content, dict) else {}
+    same = [name for name, value in asdict(opt).items() if type(value) is type(found.get(name))]
+    return {name: found[name] for name in same if name not in FREE}
+
+
+def claim(folder: Path) -> None:
+    """Make and lock the folder of a run, before any work.
+
+    Raises CEMError if it cannot be written, another run is in it, or a file of the run is none.
+    """
+    files.make_folder(folder)
+    files.lock(folder, f"another process is training in {folder}: name another --out")
+    for path in (folder / name for name in NAMES):
+        regular = path.is_file() and not path.is_symlink()
+        wrong = f"{path} is not a regular file: name another --out"
+        cli.require(regular or not os.path.lexists(path), wrong)
+
+
+def check(opt: TrainOptions) -> None:
+    n = distributed.world_size()
+    cli.require(opt.batch_size >= 2 * n, f"--batch-size must be at least {2 * n}, 2 per process")
+    cli.require(opt.batch_size % n == 0, f"--batch-size must be a multiple of {n}, the processes")
+    claim(Path(opt.out))

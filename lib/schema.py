@@ -1,0 +1,104 @@
+"""What the extra of a checkpoint may contain: checked once, when it is read (interop.load).
+
+dataset        name of a dataset, or path of an image folder
+classes        their names, in the order of the labels
+image_shape    [C, H, W]
+seeds          cem.GaussianSeeds.state_dict(), one Gaussian per class and one of all images
+options        of the training script, by name
+training       what --resume needs (loop.Trainer.save)
+"""
+
+import math
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import cem
+
+# of extra["training"]; seconds, log and sums are lists and dicts of numbers
+PROGRESS = {"step": int, "restarts": int, "seconds": float, "log": list, "sums": dict}
+
+
+def check(model: nn.Module, path: str | Path) -> None:
+    """Raise CEMError, with the path, for a part of model.extra that is not what it should be."""
+    try:
+        extra = model.extra
+        _check_data(model, extra)
+        _require(isinstance(extra.get("options", {}), dict), "options must be a dict")
+        if "training" in extra:
+            _require("options" in extra, "training needs the options of its run")
+            _check_training(model, extra["training"])
+    except cem.CEMError as error:
+        raise cem.CEMError(f"{path} is a damaged checkpoint: {error}") from error
+
+
+_require = cem.require
+
+
+def _check_data(model: nn.Module, extra: dict) -> None:
+    _require(isinstance(extra.get("dataset", ""), str), "dataset must be a name")
+    channels, shape = model.config["in_channels"], extra.get("image_shape")
+    if shape is not None:
+        sizes = isinstance(shape, list) and len(shape) == 3
+        sizes = sizes and all(type(size) is int and size > 0 for size in shape)
+        _require(sizes and shape[0] == channels, f"image_shape must be [{channels}, H, W]")
+    classes = extra.get("classes")
+    if classes is not None:
+        _check_classes(classes, model.config.get("num_classes"))
+    if "seeds" in extra:
+        seeds = cem.GaussianSeeds.from_state_dict(extra["seeds"])
+        fits = seeds.shape == tuple(shape or seeds.shape) and seeds.shape[0] == channels
+        _require(fits, f"its seeds have shape {seeds.shape}, not that of its images")
+        fits = classes is None or len(classes) == seeds.num_classes
+        _require(fits, f"it has seeds of {seeds.num_classes} classes, but not as many classes")
+
+
+def _check_classes(classes: object, wanted: int | None) -> None:
+    """Names of classes name folders (sample.py --png)."""
+    names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    _require(names and len(classes) > 0, "classes must be a list of names")
+    _require(len(set(classes)) == len(classes), "its classes have equal names")
+    fits = wanted is None or len(classes) == wanted
+    _require(fits, f"it has names of {len(classes)} classes, but logits of {wanted}")
+    for name in classes:
+        path = name in ("", ".", "..") or "/" in name or "\0" in name
+        _require(not path, f"the class name {name!r} must be a name, not a path")
+
+
+def _check_training(model: nn.Module, training: object) -> None:
+    _require(isinstance(training, dict), "its training state must be a dict")
+    for name, kind in PROGRESS.items():
+        _require(isinstance(training.get(name), kind), f"its training state has no {name}")
+    numbers = [training[name] for name in ("step", "restarts", "seconds")]
+    numbers += training["sums"].values()
+    valid = all(isinstance(value, (int, float)) and math.isfinite(value) for value in numbers)
+    _require(valid and min(numbers[:3]) >= 0, "step, restarts and sums must be finite numbers")
+    lines = all(isinstance(line, dict) for line in training["log"])
+    _require(lines, "its log must be a list of dicts")
+    state, expected = training.get("model"), model.state_dict()
+    fits = _like(state, expected)
+    _require(fits, "its last weights differ from the network, or are not finite")
+    optimizer = training.get("optimizer")
+    groups = isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)
+    groups = groups and isinstance(optimizer.get("param_groups"), list)
+    _require(groups, "its training state has no optimiser")
+    parameters = list(model.parameters())
+    for i, entry in optimizer["state"].items():
+        known = isinstance(i, int) and 0 <= i < len(parameters) and isinstance(entry, dict)
+        tensors = {k: v for k, v in entry.items() if v is not None} if known else {}
+        fits = known and _like(tensors, dict.fromkeys(tensors, parameters[i]))
+        _require(fits, "its optimiser state differs from the network, or is not finite")
+    chains = training.get("chains", {})
+    finite = isinstance(chains, dict) and all(_finite(rows) for rows in chains.values())
+    _require(finite, "its chains must be finite tensors")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, Tensor) and bool(value.isfinite().all())
+
+
+def _like(state: object, expected: dict) -> bool:
+    """Whether a state dict has the names and shapes of another one, and finite values."""
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        return False
+    return all(_finite(v) and v.shape == expected[k].shape for k, v in state.items())

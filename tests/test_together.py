@@ -1,0 +1,174 @@
+"""Two at once: locks on folders, simultaneous runs, numbered sample sets, threads."""
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_refused, files, perturb, script
+from test_survival import forked, training_of
+
+import cem
+from lib import cli
+from lib import files as outputs
+
+CKPT = "runs/sup/ckpt.pt"
+SHORT = ["--dataset", "digits", "--width", 4, "--epochs", 1, "--n-eval", 10, "--quiet"]
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """As if another process had locked the folder: each open file locks by itself."""
+    with contextlib.ExitStack() as end, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "AT_END", end)
+        outputs.lock(folder, "unused")
+        patch.undo()
+        yield
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files(folder)}
+
+
+@pytest.mark.parametrize("name", ["train_sup.py", "train_unsup.py"])
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_run_refuses_a_folder_in_which_another_one_trains(name, more, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("mine")
+    with locked(tmp_path / "run"):
+        done = script(name, *SHORT, "--out", "run", *more, cwd=tmp_path)
+    assert_refused(done, "another process is training in run")
+    assert contents(tmp_path) == {"run/log.jsonl": b"mine"}
+
+
+def test_sampling_refuses_a_set_that_another_process_draws(digits_run, tmp_path):
+    options = ["--ckpt", digits_run / CKPT, "--n", 10, "--steps", 1, "--out", tmp_path / "o"]
+    first = script("sample.py", *options, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    identity = outputs.read_json(tmp_path / "o/samples-rcs.json")["set"]
+    parts = tmp_path / f"o/samples-rcs-{identity}.parts"
+    parts.mkdir()
+    before = contents(tmp_path)
+    with locked(parts):
+        assert_refused(script("sample.py", *options, cwd=tmp_path), "draws the same images")
+        other = script("sample.py", *options, "--seed", 1, cwd=tmp_path)
+    assert other.returncode == 0 and "samples-rcs.npz has other options" in other.stdout
+    assert before.items() <= contents(tmp_path).items()
+
+
+def test_sets_with_other_options_get_a_number_and_equal_ones_replace_theirs(digits_run, tmp_path):
+    options = ["--ckpt", digits_run / CKPT, "--n", 10, "--steps", 1, "--out", "o"]
+    for seed, name in ((0, "samples-rcs"), (1, "samples-rcs-1"), (2, "samples-rcs-2")) * 2:
+        done = script("sample.py", *options, "--seed", seed, cwd=tmp_path)
+        assert f"wrote o/{name}.npz" in done.stdout, (done.stdout, done.stderr)
+    assert len(files(tmp_path / "o")) == 9
+    (tmp_path / "o/samples-cs.png").write_text("mine")
+    done = script("sample.py", *options, "--sampler", "cs", cwd=tmp_path)
+    assert "wrote o/samples-cs-1.npz" in done.stdout
+    assert (tmp_path / "o/samples-cs.png").read_text() == "mine"
+
+
+def test_a_lock_ends_with_the_script_and_a_file_system_without_locks_is_a_warning(
+    tmp_path, monkeypatch, capsys
+):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    with locked(tmp_path), pytest.raises(cem.CEMError, match="busy"), cli.AT_END:
+        outputs.lock(tmp_path, "busy")
+    with cli.AT_END:
+        outputs.lock(tmp_path, "busy")
+    monkeypatch.setattr(outputs.fcntl, "flock", refuse)
+    with cli.AT_END:
+        outputs.lock(tmp_path, "busy")
+    assert "without locks" in capsys.readouterr().err
+
+
+def start_together(n: int, *args, cwd: Path) -> list:
+    """Run train_sup.py n times at the same moment."""
+    done = [None] * n
+
+    def run(i: int) -> None:
+        done[i] = forked("train_sup.py", *args, cwd=cwd)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return done
+
+
+@pytest.mark.parametrize("pairs", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_of_two_runs_started_together_exactly_one_goes_on(pairs, tmp_path):
+    for i in range(pairs):
+        options = [*SHORT, "--batch-size", 700, "--seed", i, "--out", f"run{i}"]
+        done = start_together(2, *options, cwd=tmp_path)
+        assert sorted(d.returncode for d in done) == [0, 2], [d.stderr for d in done]
+        (refused,) = [d for d in done if d.returncode == 2]
+        assert_refused(refused, f"another process is training in run{i}")
+        run = tmp_path / f"run{i}"
+        assert training_of(run / "ckpt.pt")["step"] == 2
+        names = {"ckpt.pt", "log.jsonl", "options.json"}
+        assert names <= set(files(run)) and not (run / "previous-1").exists()
+
+
+def test_threads_that_sample_and_train_do_not_disturb_each_other():
+    """8 threads of 25 iterations: half draw from their network, half train and attack theirs."""
+
+    def network(i: int) -> cem.ParametricCEM:
+        torch.manual_seed(i)
+        return perturb(cem.ParametricCEM("resnet18", 5, width=4, in_channels=1), i)
+
+    def sample_with(model) -> torch.Tensor:
+        x, y = torch.full((4, 1, 8, 8), 0.5), torch.arange(4)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(25):
+            potential = cem.potential("rcs", model, y)
+            settings = dict(steps=2, step_size=0.1, noise=0.01, generator=generator)
+            x = cem.ascend(potential, x, **settings)
+        return x
+
+    def train(model) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        model.train()
+        for _ in range(25):
+            x, y = torch.rand(4, 1, 8, 8, generator=generator), torch.arange(4)
+            attack = cem.potential("ce", model, y)
+            x_adv = cem.pgd(attack, x, eps=0.5, steps=2, generator=generator)
+            loss, _ = cem.supervised_loss("at", model, x, y, x_adv)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return torch.cat([v.flatten().float() for v in model.state_dict().values()])
+
+    work = [sample_with, train] * 4
+    serial = [job(network(i)) for i, job in enumerate(work)]
+    models = [network(i) for i in range(8)]
+    parallel = [None] * 8
+
+    def run(i: int) -> None:
+        parallel[i] = work[i](models[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(serial, parallel):
+        assert torch.equal(one, other)
+
+
+def test_scripts_run_without_home_and_display_from_another_folder(digits_run, tmp_path):
+    """A script that writes neither to the checkout nor to HOME runs where it cannot."""
+    empty = {name: "/nonexistent" for name in ("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR")}
+    root = Path(cli.__file__).resolve().parent.parent
+    before = {p for p in root.rglob("*") if "__pycache__" not in p.parts}
+    options = ["--ckpt", digits_run / CKPT, "--n", 10, "--steps", 1, "--out", "o"]
+    done = script(root / "sample.py", *options, cwd=tmp_path, DISPLAY="", **empty)
+    assert done.returncode == 0, done.stderr
+    assert before == {p for p in root.rglob("*") if "__pycache__" not in p.parts}
+    assert not os.path.exists("/nonexistent")
