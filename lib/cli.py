@@ -183,8 +183,8 @@ def progress(items, name: str, **options) -> tqdm:
     """A tqdm bar on a terminal, elsewhere a line every half minute, nothing with --quiet."""
     if not sys.stderr.isatty():
         options |= dict(file=_Lines(), delay=30, mininterval=30, maxinterval=30)
-    hidden = _quiet or distributed.rank() > 0
-    return tqdm(items, name, leave=False, disable=hidden, **options)
+    options |= dict(leave=False, disable=_quiet or distributed.rank() > 0)
+    return tqdm(items, name, **options)
 
 
 # ---------------------------------------------------------------------------- errors and signals

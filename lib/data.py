@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -117,7 +118,9 @@ def _torchvision(name: str, split: str, data_dir: str) -> Dataset:
         except RuntimeError:  # not found
             files.make_folder(Path(data_dir))
             files.lock(Path(data_dir), f"another process is downloading to {data_dir}: try later")
-            raw = dataset[name](data_dir, part, download=True)
+            bar = partial(cli.progress, None, name)
+            with mock.patch.object(datasets.utils, "tqdm", bar):  # torchvision's own has no option
+                raw = dataset[name](data_dir, part, download=True)
         images = torch.from_numpy(raw.data)
         if name == "svhn":
             labels, classes = raw.labels, list("0123456789")

@@ -1,6 +1,7 @@
 """Feature networks, and the scores IS, FID and KID of their outputs (used by eval_is_fid.py)."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 from unittest import mock
@@ -53,16 +54,15 @@ def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
             path = Path(torch.hub.get_dir()) / "checkpoints" / name
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=prefix)
+                with mock.patch.object(torch.hub, "tqdm", partial(cli.progress, None, "Inception")):
+                    torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=prefix)
         cli.require(Path(path).is_file(), f"{path} not found")
         state = torch.load(path, map_location="cpu", weights_only=True)
         sha = digest(path)
     except Exception as error:  # no network, or a file that is damaged in any way
         reason = " ".join(str(error).split())[:200]
-        raise cem.CEMError(
-            f"Inception weights not available ({reason}): download {FID_WEIGHTS_URL} and pass it "
-            "as --weights, or use --features CHECKPOINT with a classifier"
-        ) from error
+        advice = f"pass {FID_WEIGHTS_URL} as --weights, or a classifier as --features CHECKPOINT"
+        raise cem.CEMError(f"Inception weights not available ({reason}): {advice}") from error
     if not sha.startswith(prefix):
         differs = f"{path} has SHA-256 {sha[:8]}…, the published weights {prefix}…"
         cli.warn(f"{differs}: the figures are not comparable with published ones")
