@@ -173,6 +173,8 @@ class _CEM(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for name, value in (("mean", mean), ("std", std)):
             value = torch.as_tensor(value, dtype=torch.get_default_dtype()).expand(in_channels)
+            valid = value.is_meta or value.isfinite().all() and (name == "mean" or value.min() > 0)
+            require(valid, f"{name} must be finite, and std positive")
             self.register_buffer(name, value.reshape(-1, 1, 1).clone())
 
     def stages(self, x: Tensor) -> list[Tensor]:
@@ -212,10 +214,11 @@ class NonParametricCEM(_CEM):
     """
 
     def __init__(
-        self, arch="resnet18", embed_dim=128, temperature=0.3, width=64, in_channels=3, **kwargs
-    ):
+        self, arch="resnet18", embed_dim=128, temperature=0.3, width=64, in_channels=3, mean=0.5,
+        std=0.25
+    ):  # fmt: skip
         config = dict(embed_dim=embed_dim, temperature=temperature)
-        super().__init__(arch, width, in_channels, **kwargs, **config)
+        super().__init__(arch, width, in_channels, mean, std, **config)
         self.temperature = temperature
         dim = self.net.out_features
         self.net.fc = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, embed_dim))
@@ -546,7 +549,7 @@ WITHOUT_Y = ("langevin", "maxent")
 NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(y), τ) -> U(x)
     "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),
     "maxent": lambda z, _, temperature: (  # -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j): batch entropy
-        math.log(len(z) - 1) - log_marginal(_similarity_to_others(z, temperature))
+        -log_marginal(_similarity_to_others(z, temperature)) + math.log(len(z) - 1)
     ),
 }
 
@@ -623,7 +626,8 @@ class GaussianSeeds:
         self.shape = tuple(shape)
         self.num_classes = len(mean) - 1
         fits = mean.dim() == 2 and factor.dim() == 3 and factor.shape[:2] == mean.shape
-        fits = fits and len(self.shape) == 3 and math.prod(self.shape) == mean.shape[1]
+        fits = fits and len(self.shape) == 3 and all(isinstance(n, int) for n in self.shape)
+        fits = fits and math.prod(self.shape) == mean.shape[1]
         require(fits, "mean must be (K + 1, C H W), factor (K + 1, C H W, R), shape (C, H, W)")
         finite = mean.isfinite().all() and factor.isfinite().all()
         require(finite, "the mean and the factor of the seeds must be finite")
@@ -659,6 +663,7 @@ class GaussianSeeds:
     def sample(self, labels: int | Tensor, generator=None) -> Tensor:
         """labels (N,): seeds of these classes; an int n: n unconditional ones. -> (N, C, H, W)."""
         if isinstance(labels, int):
+            require(labels >= 0, f"the number of seeds must not be negative: {labels}")
             labels = torch.full((labels,), self.num_classes)
         else:
             _check_labels(labels, self.num_classes)
@@ -678,9 +683,10 @@ class GaussianSeeds:
     @classmethod
     def from_state_dict(cls, state: dict, device="cpu") -> GaussianSeeds:
         try:
-            mean, factor = (state[name].to(device).float() for name in ("mean", "factor"))
-            return cls(mean, factor, state["shape"])
-        except (KeyError, TypeError, AttributeError) as error:
+            parts = [state[name].to(device) for name in ("mean", "factor")]
+            require(all(v.is_floating_point() for v in parts), "the seeds must be floats")
+            return cls(*(v.float() for v in parts), state["shape"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CEMError("seeds need the tensors mean and factor, and a shape") from error
 
 
@@ -707,7 +713,7 @@ class ReplayBuffer(nn.Module):
 
     def __init__(self, size: int, shape: Sequence[int], reinit=0.05, fresh: Callable | None = None):
         super().__init__()
-        fits = size >= 1 and 0 <= reinit <= 1
+        fits = 1 <= size < math.inf and 0 <= reinit <= 1
         require(fits, f"size must be at least 1, reinit in [0, 1], not {size} and {reinit}")
         self.reinit = reinit
         self.shape = tuple(shape)
@@ -723,8 +729,9 @@ class ReplayBuffer(nn.Module):
 
         -> x_s (n, C, H, W), detached. Raises CEMError where the buffer has fewer than n chains.
         """
-        enough = n <= len(self.images)
+        enough = 0 <= n <= len(self.images)
         require(enough, f"the replay buffer has {len(self.images)} chains, fewer than {n}")
+        require(not isinstance(generator, (list, tuple)), "chains need a single generator")
         index = torch.randperm(len(self.images), generator=generator, device=self.images.device)
         index = index[:n]
         drawn = _draw(torch.rand, (n, 1, 1, 1), generator, self.images[:0].float())
@@ -813,12 +820,13 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     try:
         with torch.device("meta"):  # sizes that only the configuration claims cost no memory
             model = KINDS[content["kind"]](**content["config"])
+        require(model.config == content["config"], "its configuration is not complete")
         expected = model.state_dict()
         state = {k: v.to(expected[k].dtype).contiguous() for k, v in content["state"].items()}
         model.load_state_dict(state, assign=True)
         model.extra = dict(content["extra"])
-        finite = all(v.isfinite().all() for v in state.values()) and state["std"].all()
-        require(finite, "its weights must be finite, and std not 0")
+        finite = all(v.isfinite().all() for v in state.values()) and state["std"].min() > 0
+        require(finite, "its weights must be finite, and std positive")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CEMError(f"{path} is a damaged checkpoint: {error}".splitlines()[0]) from error
     return model.to(device).eval()

@@ -14,6 +14,7 @@ pgd and maxent couple the images of a batch, so they also depend on --batch-size
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -101,7 +102,7 @@ class Options:
 def check(opt: Options) -> None:
     known = opt.norm != "none" or opt.step_size is not None
     cli.require(known, "--norm none needs --step-size: the gradient's length is unknown")
-    new = not opt.png or not Path(opt.png).exists()
+    new = not opt.png or not os.path.lexists(opt.png)
     cli.require(new, f"--png {opt.png} already exists: name a new folder")
     couples = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
     enough = opt.batch_size > 1 or not couples
@@ -194,6 +195,7 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
     """
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
     couples = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
+    torch.empty(opt.n, *seeds.shape, dtype=torch.uint8)  # fails now if they do not fit in memory
     starts = range(0, opt.n, opt.batch_size)
     drawn = {}
 

@@ -115,6 +115,7 @@ def parse(options: type, description: str, preset=None, moved: dict | None = Non
     of earlier versions to what replaces them.
     """
     argv = sys.argv[1:] if argv is None else argv
+    require("\0" not in "".join(argv), "options must not contain null bytes")
     for word in argv:
         name = word.partition("=")[0]
         require(name not in (moved or {}), f"{name} has moved: {(moved or {}).get(name)}")
@@ -130,12 +131,13 @@ def parse(options: type, description: str, preset=None, moved: dict | None = Non
 
 def check_bounds(opt) -> None:
     for f in fields(opt):
-        value = getattr(opt, f.name)
+        value, flag = getattr(opt, f.name), f"--{f.name.replace('_', '-')}"
+        several = "nargs" in f.metadata or not isinstance(value, list)
+        require(several, f"{flag} needs a value")  # argparse reads --seed=-- as a list
         for bound, (words, fits) in BOUNDS.items():
             if bound in f.metadata and value is not None:
                 limit = f.metadata[bound]
-                message = f"--{f.name.replace('_', '-')} must be {words} {limit}, not {value}"
-                require(fits(value, limit), message)
+                require(fits(value, limit), f"{flag} must be {words} {limit}, not {value}")
 
 
 def default_checkpoint(kind: str) -> Path:
@@ -219,12 +221,13 @@ def run(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         fail("error: out of device memory: try a smaller --batch-size")
     except RuntimeError as error:
-        asked = re.search(r"tried to allocate (\d+) bytes", str(error))  # on the CPU
+        asked = re.search(r"tried to allocate (\d+) bytes|overflowed with (sizes.*)", str(error))
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(f"error: torch.compile failed, leave out --compile: {error}".splitlines()[0])
         if asked is None:
             raise
-        fail(f"error: out of memory: tried to allocate {int(asked[1]):,} bytes, use smaller sizes")
+        size = f"{int(asked[1]):,} bytes" if asked[1] else f"a tensor of {asked[2]}"
+        fail(f"error: out of memory: tried to allocate {size}, use smaller sizes")
     except KeyboardInterrupt as stop:
         sys.exit(128 + (stop.args or (signal.SIGINT,))[0])
 

@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which "meta" refuses
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise cem.CEMError(f"--device {name} is not available: {reason}") from error
     keep_freed_memory()

@@ -222,7 +222,8 @@ class Trainer:
         found = self.chains is None or "chains" in training
         cli.require(found, f"{self.folder.checkpoint} has no chains: an earlier version wrote it")
         self.model.load_state_dict(training["model"])
-        self.optimizer.load_state_dict(training["optimizer"])
+        settings = {"param_groups": self.optimizer.state_dict()["param_groups"]}  # from the options
+        self.optimizer.load_state_dict(training["optimizer"] | settings)
         self.average.load_state_dict(saved.state_dict())
         if self.chains is not None:
             rows = training["chains"].items()
