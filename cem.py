@@ -613,24 +613,34 @@ def _check_labels(y: Tensor, num_classes: float) -> None:
 
 
 class GaussianSeeds:
-    """Starting points of the samplers: x₀ ~ N(μ_y, Σ_y + 1e-4 I), clipped to [0, 1].
+    """Starting points of the samplers: x₀ ~ N(μ_y, Σ_y), clipped to [0, 1].
 
-    Fitted to the images of each class y, and to all images for unconditional sampling. Computed as
-    μ + A ξ + 0.01 ζ with A Aᵀ = Σ, exact or, with `rank`, from Σ's leading eigenvectors. mean
-    (K + 1, D) and factor (K + 1, D, R); row K is the Gaussian of all images.
+    Fitted to the images of each class y, and to all images for unconditional sampling, as
+    Σ ≈ A Aᵀ + Tᵀ diag(s²) T: the leading eigenvectors and, of what these leave over, the variance
+    in each coefficient of the cosine transform T of the decorrelated channels. At full rank s = 0,
+    and Σ is exact. mean (K + 1, D), factor A (K + 1, D, R), residual s (K + 1, D); the last row is
+    the Gaussian of all images. channels (C, C) rotates the channels. Without these two, as in files
+    of earlier versions, T = I and s = 0.01.
     """
 
-    def __init__(self, mean: Tensor, factor: Tensor, shape: Sequence[int]):
+    def __init__(self, mean: Tensor, factor: Tensor, shape, residual=None, channels=None):
         self.mean = mean
         self.factor = factor
         self.shape = tuple(shape)
+        self.residual = residual
+        self.channels = channels
         self.num_classes = len(mean) - 1
         fits = mean.dim() == 2 and factor.dim() == 3 and factor.shape[:2] == mean.shape
         fits = fits and len(self.shape) == 3 and all(isinstance(n, int) for n in self.shape)
         fits = fits and math.prod(self.shape) == mean.shape[1]
+        if residual is not None:
+            fits = fits and residual.shape == mean.shape
+            fits = fits and channels is not None
+            fits = fits and channels.shape == (self.shape[0], self.shape[0])
         require(fits, "mean must be (K + 1, C H W), factor (K + 1, C H W, R), shape (C, H, W)")
-        finite = mean.isfinite().all() and factor.isfinite().all()
-        require(finite, "the mean and the factor of the seeds must be finite")
+        tensors = self.state_dict(mean.dtype).values()
+        finite = all(v.isfinite().all() for v in tensors if isinstance(v, Tensor))
+        require(finite, "the seeds must be finite")
 
     @classmethod
     def fit(
@@ -647,18 +657,25 @@ class GaussianSeeds:
         require(fits, "the fit needs images (N, C, H, W) and labels (N,), N at least 2")
         num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
         _check_labels(labels, num_classes)
-        flat = images.flatten(1)
-        rank = min(flat.shape[1] if rank is None else rank, flat.shape[1], len(flat) - 1)
+        dim = images[0].numel()
+        rank = min(dim if rank is None else rank, dim, len(images) - 1)
         require(rank >= 1, f"rank must be at least 1, not {rank}")
-        means, factors = [], []
-        for k in progress(range(num_classes + 1)):
-            rows = flat if k == num_classes else flat[labels == k]
+        dtype, shape = torch.get_default_dtype(), images.shape[1:]
+        means, factors, residuals, channels = [], [], [], None
+        for k in progress([num_classes, *range(num_classes)]):
+            rows = images if k == num_classes else images[labels == k]
             require(len(rows) > 1, f"class {k} has {len(rows)} images: its seeds need at least 2")
-            rows = rows.to(torch.get_default_dtype()) / scale
+            rows = rows.flatten(1).to(dtype) / scale
             means.append(rows.mean(0))
-            centered = (rows - means[k]) / (len(rows) - 1) ** 0.5
+            centered = rows.sub_(means[-1]).div_((len(rows) - 1) ** 0.5)
+            if channels is None:
+                planes = centered.view(-1, *shape).transpose(0, 1).flatten(1)
+                channels = torch.linalg.eigh(planes @ planes.T)[1].T.contiguous()
             factors.append(_principal_factor(centered, rank, seed=k))
-        return cls(torch.stack(means), torch.stack(factors), images.shape[1:])
+            residuals.append(_residual(centered, factors[-1], channels, shape))
+        parts = (torch.stack(part).roll(-1, 0) for part in (means, factors, residuals))
+        mean, factor, residual = parts
+        return cls(mean, factor, shape, residual, channels)
 
     def sample(self, labels: int | Tensor, generator=None) -> Tensor:
         """labels (N,): seeds of these classes; an int n: n unconditional ones. -> (N, C, H, W)."""
@@ -670,24 +687,54 @@ class GaussianSeeds:
         labels = labels.to(self.mean.device)
         dim, rank = self.factor.shape[1:]
         draws = _draw(torch.randn, (len(labels), rank + dim), generator, self.mean)
-        x = self.mean[labels] + 0.01 * draws[:, rank:]
+        x = draws[:, rank:] * (0.01 if self.residual is None else self.residual[labels])
+        if self.residual is not None:
+            x = _cosine(x.view(-1, *self.shape), self.channels, inverse=True).flatten(1)
+        x += self.mean[labels]
         for k in labels.unique():  # one factor per class: one per image would take gigabytes
             x[labels == k] += draws[labels == k, :rank] @ self.factor[k].T
         return x.clamp(0, 1).view(-1, *self.shape)
 
     def state_dict(self, dtype: torch.dtype = torch.float16) -> dict:
         """For a checkpoint: tensors and plain values."""
-        mean, factor = self.mean.to(dtype), self.factor.to(dtype)
-        return {"mean": mean, "factor": factor, "shape": list(self.shape)}
+        state = {"shape": list(self.shape)}
+        for name in ("mean", "factor", "residual", "channels"):
+            if getattr(self, name) is not None:
+                state[name] = getattr(self, name).to(dtype)
+        return state
 
     @classmethod
     def from_state_dict(cls, state: dict, device="cpu") -> GaussianSeeds:
+        """The inverse of state_dict; files of earlier versions have no residual."""
         try:
-            parts = [state[name].to(device) for name in ("mean", "factor")]
-            require(all(v.is_floating_point() for v in parts), "the seeds must be floats")
-            return cls(*(v.float() for v in parts), state["shape"])
+            tensors = {k: v.to(device) for k, v in state.items() if k != "shape"}
+            require(all(v.is_floating_point() for v in tensors.values()), "seeds must be floats")
+            return cls(shape=state["shape"], **{k: v.float() for k, v in tensors.items()})
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CEMError("seeds need the tensors mean and factor, and a shape") from error
+
+
+def _cosine(x: Tensor, channels: Tensor, inverse: bool = False) -> Tensor:
+    """T x, or Tᵀ x: rotated channels, orthonormal cosine transform (DCT-II) of rows and columns."""
+    transforms = [channels]
+    for n in x.shape[2:]:
+        i = torch.arange(n, dtype=x.dtype, device=x.device)
+        dct = torch.cos(math.pi / n * i[:, None] * (i + 0.5)) * (2 / n) ** 0.5
+        dct[0] /= 2**0.5
+        transforms.append(dct)
+    if inverse:
+        transforms = [matrix.T for matrix in transforms]
+    return torch.einsum("dc,ih,jw,nchw->ndij", *transforms, x)
+
+
+def _residual(centered: Tensor, factor: Tensor, channels: Tensor, shape) -> Tensor:
+    """The standard deviation (D,) of T x of the rows x (N, D), less their part in the span of A."""
+    basis = F.normalize(factor, dim=0)
+    variance = torch.zeros_like(centered[0])
+    for rows in centered.split(1000):
+        left = rows - rows @ basis @ basis.T
+        variance += _cosine(left.view(-1, *shape), channels).flatten(1).square().sum(0)
+    return variance.sqrt()
 
 
 def _principal_factor(centered: Tensor, rank: int, seed: int) -> Tensor:
@@ -701,45 +748,6 @@ def _principal_factor(centered: Tensor, rank: int, seed: int) -> Tensor:
         _, s, vt = torch.linalg.svd(centered, full_matrices=False)
         v = vt.T
     return F.pad(v * s, (0, max(rank - len(s), 0)))[:, :rank]
-
-
-class ReplayBuffer(nn.Module):
-    """Persistent SGLD chains, continued from one training step to the next ([JEM]).
-
-    fresh(n, generator) -> (n, C, H, W) creates chains, initially and, with probability `reinit`,
-    whenever one is drawn: uniform noise by default; GaussianSeeds.sample is another choice.
-    `images` (size, C, H, W), in half precision, is a buffer of the module.
-    """
-
-    def __init__(self, size: int, shape: Sequence[int], reinit=0.05, fresh: Callable | None = None):
-        super().__init__()
-        fits = 1 <= size < math.inf and 0 <= reinit <= 1
-        require(fits, f"size must be at least 1, reinit in [0, 1], not {size} and {reinit}")
-        self.reinit = reinit
-        self.shape = tuple(shape)
-        self.fresh = fresh or self._uniform
-        self.register_buffer("images", torch.empty(0, dtype=torch.float16))
-        self.images = self.fresh(size, None).half()
-
-    def _uniform(self, n: int, generator) -> Tensor:
-        return _draw(torch.rand, (n, *self.shape), generator, self.images).float()
-
-    def sample(self, potential: Callable, n: int, generator=None, **options) -> Tensor:
-        """n distinct chains climb a potential (`ascend`'s options) and are stored again.
-
-        -> x_s (n, C, H, W), detached. Raises CEMError where the buffer has fewer than n chains.
-        """
-        enough = 0 <= n <= len(self.images)
-        require(enough, f"the replay buffer has {len(self.images)} chains, fewer than {n}")
-        require(not isinstance(generator, (list, tuple)), "chains need a single generator")
-        index = torch.randperm(len(self.images), generator=generator, device=self.images.device)
-        index = index[:n]
-        drawn = _draw(torch.rand, (n, 1, 1, 1), generator, self.images[:0].float())
-        x = self.images[index].float()
-        x = torch.where(drawn < self.reinit, self.fresh(n, generator), x)
-        x = ascend(potential, x, norm="none", generator=generator, **options)
-        self.images[index] = x.half()
-        return x
 
 
 # ---------------------------------------------------------------------------------- checkpoints
@@ -811,18 +819,20 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     require(Path(path).is_file(), f"checkpoint {path} not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        # torch.load does not check the checksums
+        whole = zipfile.is_zipfile(path) and not zipfile.ZipFile(path).testzip()
     except Exception as error:  # a damaged or hostile file can fail in any way
         raise CEMError(f"cannot read {path}: it is damaged or {NOT_OURS}") from error
     ours = isinstance(content, dict) and content.get("format") == "cem"
     require(ours, f"{path} is {NOT_OURS}")
-    whole = zipfile.is_zipfile(path) and not zipfile.ZipFile(path).testzip()
-    require(whole, f"{path} is damaged: checksum mismatch")  # which torch.load does not check
+    require(whole, f"{path} is damaged: checksum mismatch")
     try:
         with torch.device("meta"):  # sizes that only the configuration claims cost no memory
             model = KINDS[content["kind"]](**content["config"])
         require(model.config == content["config"], "its configuration is not complete")
-        expected = model.state_dict()
-        state = {k: v.to(expected[k].dtype).contiguous() for k, v in content["state"].items()}
+        expected, stored = model.state_dict(), content["state"]
+        require(not any(v.is_complex() for v in stored.values()), "its weights are complex")
+        state = {k: v.to(expected[k].dtype).contiguous() for k, v in stored.items()}
         model.load_state_dict(state, assign=True)
         model.extra = dict(content["extra"])
         finite = all(v.isfinite().all() for v in state.values()) and state["std"].min() > 0

@@ -20,6 +20,7 @@ from lib import augment, cli, data, distributed, options, robustness
 from lib.cli import option
 from lib.device import AttackCopy, autocast, pick_device
 from lib.loop import Trainer
+from lib.replay import ReplayBuffer
 
 DIGITS = dict(
     arch="resnet18", width=16, epochs=30, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97,
@@ -85,7 +86,7 @@ def check(opt: Options) -> None:
         cli.require(local, f"--loss {opt.loss} needs --batch-norm local")
 
 
-def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: cem.ReplayBuffer | None = None):
+def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: ReplayBuffer | None = None):
     """-> batch_loss(model, index, draws, generator), one training step up to its loss."""
     attack_copy, sgld_copy = AttackCopy(opt.compile), AttackCopy(opt.compile)
     # a black border would tell data from samples, which have none
@@ -175,7 +176,7 @@ def train(opt: Options) -> None:
     buffer = None
     if opt.loss in ENERGY_BASED:
         fresh = seeds.sample if opt.reinit_from == "gaussian" else None
-        buffer = cem.ReplayBuffer(opt.buffer, seeds.shape, opt.reinit, fresh).to(device)
+        buffer = ReplayBuffer(opt.buffer, seeds.shape, opt.reinit, fresh).to(device)
         buffer.images = distributed.local_rows(buffer.images).clone()  # chains of its own
 
     def measure(model, epoch):

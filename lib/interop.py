@@ -44,13 +44,12 @@ def load(path: str | Path, device="cpu", mean=None, std=None) -> nn.Module:
     are read; no code in the file runs. Raises CEMError for a file that is missing, damaged or of
     unknown architecture.
     """
-    if not Path(path).is_file():
-        raise cem.CEMError(f"checkpoint {path} not found")
+    require(Path(path).is_file(), f"checkpoint {path} not found")
     ours = is_ours(path)
     if (mean is None) != (std is None):
         raise cem.CEMError("mean and std must be given together")
-    if ours and mean is not None:
-        raise cem.CEMError(f"mean and std are for third-party checkpoints, which {path} is not")
+    fits = mean is None or not ours
+    require(fits, f"mean and std are for third-party checkpoints, which {path} is not")
     if ours:
         model = cem.load(path, device)
         schema.check(model, path)
@@ -154,6 +153,7 @@ def third_party_model(state: State, given: dict) -> cem.ParametricCEM:
             allowed = "one number or one per channel, in [0, 1], and std must not be 0"
             raise cem.CEMError(f"mean and std must be {allowed}")
     model = cem.ParametricCEM(**config, **normalisation)
+    require(all(v.isfinite().all() for v in network.values()), "its weights are not finite")
     model.net.load_state_dict(network)
     model.extra = {"third_party": True, "normalised": normalised}
     return model

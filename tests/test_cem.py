@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -573,7 +574,7 @@ def test_seeds_have_the_fitted_mean_and_covariance(k, per_image):
     )
     x = seeds.sample(n if k == 2 else torch.full((n,), k), generator).flatten(1).double()
     data = (images if k == 2 else images[labels == k]).flatten(1).double()
-    mu, sigma = data.mean(0), data.T.cov() + 1e-4 * torch.eye(6, dtype=torch.float64)
+    mu, sigma = data.mean(0), data.T.cov()
     scale = sigma.diagonal().sqrt()
     # sampling errors: σ / √n of a mean, √((σ_ij² + σ_ii σ_jj) / n) of a covariance;
     # 5 of them, for 27 comparisons
@@ -595,6 +596,59 @@ def test_low_rank_seeds_keep_the_leading_directions():
         torch.testing.assert_close(
             low.factor[k] @ low.factor[k].T, exact.factor[k] @ exact.factor[k].T, rtol=0, atol=1e-5
         )
+
+
+def test_the_cosine_transform_is_scipys_of_rotated_channels():
+    rotation, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))
+    x = torch.rand(4, 3, 8, 6, dtype=torch.float64)
+    rotated = torch.einsum("dc,nchw->ndhw", rotation, x)
+    expected = torch.from_numpy(scipy.fft.dctn(rotated.numpy(), axes=(2, 3), norm="ortho"))
+    ours = cem._cosine(x, rotation)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(cem._cosine(ours, rotation, inverse=True), x)
+
+
+def smooth_images(n, channels):
+    """Two classes of images with correlated channels and a falling spectrum, inside [0, 1]."""
+    generator = torch.Generator().manual_seed(channels)
+    noise = torch.randn(n, channels, 16, 16, generator=generator)
+    i = torch.arange(16.0)
+    noise = noise / (1 + i[:, None].square() + i.square())
+    mix = torch.randn(channels, channels, generator=generator)
+    x = torch.from_numpy(scipy.fft.idctn(noise.numpy(), axes=(2, 3), norm="ortho"))
+    x = torch.einsum("dc,nchw->ndhw", mix, x) * (1 + torch.arange(n) % 2).view(-1, 1, 1, 1)
+    return (0.5 + 0.1 * x / x.std()).clamp(0, 1), torch.arange(n) % 2
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_low_rank_seeds_have_the_variance_and_the_spectrum_of_the_images(channels, k):
+    images, labels = smooth_images(4000, channels)
+    seeds = cem.GaussianSeeds.fit(images, labels, rank=8)
+    n = 10_000
+    x = seeds.sample(n if k == 2 else torch.full((n,), k), torch.Generator().manual_seed(0))
+    data = images if k == 2 else images[labels == k]
+    mean = data.mean(0)
+    ratio = x.var(0).mean((1, 2)) / data.var(0).mean((1, 2))
+    assert ((ratio - 1).abs() < 0.05).all(), ratio
+    spectra = [cem._cosine(z - mean, seeds.channels).square().mean(0) for z in (x, data)]
+    ratio = spectra[0] / spectra[1]
+    assert (ratio - 1).abs().mean() < 0.05 and (ratio - 1).abs().max() < 0.2, ratio
+
+
+def test_seeds_of_earlier_versions_draw_as_before():
+    """Without a residual: μ + A ξ + 0.01 ζ, with ξ and ζ from one draw of R + D numbers."""
+    mean, factor = 0.5 * torch.ones(2, 12), 0.1 * torch.randn(2, 12, 3)
+    old = {"mean": mean.half(), "factor": factor.half(), "shape": [3, 2, 2]}
+    seeds = cem.GaussianSeeds.from_state_dict(old)
+    x = seeds.sample(torch.zeros(5, dtype=torch.int64), torch.Generator().manual_seed(0))
+    draws = torch.randn(5, 15, generator=torch.Generator().manual_seed(0))
+    expected = mean[0] + 0.01 * draws[:, 3:] + draws[:, :3] @ factor[0].half().float().T
+    torch.testing.assert_close(x.flatten(1), expected.clamp(0, 1))
+    assert seeds.state_dict().keys() == {"mean", "factor", "shape"}
+    again = cem.GaussianSeeds.from_state_dict(seeds.state_dict(torch.float32))
+    ours, theirs = (s.sample(4, torch.Generator().manual_seed(1)) for s in (seeds, again))
+    assert torch.equal(ours, theirs)
 
 
 def test_seeds_need_two_images_a_class_and_known_labels():

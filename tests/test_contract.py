@@ -33,6 +33,7 @@ from PIL import Image
 
 import cem
 from lib import cli, data, interop
+from lib.replay import ReplayBuffer
 
 LIMIT = 20  # seconds for one command
 SMALL = "--dataset digits --width 4 --epochs 1 --n-eval 2 --max-minutes 0.001 --out run"
@@ -562,8 +563,8 @@ WRONG = [
     "cem.potential('ce', encoder, y)", "cem.potential('pgd', encoder)",
     "cem.potential('maxent', model)", "cem.potential(None, model, y)",
     "cem.potential('maxent', encoder)(x[:1])", "cem.potential('maxent', encoder)(x[:0])",
-    *(f"cem.ReplayBuffer(8, (3, 8, 8), reinit={v})" for v in ("nan", "inf", "-1", "1.5")),
-    *(f"cem.ReplayBuffer({v}, (3, 8, 8))" for v in ("nan", "inf", "-1", "0")),
+    *(f"ReplayBuffer(8, (3, 8, 8), reinit={v})" for v in ("nan", "inf", "-1", "1.5")),
+    *(f"ReplayBuffer({v}, (3, 8, 8))" for v in ("nan", "inf", "-1", "0")),
     *(f"buffer.sample(log_p, {n}, steps=1, step_size=0.1)" for n in ("9", "nan", "inf", "-1")),
     *(f"buffer.sample(log_p, 2, **dict(steps=1, step_size=1) | dict({name}={v}))" for name in (
         "steps", "step_size", "noise") for v in ("nan", "inf", "-1")),
@@ -635,13 +636,14 @@ def names(tmp_path, monkeypatch):
     torch.save({"format": "other"}, "other.pt")
     torch.manual_seed(0)
     n = SimpleNamespace(**TOOLS, cem=cem, copy=copy, interop=interop, s=(3, 8, 8))
+    n.ReplayBuffer = ReplayBuffer
     n.model, n.encoder = (kind(width=4).eval() for kind in cem.KINDS.values())
     n.huge = copy.deepcopy(n.model)
     n.huge.net.fc.bias.data.fill_(1e30)
     n.x, n.y, n.g = torch.rand(6, 3, 8, 8), torch.arange(6) % 3 + 2, torch.Generator()
     n.ce, n.rcs = (cem.potential(name, n.model, n.y) for name in ("ce", "rcs"))
     n.log_p, n.z = cem.potential("langevin", n.model), n.encoder(n.x).detach()
-    n.seeds, n.buffer = cem.GaussianSeeds.fit(n.x, n.y % 2), cem.ReplayBuffer(8, n.s)
+    n.seeds, n.buffer = cem.GaussianSeeds.fit(n.x, n.y % 2), ReplayBuffer(8, n.s)
     n.m, n.f, n.state = n.seeds.mean, n.seeds.factor, n.seeds.state_dict()
     n.y = n.y.add(3)  # for `model`, the largest label is 7
     return vars(n)

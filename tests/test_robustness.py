@@ -22,6 +22,7 @@ from test_data import write_folder
 import cem
 import train_sup
 from lib import augment, cli, data, distributed, loop, options, robustness
+from lib.replay import ReplayBuffer
 
 # ---------------------------------------------------------------------------------------- losses
 
@@ -135,7 +136,7 @@ def test_a_training_step_pads_and_samples_as_its_loss_needs(name, padding):
     train_set = data.load("digits", "train")
     generator = distributed.RankGenerator(0, torch.device("cpu"))
     model = cem.ParametricCEM("resnet18", 10, width=4, in_channels=1).train()
-    buffer = None if name == "at" else cem.ReplayBuffer(16, (1, 8, 8))
+    buffer = None if name == "at" else ReplayBuffer(16, (1, 8, 8))
     opt = train_sup.Options(loss=name, attack_steps=1, sgld_steps=1, precision="float32")
     batch_loss = train_sup.make_batch_loss(opt, train_set, buffer)
     with (
@@ -199,7 +200,7 @@ def test_chains_persist_and_reach_the_stationary_distribution():
     alpha, sigma = 0.02, 0.05
     q = 1 - 9 * alpha
     variance = sigma**2 / (1 - q**2)
-    buffer = cem.ReplayBuffer(4000, (1, 2, 2), reinit=0.0)
+    buffer = ReplayBuffer(4000, (1, 2, 2), reinit=0.0)
     generator = torch.Generator().manual_seed(1)
     for _ in range(8):  # 80 steps in all, which leave q^160 of the initial variance
         buffer.sample(bowl, 4000, generator, steps=10, step_size=alpha, noise=sigma)
@@ -211,7 +212,7 @@ def test_chains_persist_and_reach_the_stationary_distribution():
 
 
 def test_buffer_draws_distinct_chains_and_stores_them_again():
-    buffer = cem.ReplayBuffer(50, (1, 2, 2), reinit=0.0)
+    buffer = ReplayBuffer(50, (1, 2, 2), reinit=0.0)
     generator = torch.Generator().manual_seed(0)
     before = buffer.images.clone()
     x = buffer.sample(bowl, 20, generator, steps=1, step_size=0.1)
@@ -227,7 +228,7 @@ def test_buffer_draws_distinct_chains_and_stores_them_again():
 
 
 def test_buffer_refuses_to_draw_more_chains_than_it_has():
-    buffer = cem.ReplayBuffer(50, (1, 2, 2))
+    buffer = ReplayBuffer(50, (1, 2, 2))
     before = buffer.images.clone()
     with pytest.raises(cem.CEMError, match="50 chains, fewer than 80"):
         buffer.sample(bowl, 80, steps=1, step_size=0.1)
@@ -236,7 +237,7 @@ def test_buffer_refuses_to_draw_more_chains_than_it_has():
 
 @pytest.mark.parametrize("reinit", [0.0, 0.3, 1.0])
 def test_chains_start_anew_with_the_given_probability(reinit):
-    buffer = cem.ReplayBuffer(4000, (1, 1, 1), reinit, lambda n, _: torch.full((n, 1, 1, 1), 0.25))
+    buffer = ReplayBuffer(4000, (1, 1, 1), reinit, lambda n, _: torch.full((n, 1, 1, 1), 0.25))
     buffer.images.fill_(0.75)
     generator = torch.Generator().manual_seed(0)
     x = buffer.sample(lambda x: 0 * x.sum((1, 2, 3)), 4000, generator, steps=1, step_size=0.1)
@@ -246,13 +247,13 @@ def test_chains_start_anew_with_the_given_probability(reinit):
 
 def test_buffer_starts_from_noise_or_gaussian_seeds():
     torch.manual_seed(0)
-    x = cem.ReplayBuffer(3000, (1, 2, 2)).images.float()
+    x = ReplayBuffer(3000, (1, 2, 2)).images.float()
     assert x.min() >= 0
     assert x.max() <= 1
     assert abs(x.mean() - 0.5) < 4 / math.sqrt(12 * x.numel())
     images = (0.3 + 0.05 * torch.randn(200, 1, 2, 2)).clamp(0, 1)
     seeds = cem.GaussianSeeds.fit(images, torch.zeros(200, dtype=torch.int64))
-    x = cem.ReplayBuffer(3000, (1, 2, 2), fresh=seeds.sample).images.float()
+    x = ReplayBuffer(3000, (1, 2, 2), fresh=seeds.sample).images.float()
     assert abs(x.mean() - images.mean()) < 0.01
     assert abs(x.std() - images.std()) < 0.01
 
