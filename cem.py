@@ -412,9 +412,9 @@ def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Te
     else:
         n = len(generator)
         require(n == shape[0], f"{shape[0]} images need as many generators, not {n}")
-        drawn = torch.empty(shape, dtype=like.dtype)
-        for row, g in zip(drawn, generator):
-            row.copy_(random(shape[1:], generator=g, dtype=like.dtype, device=g.device))
+        row = dict(size=shape[1:], dtype=like.dtype)
+        rows = [random(generator=g, device=g.device, **row) for g in generator]
+        drawn = torch.stack(rows) if rows else torch.empty(shape, dtype=like.dtype)
     return drawn.to(like.device)
 
 
@@ -633,9 +633,9 @@ class GaussianSeeds:
         fits = mean.dim() == 2 and factor.dim() == 3 and factor.shape[:2] == mean.shape
         fits = fits and len(self.shape) == 3 and all(isinstance(n, int) for n in self.shape)
         fits = fits and math.prod(self.shape) == mean.shape[1]
+        fits = fits and (residual is None) == (channels is None)
         if residual is not None:
             fits = fits and residual.shape == mean.shape
-            fits = fits and channels is not None
             fits = fits and channels.shape == (self.shape[0], self.shape[0])
         require(fits, "mean must be (K + 1, C H W), factor (K + 1, C H W, R), shape (C, H, W)")
         tensors = self.state_dict(mean.dtype).values()
@@ -673,8 +673,9 @@ class GaussianSeeds:
                 channels = torch.linalg.eigh(planes @ planes.T)[1].T.contiguous()
             factors.append(_principal_factor(centered, rank, seed=k))
             residuals.append(_residual(centered, factors[-1], channels, shape))
-        parts = (torch.stack(part).roll(-1, 0) for part in (means, factors, residuals))
-        mean, factor, residual = parts
+        mean, factor, residual = (
+            torch.stack(rows).roll(-1, 0) for rows in (means, factors, residuals)
+        )
         return cls(mean, factor, shape, residual, channels)
 
     def sample(self, labels: int | Tensor, generator=None) -> Tensor:

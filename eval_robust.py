@@ -75,6 +75,12 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
+def check_size(model: nn.Module, test_set: data.Dataset) -> None:
+    own, given = model.extra.get("image_shape"), list(test_set.images.shape[1:])
+    differs = f"the checkpoint is for images of {own}, {test_set.name} has {given}"
+    cli.require(own in (None, given), f"{differs}: name its --dataset and --image-size")
+
+
 def evaluate_classifier(model: cem.ParametricCEM, test_set: data.Dataset, opt: Options) -> dict:
     own = (model.config["in_channels"], model.config["num_classes"])
     given = (test_set.images.shape[1], len(test_set.classes))
@@ -149,10 +155,12 @@ def main() -> None:
     files.check_output(folder / name, files.json_with("command", "ckpt", "eps"))
     if encoder:
         train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
+        check_size(model, test_set)
         result = evaluate_encoder(model, train_set, test_set, opt)
         report(name, path, folder, test_set, opt, result)
         return
     test_set = data.load(opt.dataset, "test", opt.data_dir, opt.image_size).to(device)
+    check_size(model, test_set)
     if third_party:
         train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
         interop.check_third_party(model, path, train_set)

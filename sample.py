@@ -230,7 +230,6 @@ def record(opt: Options, path: Path, model, device, seconds: float) -> dict:
     """The content of the .json beside the samples: command, options, model, time."""
     return {
         "command": cli.command(),
-        "set": identity(opt, path),
         **asdict(opt),
         "ckpt": str(path),
         "dataset": model.extra["dataset"],
@@ -252,7 +251,8 @@ def main() -> None:
     model = load_model(path, device, opt)
     folder = Path(opt.out or cli.output_folder(path, "third_party" in model.extra))
     name = f"samples-{opt.sampler}{'-cond' * opt.cond}"
-    parts = folder / f"{name}-{identity(opt, path)}.parts"  # of its finished batches
+    own = identity(opt, path)
+    parts = folder / f"{name}-{own}.parts"  # of its finished batches
     files.make_folder(parts)
     files.lock(parts, f"another process draws the same images: its batches are in {parts}")
     if opt.png:
@@ -271,7 +271,7 @@ def main() -> None:
     if distributed.rank():
         return
     seconds = time.monotonic() - begin
-    content = record(opt, path, model, device, seconds)
+    content = {"set": own} | record(opt, path, model, device, seconds)
     if not found:  # else some batches were drawn before
         content["images_per_second"] = round(opt.n / seconds, 2)
     pictures.write(folder, name, images, labels, content)

@@ -36,7 +36,7 @@ PREFERRED = ("state_dict", "model", "model_state_dict", "net", "last")
 
 
 def load(path: str | Path, device="cpu", mean=None, std=None) -> nn.Module:
-    """The model of any checkpoint, ours (cem.load) or third-party, in eval mode on `device`.
+    """The model of any checkpoint, ours (schema.load) or third-party, in eval mode on `device`.
 
     For a third-party classifier, model.extra["third_party"] is True, and `mean` and `std` (one
     number or one per channel, in [0, 1]) replace the file's channel normalisation. Without either,
@@ -51,9 +51,7 @@ def load(path: str | Path, device="cpu", mean=None, std=None) -> nn.Module:
     fits = mean is None or not ours
     require(fits, f"mean and std are for third-party checkpoints, which {path} is not")
     if ours:
-        model = cem.load(path, device)
-        schema.check(model, path)
-        return model
+        return schema.load(path, device)
     given = {} if mean is None else {"mean": mean, "std": std}
     content = read(path)
     try:

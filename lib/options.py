@@ -67,7 +67,8 @@ class TrainOptions:
 def stored(opt: TrainOptions) -> dict:
     """With --resume, the options of the run in --out, which are then the defaults."""
     folder = Path(opt.out)
-    if not (opt.resume and any((folder / name).exists() for name in NAMES[:2])):
+    exists = (folder / "ckpt.pt").exists() or (folder / "ckpt-previous.pt").exists()
+    if not (opt.resume and exists):
         return {}
     content = files.read_json(folder / "options.json")
     found = content if isinstance(content, dict) else {}

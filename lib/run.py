@@ -69,21 +69,15 @@ class RunFolder:
     def load(self, device: torch.device) -> nn.Module:
         """The run's checkpoint or, with a warning, the previous one if it is damaged."""
         try:
-            model = self._read(self.checkpoint, device)
+            model = schema.load(self.checkpoint, device)
         except cem.CEMError as error:
             if not self.previous.exists():
                 raise
-            model = self._read(self.previous, device)
+            model = schema.load(self.previous, device)
             step = model.extra["training"]["step"]
             cli.warn(f"{error}: continuing from {self.previous}, step {step}")
             self.step_back()
         self._check_resumable(model.extra)
-        return model
-
-    @staticmethod
-    def _read(path: Path, device: torch.device) -> nn.Module:
-        model = cem.load(path, device)
-        schema.check(model, path)
         return model
 
     def _check_resumable(self, extra: dict) -> None:

@@ -1,4 +1,4 @@
-"""What the extra of a checkpoint may contain: checked once, when it is read (interop.load).
+"""What the extra of a checkpoint may contain: checked once, when it is read.
 
 dataset        name of a dataset, or path of an image folder
 classes        their names, in the order of the labels
@@ -18,10 +18,11 @@ import cem
 PROGRESS = {"step": int, "restarts": int, "seconds": float, "log": list, "sums": dict}
 
 
-def check(model: nn.Module, path: str | Path) -> None:
-    """Raise CEMError, with the path, for a part of model.extra that is not what it should be."""
+def load(path: str | Path, device="cpu") -> nn.Module:
+    """cem.load, which checks the model; here its extra is checked, too. Raises CEMError."""
+    model = cem.load(path, device)
+    extra = model.extra
     try:
-        extra = model.extra
         _check_data(model, extra)
         _require(isinstance(extra.get("options", {}), dict), "options must be a dict")
         if "training" in extra:
@@ -29,6 +30,7 @@ def check(model: nn.Module, path: str | Path) -> None:
             _check_training(model, extra["training"])
     except cem.CEMError as error:
         raise cem.CEMError(f"{path} is a damaged checkpoint: {error}") from error
+    return model
 
 
 _require = cem.require

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import sample  # noqa: E402
-from lib import cli  # noqa: E402
+from lib import cli, files  # noqa: E402
 from lib.device import pick_device  # noqa: E402
 
 
@@ -56,6 +56,10 @@ def main() -> None:
     except ImportError as error:
         raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
     device = pick_device(opt.device)
+    record = Path(f"{opt.out}.json")
+    is_ours = files.json_with("maxent, one Gaussian", "pgd, one Gaussian")
+    files.check_output(record, is_ours)
+    files.check_output(Path(f"{opt.out}.png"), lambda _: is_ours(record))
     ckpt = Path(opt.ckpt or cli.SHIPPED / "unsup.pt")
     model = sample.load_model(ckpt, device, sample.Options(sampler="maxent"))
     gaussians = cem.GaussianSeeds.from_state_dict(model.extra["seeds"], device)

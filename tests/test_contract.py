@@ -303,6 +303,7 @@ WEIGHTS = """
 w['net.fc.weight'][0, 0] = nan; w['net.bn1.running_var'][0] = inf; w['std'].zero_()
 w['std'].fill_(nan); w['mean'].fill_(-inf); del w['net.fc.bias']; w['other'] = torch.zeros(1)
 w['net.fc.weight'] = torch.zeros(3, 3); w['net.fc.weight'] = 1.0; w['net.fc.bias'] = None
+w['net.fc.bias'] = w['net.fc.bias'] + 1j; w['std'].neg_(); del g['arch']
 w['net.fc.bias'] = torch.zeros(10).to_sparse(); w[3] = torch.zeros(1); w.clear()
 c['state'] = []; c['state'] = None; del c['state']; del c['config']; del c['kind']; del c['extra']
 g['width'] = 10**9; g['width'] = 10**30; g['width'] = -1; g['width'] = nan; g['width'] = 'wide'
@@ -318,6 +319,8 @@ s['mean'][0, 0] = nan; s['factor'][0, 0, 0] = inf; s['mean'] = torch.zeros(0)
 s['factor'] = s['factor'][:, :5]; s['factor'] = s['factor'][..., 0]; s['mean'] = s['mean'][:5]
 s['shape'] = [8, 8]; s['shape'] = [1, 4, 16]; s['shape'] = 3; s['shape'] = 'abc'
 s['shape'] = [1, 8, 8.0]; s['shape'] = None; s['mean'] = s['mean'].to_sparse(); e['seeds'] = None
+del s['residual']; del s['channels']; s['residual'][3, 3] = nan; s['channels'] = torch.zeros(2, 2)
+s['residual'] = s['residual'][1:]; s['unknown'] = torch.zeros(2)
 s['shape'] = [1, -8, -8], e.pop('image_shape'); e['seeds'] = 3; e['seeds'] = []; e['seeds'] = 'x'
 s['shape'] = [torch.tensor(1), 8, 8]; s['mean'] = s['mean'].to(torch.complex64) + 1j
 e['classes'] = 3; e['classes'] = 'abcdefghij'; e['classes'] = ['a']; e['classes'] = []

@@ -510,6 +510,16 @@ def test_nonfinite_features_are_an_error(digits_run, tmp_path):
     assert files(tmp_path) == ["nan.pt", "s.npz"]
 
 
+@pytest.mark.parametrize("n, warned", [(499, True), (500, False)])
+def test_few_samples_are_warned_of_with_the_number_needed(n, warned, digits_run, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "s.npz", arr_0=pixels)
+    options = ["--ref", "s.npz", "--features", digits_run / CKPT]
+    done = evaluate(tmp_path, "--samples", "s.npz", *options)
+    assert done.returncode == 0, done.stderr
+    assert ("499 images: below 500, C-FD is biased upwards" in done.stderr) == warned
+
+
 # ------------------------------------------------------------------------------- results/sweep.py
 
 

@@ -414,3 +414,11 @@ def test_cem_works_without_the_rest_of_the_repository(tmp_path):
     assert "samples (3, 3, 8, 8) True" in done.stdout
     refusal = next(line for line in done.stdout.splitlines() if line.startswith("error"))
     assert "sample.py and eval_robust.py" in refusal
+
+
+def test_third_party_weights_that_are_not_finite_are_refused(third_party):
+    content = torch.load(third_party / "f.pt", weights_only=True)
+    content["state_dict"]["layer4.1.conv2.weight"][0, 0] = torch.nan
+    torch.save(content, third_party / "f.pt")
+    with pytest.raises(cem.CEMError, match="f.pt: its weights are not finite"):
+        interop.load(third_party / "f.pt")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import pickle
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import assert_refused, files, script
+from PIL import Image
 from test_data import write_folder
 
 import cem
@@ -648,3 +650,18 @@ def test_label_10_of_svhn_is_the_digit_0(tmp_path):
         test_set = data.load("svhn", "test", str(tmp_path / "sets"))
     assert test_set.labels.tolist() == [*range(1, 10), 0] * 2
     assert not test_set.flip
+
+
+def test_evaluation_names_a_size_that_contradicts_the_checkpoint(digits_run, tmp_path):
+    shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / "ckpt.pt")
+    for part in ("train", "test"):
+        for k in range(10):
+            (tmp_path / f"large/{part}/{k}").mkdir(parents=True)
+            for i in range(2):
+                Image.new("L", (12, 12), 20 * k + i).save(tmp_path / f"large/{part}/{k}/{i}.png")
+    options = ["--ckpt", "ckpt.pt", "--dataset", "large"]
+    done = script("eval_robust.py", *options, "--image-size", 12, cwd=tmp_path)
+    assert_refused(done, "images of [1, 8, 8], large has [1, 12, 12]")
+    done = script("eval_robust.py", *options, cwd=tmp_path)  # the checkpoint's size
+    assert done.returncode == 0, done.stderr
+    assert "resized and cropped to 8x8" in done.stdout
