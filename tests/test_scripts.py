@@ -558,3 +558,38 @@ def test_progress_without_a_terminal_is_a_line_every_so_often():
     lines = stderr.getvalue().splitlines()
     assert "\r" not in stderr.getvalue() and 5 < len(lines) < 60
     assert all(line.startswith("name: ") and "it/s" in line or "s/it" in line for line in lines)
+
+
+def test_pictures_that_are_not_finite_are_an_error(digits_run, tmp_path):
+    model = cem.load(digits_run / "runs/sup/ckpt.pt")
+    model.net.bn1.weight.data.fill_(3e38)  # finite, but the features overflow
+    cem.save(tmp_path / "huge.pt", model, **model.extra)
+    done = script("sample.py", "--ckpt", "huge.pt", "--n", 10, "--steps", 2, cwd=tmp_path)
+    assert_refused(done, "the images are not finite")
+    assert files(tmp_path) == ["huge.pt"]
+
+
+def test_settings_of_the_optimiser_come_from_the_options_not_from_the_file(tmp_path):
+    options = ["--dataset", "digits", "--width", 4, "--n-eval", 10, "--epochs"]
+    weights = []
+    for name in ("whole", "changed"):
+        assert script("train_sup.py", *options, 1, "--out", name, cwd=tmp_path).returncode == 0
+        path = tmp_path / name / "ckpt.pt"
+        content = torch.load(path, weights_only=True)
+        if name == "changed":
+            (group,) = content["extra"]["training"]["optimizer"]["param_groups"]
+            group |= dict(momentum=0.1, weight_decay=0.5, nesterov="x")
+            torch.save(content, path)
+        done = script("train_sup.py", "--resume", "--epochs", 2, "--out", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        weights.append(cem.load(path).net.fc.weight)
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("flags, shown", [([], False), (["-W", "default"], True)])
+def test_warnings_of_libraries_are_shown_on_request_only(flags, shown):
+    code = "import warnings; from lib import cli; cli.run(lambda: warnings.warn('deprecated'))"
+    command = [sys.executable, *flags, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert ("UserWarning: deprecated" in done.stderr) == shown

@@ -173,3 +173,12 @@ def test_scripts_run_without_home_and_display_from_another_folder(digits_run, tm
     assert done.returncode == 0, done.stderr
     assert before == {p for p in root.rglob("*") if "__pycache__" not in p.parts}
     assert not os.path.exists("/nonexistent")
+
+
+def test_a_folder_that_its_holder_removed_counts_as_locked(tmp_path, monkeypatch):
+    """The first process ends, and removes the folder, between our opening and our locking it."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    monkeypatch.setattr(outputs.fcntl, "flock", lambda *_: parts.rmdir())
+    with pytest.raises(cem.CEMError, match="busy"), cli.AT_END:
+        outputs.lock(parts, "busy")
