@@ -3,6 +3,7 @@
 import ast
 import copy
 import math
+import os
 import sys
 import threading
 from unittest import mock
@@ -767,3 +768,17 @@ def test_load_refuses_what_is_no_checkpoint(tmp_path, model):
             cem.load(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
+
+
+def test_links_folders_and_pipes_are_never_replaced_by_a_file(tmp_path, model):
+    (tmp_path / "target").write_text("mine")
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
+    for name in ("link", "dangling", "folder", "pipe"):
+        with pytest.raises(OSError, match="not a regular file"):
+            cem.save(tmp_path / name, model)
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "mine"
