@@ -9,12 +9,10 @@ Images are float tensors (N, C, H, W) in [0, 1]; the channel normalisation is a 
 Energies are negative log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k), where LSE is
 log-sum-exp. This file depends on torch and torchvision only and can be copied as it is.
 
-Contents: networks, log-densities, losses, ascent (attack and samplers), potentials, seeds,
-checkpoints.
-
 Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455. [JEAT] Zhu et al., ICCV 2021,
 arXiv:2108.09093. [JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263. [PGD] Madry et al.,
-ICLR 2018, arXiv:1706.06083. [CW] Carlini and Wagner, S&P 2017, arXiv:1608.04644.
+ICLR 2018, arXiv:1706.06083. [CW] Carlini and Wagner, S&P 2017, arXiv:1608.04644. [DAT] Dual
+adversarial training, ICLR 2026, arXiv:2510.13872.
 """
 
 from __future__ import annotations
@@ -148,10 +146,8 @@ RESNETS = {
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
-WIDE_RESNETS = [  # (depth, factor)
-    *((16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16))
-]
-# name -> (width, in_channels) -> network
+WIDE_RESNETS = (16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16)
+# name -> (width, in_channels) -> network; of Wide ResNets: depth, factor
 ARCHS = {k: functools.partial(ResNet, *shape) for k, shape in RESNETS.items()}
 ARCHS |= {f"{k}-imagenet": functools.partial(ResNet, *v, imagenet=True) for k, v in RESNETS.items()}
 ARCHS |= {f"wrn-{d}-{k}": functools.partial(WideResNet, d, k) for d, k in WIDE_RESNETS}
@@ -323,10 +319,17 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean"
     return losses.mean() if reduction == "mean" else losses
 
 
-SUPERVISED_LOSSES = ("st", "at", "mle", "jem", "jeat")
+def data_or_samples(log_p: Tensor, log_p_s: Tensor, offset: float | Tensor = 0.0) -> Tensor:
+    """Cross-entropy of telling data from samples by log p(x) > b ([DAT]). (N,), (M,) -> ()."""
+    return F.softplus(offset - log_p).mean() + F.softplus(log_p_s - offset).mean()
 
 
-def supervised_loss(name, model, x, y, x_adv=None, weight=0.1, x_s=None) -> tuple[Tensor, Tensor]:
+SUPERVISED_LOSSES = ("st", "at", "mle", "jem", "jeat", "dat")
+
+
+def supervised_loss(
+    name, model, x, y, x_adv=None, weight=0.1, x_s=None, offset=0.0
+) -> tuple[Tensor, Tensor]:
     """The outer minimisation -> (mean loss, the logits that the cross-entropy saw).
 
     st    CE(x, y)
@@ -334,13 +337,21 @@ def supervised_loss(name, model, x, y, x_adv=None, weight=0.1, x_s=None) -> tupl
     mle   CE(x̂, y) + λ [f(x̂, y) - f(x, y)]               λ = weight; both halves of the likelihood
     jem   CE(x, y) + λ [LSE f(x_s) - LSE f(x)]           x_s: samples of the model; λ = 1 in [JEM]
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
+    dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   b = offset
 
-    Without x_s, the last two omit that term. In training their BatchNorm normalises x_s by the
-    statistics of the data; with statistics of their own, it would tell samples from data.
+    Without x_s, jem and jeat omit that term. In training their BatchNorm normalises x_s by the
+    statistics of the data; with statistics of their own, it would tell samples from data. dat
+    passes x̂, x and x_s through the model in this order, which should be in eval mode.
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
     require(seen is not None, f"loss {name!r} needs x_adv, the attacked images")
+    if name == "dat":
+        require(x_s is not None, "loss 'dat' needs x_s, samples of the model")
+        outputs = model(torch.cat([x_adv, x, x_s]))
+        logits, *others = outputs.tensor_split([len(x), 2 * len(x)])
+        separation = data_or_samples(*map(log_marginal, others), offset)
+        return F.cross_entropy(logits, y) + weight * separation, logits
     if name in ("jem", "jeat"):
         with _batch_statistics_of_first(len(x), model):
             outputs = model(seen if x_s is None else torch.cat([seen, x_s]))
@@ -630,26 +641,22 @@ class GaussianSeeds:
         self.residual = residual
         self.channels = channels
         self.num_classes = len(mean) - 1
-        fits = mean.dim() == 2 and factor.dim() == 3 and factor.shape[:2] == mean.shape
-        fits = fits and len(self.shape) == 3 and all(isinstance(n, int) for n in self.shape)
-        fits = fits and math.prod(self.shape) == mean.shape[1]
+        fits = len(self.shape) == 3 and all(isinstance(n, int) for n in self.shape)
+        fits = fits and mean.shape == (len(mean), math.prod(self.shape))
+        fits = fits and factor.dim() == 3 and factor.shape[:2] == mean.shape
         fits = fits and (residual is None) == (channels is None)
         if residual is not None:
-            fits = fits and residual.shape == mean.shape
-            fits = fits and channels.shape == (self.shape[0], self.shape[0])
+            fits = fits and residual.shape == mean.shape and channels.shape == (self.shape[0],) * 2
         require(fits, "mean must be (K + 1, C H W), factor (K + 1, C H W, R), shape (C, H, W)")
-        tensors = self.state_dict(mean.dtype).values()
-        finite = all(v.isfinite().all() for v in tensors if isinstance(v, Tensor))
-        require(finite, "the seeds must be finite")
+        tensors = [v for v in (mean, factor, residual, channels) if v is not None]
+        require(all(v.isfinite().all() for v in tensors), "the seeds must be finite")
 
     @classmethod
     def fit(
         cls, images: Tensor, labels: Tensor, rank=None, num_classes=None, progress=iter
     ) -> GaussianSeeds:
-        """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, 2 images per class.
-
-        progress: wraps the loop over the classes, such as tqdm.
-        """
+        """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, 2 images per class;
+        progress wraps the loop over the classes, such as tqdm."""
         scale = 255 if images.dtype == torch.uint8 else 1
         if scale == 1:
             _check_images(images, (0, 1))
@@ -661,21 +668,19 @@ class GaussianSeeds:
         rank = min(dim if rank is None else rank, dim, len(images) - 1)
         require(rank >= 1, f"rank must be at least 1, not {rank}")
         dtype, shape = torch.get_default_dtype(), images.shape[1:]
-        means, factors, residuals, channels = [], [], [], None
+        fitted, channels = [], None
         for k in progress([num_classes, *range(num_classes)]):
             rows = images if k == num_classes else images[labels == k]
             require(len(rows) > 1, f"class {k} has {len(rows)} images: its seeds need at least 2")
             rows = rows.flatten(1).to(dtype) / scale
-            means.append(rows.mean(0))
-            centered = rows.sub_(means[-1]).div_((len(rows) - 1) ** 0.5)
+            mean = rows.mean(0)
+            centered = rows.sub_(mean).div_((len(rows) - 1) ** 0.5)
             if channels is None:
                 planes = centered.view(-1, *shape).transpose(0, 1).flatten(1)
                 channels = torch.linalg.eigh(planes @ planes.T)[1].T.contiguous()
-            factors.append(_principal_factor(centered, rank, seed=k))
-            residuals.append(_residual(centered, factors[-1], channels, shape))
-        mean, factor, residual = (
-            torch.stack(rows).roll(-1, 0) for rows in (means, factors, residuals)
-        )
+            factor = _principal_factor(centered, rank, seed=k)
+            fitted.append((mean, factor, _residual(centered, factor, channels, shape)))
+        mean, factor, residual = (torch.stack(rows).roll(-1, 0) for rows in zip(*fitted))
         return cls(mean, factor, shape, residual, channels)
 
     def sample(self, labels: int | Tensor, generator=None) -> Tensor:
@@ -698,11 +703,9 @@ class GaussianSeeds:
 
     def state_dict(self, dtype: torch.dtype = torch.float16) -> dict:
         """For a checkpoint: tensors and plain values."""
-        state = {"shape": list(self.shape)}
-        for name in ("mean", "factor", "residual", "channels"):
-            if getattr(self, name) is not None:
-                state[name] = getattr(self, name).to(dtype)
-        return state
+        stored = {k: getattr(self, k) for k in ("mean", "factor", "residual", "channels")}
+        tensors = {k: v.to(dtype) for k, v in stored.items() if v is not None}
+        return {"shape": list(self.shape), **tensors}
 
     @classmethod
     def from_state_dict(cls, state: dict, device="cpu") -> GaussianSeeds:
@@ -802,12 +805,11 @@ def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **ext
 
 def _check_plain(value, name: str) -> None:
     """Raise CEMError unless `load` would read the value: tensors, plain values, lists, dicts."""
-    if isinstance(value, (dict, list, tuple)):
-        items = value if isinstance(value, dict) else dict(enumerate(value))
-        for key, item in items.items():
-            _check_plain(item, f"{name}[{key!r}]")
-        return
-    plain = isinstance(value, (Tensor, bool, int, float, str, type(None)))
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    for key, item in value.items() if isinstance(value, dict) else ():
+        _check_plain(item, f"{name}[{key!r}]")
+    plain = isinstance(value, (dict, Tensor, bool, int, float, str, type(None)))
     require(plain, f"{name} is a {type(value).__name__}, which load would not read")
 
 
@@ -843,6 +845,4 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     return model.to(device).eval()
 
 
-NOT_OURS = (
-    "not a checkpoint of this project (sample.py and eval_robust.py read third-party classifiers)"
-)
+NOT_OURS = "not a checkpoint of this project (sample.py and eval_robust.py read third-party ones)"

@@ -2,17 +2,18 @@
 
     python eval_is_fid.py --samples a.npz b.npz --ref cifar10            # IS, FID and KID
     python eval_is_fid.py --ref digits --features runs/judge/ckpt.pt     # C-IS, C-FD and C-KD
+    python eval_is_fid.py --ref digits --neighbours                      # are they memorised?
     python eval_is_fid.py --ref cifar10 --save-stats cifar10.npz         # for pytorch-fid
 
 A classifier checkpoint as --features gives C-IS, C-FD and C-KD, which are not IS, FID and KID and
 only comparable under the same checkpoint, and `wanted`, the share of labelled samples that it
-assigns to their class. docs/evaluation.md has the definitions and conventions.
+assigns to their class; an encoder gives E-FD and E-KD. All give precision, recall, density and
+coverage. docs/evaluation.md has the definitions and conventions.
 
 Writes the table as .md and .json beside the samples, and caches the statistics of a reference
 dataset beside it as stats-*.npz.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor
 
 import cem
-from lib import cli, data, distributed, files, metrics
+from lib import cli, data, distributed, files, manifold, metrics, pictures, reference
 from lib.cli import option
 from lib.device import PRECISIONS, pick_device
-from lib.metrics import FeatureNetwork, Reference
+from lib.metrics import FeatureNetwork
+from lib.reference import Reference
 
 INPUT = "samples and reference"
 PATH = dict(metavar="PATH")
@@ -40,7 +42,10 @@ class Options:
     split: str = option("train", "split of the dataset", INPUT, choices=["train", "test"])
     data_dir: str = option("data", "folder of the downloaded datasets", INPUT, **PATH)
     image_size: int = option(0, f"of the reference: {data.IMAGE_SIZE}", INPUT, least=0)
-    features: str = option("inception", "inception, or a classifier checkpoint", "features")
+    neighbours: bool = option(
+        False, "show the closest training images beside samples; their distance", INPUT
+    )
+    features: str = option("inception", "inception, or a checkpoint", "features")
     weights: str = option("", "FID Inception's weights (default: downloaded)", "features", **PATH)
     preprocess: str = option(
         "torch", "as pytorch-fid; tf1: as torch-fidelity", "features", choices=["torch", "tf1"]
@@ -59,6 +64,9 @@ def check(opt: Options) -> None:
     if opt.features != "inception":
         cli.require(not opt.save_stats, "--save-stats needs --features inception")
         cli.require(opt.preprocess == "torch", "--preprocess tf1 needs --features inception")
+    if opt.neighbours:
+        dataset = opt.ref in data.NAMES or Path(opt.ref, "train").is_dir()
+        cli.require(dataset, f"--neighbours needs a dataset as --ref, with both splits: {opt.ref}")
 
 
 # --------------------------------------------------------------------------------------- samples
@@ -87,7 +95,7 @@ def check_samples(samples: list, reference: Tensor, opt: Options) -> None:
 
 
 def warn_about(path: Path, images: Tensor, labels: Tensor, network, opt: Options) -> None:
-    if labels.unique().numel() > 1 and bool((labels.diff() >= 0).all()):
+    if network.names[0] and labels.unique().numel() > 1 and bool((labels.diff() >= 0).all()):
         score = f"{network.names[0]}, averaged over {opt.splits} consecutive parts"
         cli.warn(f"{path} is sorted by class: {score}, will be too low")
     needed = 500 if network.standardised else 2048
@@ -96,92 +104,7 @@ def warn_about(path: Path, images: Tensor, labels: Tensor, network, opt: Options
         cli.warn(f"{path} has {len(images)} images: {biased}; {network.names[2]} is not")
 
 
-# --------------------------------------------------------------------------- reference and table
-
-
-def read_statistics(path: Path, key: str) -> Reference | None:
-    """mu (2048,) and sigma (2048, 2048) of an npz by --save-stats or pytorch-fid, None without.
-
-    Raises CEMError if they are damaged or of another network than `key`.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not {"mu", "sigma"} <= set(arrays):
-                return None
-            reference = Reference.from_arrays(arrays)
-            made_by = str(arrays["key"]) if "key" in arrays else key
-    except Exception as error:  # a damaged archive can fail in any way
-        raise cem.CEMError(f"cannot read the reference {path}: {error}") from error
-    mu, sigma = reference.moments[0]
-    shapes = (mu.shape, sigma.shape) == ((2048,), (2048, 2048))
-    finite = bool(mu.isfinite().all() and sigma.isfinite().all())
-    cli.require(shapes and finite, f"{path}: mu and sigma must be finite, of 2,048 features")
-    inception = key.startswith("inception")
-    cli.require(inception, f"{path}: statistics of Inception need --features inception")
-    differs = f"{path} was computed with {made_by}, not {key}"
-    cli.require(made_by == key, f"{differs}: see --preprocess, --precision and --weights")
-    return reference
-
-
-def reference_images(opt: Options, key: str) -> Tensor | Reference:
-    """The images of --ref, uint8 (N, C, H, W), or the statistics in an npz of mu and sigma, which
-    must be of the feature network `key`."""
-    path = Path(opt.ref)
-    if path.suffix == ".npz" and path.is_file():
-        return read_statistics(path, key) or data.read_npz(path)[0]
-    if opt.ref not in data.NAMES and path.is_dir() and not (path / "train").is_dir():
-        return data.read_samples(path, opt.image_size)[0]
-    return data.load(opt.ref, opt.split, opt.data_dir, opt.image_size).images
-
-
-FORMAT = 1  # of cached statistics: to be raised when features or blocks change
-
-
-def fingerprint(images: Tensor) -> str:
-    sha = hashlib.sha256(f"{FORMAT} {tuple(images.shape)}".encode())
-    for part in images.split(1000):
-        sha.update(part.contiguous().numpy())
-    return sha.hexdigest()
-
-
-def read_cache(path: Path, images_sha: str) -> Reference | None:
-    """The statistics in `path`, None if it is missing, damaged or of other images."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if str(arrays["fingerprint"]) == images_sha:
-                return Reference.from_arrays(arrays)
-        print(f"{path}: the dataset has changed, recomputing its statistics")
-    except Exception as error:  # a damaged archive can fail in any way
-        print(f"{path} is damaged ({type(error).__name__}), recomputing the statistics")
-    return None
-
-
-def write_cache(path: Path, images_sha: str, reference: Reference) -> None:
-    arrays = {"fingerprint": np.array(images_sha)} | reference.arrays()
-    try:
-        cem.write_atomically(path, lambda file: np.savez(file, **arrays))
-        print(f"cached the reference's statistics in {path}")
-    except OSError as error:  # the folder may be read-only
-        cli.warn(f"cannot cache the reference's statistics: {error}")
-
-
-def reference_of(images: Tensor, network: FeatureNetwork, opt: Options) -> Reference:
-    """The statistics of reference images; those of a dataset or folder are cached beside it."""
-    path = Path(opt.ref)
-    folder = path if path.is_dir() and opt.ref not in data.NAMES else Path(opt.data_dir)
-    cache = folder / f"stats-{path.name}-{opt.split}-{network.key}.npz"
-    images_sha = fingerprint(images)
-    found = None if path.is_file() else read_cache(cache, images_sha)
-    # all processes compute together, even if a file is missing on one machine only
-    if not distributed.any_process(found is None, torch.device("cpu")):
-        return found
-    blocks, _ = metrics.extract(network, images, opt.batch_size, opt.ref)
-    reference = Reference.from_blocks(blocks)
-    if not path.is_file() and distributed.rank() == 0:
-        write_cache(cache, images_sha, reference)
-    return reference
+# ----------------------------------------------------------------------------------------- table
 
 
 def judge(
@@ -191,15 +114,42 @@ def judge(
     blocks, logits = metrics.extract(network, images, opt.batch_size, name)
     score, frechet, kernel = network.names
     row = {"samples": name, "n": len(images)}
-    row[score], row[f"{score} std"] = metrics.inception_score(logits, opt.splits)
+    if score:
+        row[score], row[f"{score} std"] = metrics.inception_score(logits, opt.splits)
     row[frechet] = reference.frechet(blocks, network.standardised)
     if reference.features is not None:
         distance = reference.kernel(blocks, network.standardised, network.device)
         row[kernel], row[f"{kernel} std"] = distance
-    if network.standardised and 0 <= labels.min() and labels.max() < logits.shape[1]:
+        row |= reference.manifold(blocks, network.standardised)
+    if score == "C-IS" and 0 <= labels.min() and labels.max() < logits.shape[1]:
         row["wanted"] = (logits.argmax(1) == labels).double().mean().item()
     rounded = {key: float(f"{value:.6g}") for key, value in row.items() if isinstance(value, float)}
     return row | rounded
+
+
+class Neighbours:
+    """The closest training images of samples, for --neighbours."""
+
+    def __init__(self, network: FeatureNetwork, reference: Reference, opt: Options):
+        self.network, self.reference, self.batch_size = network, reference, opt.batch_size
+        self.train, self.test = data.splits(opt.ref, opt.data_dir, "cpu", opt.image_size)
+        self.known = self.features(self.train.images, "training images")
+
+    def features(self, images: Tensor, name: str) -> Tensor:
+        blocks, _ = metrics.extract(self.network, images, self.batch_size, name)
+        return self.reference.joined(blocks, self.network.standardised)
+
+    def of(self, images: Tensor) -> tuple[dict[str, float], Tensor]:
+        """Images uint8 (N, C, H, W) -> their median distance to the closest training image, beside
+        that of as many test images, and a picture of up to 20 with 4 training images each."""
+        test = self.test.images[self.test.evenly_spaced(len(images))]
+        distances, index = manifold.nearest(self.features(images, "samples"), self.known, 4)
+        of_test, _ = manifold.nearest(self.features(test, "test images"), self.known)
+        medians = {"distance": distances[:, 0].median().item()}
+        medians["test distance"] = of_test.median().item()
+        shown = range(0, len(images), max(len(images) // 20, 1))[:20]
+        rows = [torch.cat([images[i : i + 1], self.train.images[index[i]]]) for i in shown]
+        return medians, pictures.grid(torch.cat(rows), torch.full((1,), -1))
 
 
 def markdown(rows: list[dict]) -> str:
@@ -224,7 +174,16 @@ def check_outputs(samples: list, opt: Options) -> None:
         path = output(samples, opt)
         is_ours = files.json_with("command", "network", "reference", "rows")
         files.check_output(path, is_ours)
-        files.check_output(path.with_suffix(".md"), lambda _: is_ours(path))
+        others = [path.with_suffix(".md")]
+        if opt.neighbours:
+            others += [picture(path, i) for i in range(len(samples))]
+        for other in others:
+            files.check_output(other, lambda _: is_ours(path))
+
+
+def picture(path: Path, i: int) -> Path:
+    """The file of the closest training images of the set i, beside the JSON file."""
+    return path.with_name(f"{path.stem}-neighbours{f'-{i}' * (i > 0)}.png")
 
 
 def is_statistics(path: Path) -> bool:
@@ -241,11 +200,17 @@ def evaluate(network: FeatureNetwork, samples: list, reference: Reference, opt: 
     record = {"command": cli.command(), "network": network.key, "reference": opt.ref}
     record |= {"split": opt.split, "splits": opt.splits, "rows": []}
     rows = record["rows"]
-    for path, images, labels in samples:
+    neighbours = Neighbours(network, reference, opt) if opt.neighbours else None
+    for i, (path, images, labels) in enumerate(samples):
         rows.append(judge(network, images, labels, reference, opt, str(path)))
+        if neighbours:
+            medians, grid = neighbours.of(images)
+            rows[-1] |= medians
         if distributed.rank():
             continue
         try:
+            if neighbours:
+                pictures.write_grid(picture(out, i), grid)
             cli.write_text(out, json.dumps(record, indent=2) + "\n")
             cli.write_text(out.with_suffix(".md"), markdown(rows))
         except OSError:
@@ -264,20 +229,20 @@ def main() -> None:
     if opt.features == "inception":
         network = metrics.Inception(opt.weights, device, opt.preprocess, opt.precision)
     else:
-        network = metrics.Classifier(opt.features, device, opt.precision)
-    reference = reference_images(opt, network.key)
-    if isinstance(reference, Tensor):
-        check_samples(samples, reference, opt)
-        reference = reference_of(reference, network, opt)
+        network = metrics.Checkpoint(opt.features, device, opt.precision)
+    against = reference.load_images(opt, network.key)
+    if isinstance(against, Tensor):
+        check_samples(samples, against, opt)
+        against = reference.compute(against, network, opt)
     if opt.save_stats and distributed.rank() == 0:
-        mu, sigma = (moment.numpy() for moment in reference.moments[0])
+        mu, sigma = (moment.numpy() for moment in against.moments[0])
         arrays = dict(mu=mu, sigma=sigma, key=np.array(network.key))
         cem.write_atomically(opt.save_stats, lambda file: np.savez(file, **arrays))
         print(f"wrote {opt.save_stats}")
     for path, images, labels in samples:
         warn_about(path, images, labels, network, opt)
     if samples:
-        evaluate(network, samples, reference, opt)
+        evaluate(network, samples, against, opt)
 
 
 if __name__ == "__main__":

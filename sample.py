@@ -11,9 +11,6 @@ per class) and .json beside the checkpoint. Image i depends on --seed and i alon
 pgd and maxent couple the images of a batch, so they also depend on --batch-size.
 """
 
-import hashlib
-import json
-import math
 import os
 import shutil
 import sys
@@ -26,16 +23,12 @@ import torch
 from torch import Tensor
 
 import cem
-from lib import cli, data, distributed, files, interop, metrics, pictures
+from lib import cli, data, distributed, files, pictures, sampling
 from lib.cli import option
 from lib.device import PRECISIONS, autocast, pick_device, resolve_precision, try_batch_size
 
-SEED_RANK = 64  # of the seeds fitted for a third-party checkpoint
 SAMPLERS = [*cem.PARAMETRIC_SAMPLERS, *cem.NON_PARAMETRIC_SAMPLERS, "seeds"]
-# the l2 distance that all steps together walk on 3x32x32 images, from results/sweep-*.json
-DISPLACEMENT = dict.fromkeys(cem.PARAMETRIC_SAMPLERS, 3.0)
-DISPLACEMENT |= dict.fromkeys(cem.NON_PARAMETRIC_SAMPLERS, 24.0)
-DISPLACEMENT["seeds"] = 0.0
+SETTINGS_HELP = "default: the checkpoint's, else"
 SAMPLER_HELP = (
     "potential to climb. Classifier: ta log p(y|x), langevin log p(x), cs log p(x|y), "
     "rcs log p(x|y) + log p(x). Encoder: pgd InfoNCE, maxent the batch's entropy. seeds: no ascent"
@@ -57,15 +50,20 @@ class Options:
         100, "images; image i has class i mod the number of classes", "what to draw", least=1
     )
     seed: int = option(0, "random seed", "what to draw")
-    steps: int = option(8, "steps of the ascent", "ascent", least=1)
+    steps: Optional[int] = option(
+        None, f"steps of the ascent ({SETTINGS_HELP} 8)", "ascent", type=cli.integer, least=1
+    )
     step_size: Optional[float] = option(
-        None, "length of a step (default: all steps together walk 3, or 24 for pgd and maxent, on "
-        "3x32x32 images, scaled to other sizes)", "ascent", type=cli.number, above=0,
+        None, f"length of a step ({SETTINGS_HELP} all steps together walk 3, or 24 for pgd and "
+        "maxent, on 3x32x32 images, scaled to other sizes)", "ascent", type=cli.number, above=0,
     )  # fmt: skip
-    noise: float = option(0.01, "standard deviation of each step's noise", "ascent", least=0)
-    norm: str = option(
-        "l2", "gradient: l2 scaled to unit length, linf its sign, none as it is", "ascent",
-        choices=list(cem.DIRECTIONS),
+    noise: Optional[float] = option(
+        None, f"standard deviation of each step's noise ({SETTINGS_HELP} 0.01)", "ascent",
+        type=cli.number, least=0,
+    )  # fmt: skip
+    norm: Optional[str] = option(
+        None, "gradient: l2 scaled to unit length, linf its sign, none as it is "
+        f"({SETTINGS_HELP} l2)", "ascent", type=str, choices=list(cem.DIRECTIONS),
     )  # fmt: skip
     momentum: float = option(0.0, "heavy-ball momentum", "ascent", least=0, below=1)
     start: str = option(
@@ -93,6 +91,7 @@ class Options:
         "", "new folder for PNG files: all in it, and again in one subfolder per class", "run",
         **cli.PATH,
     )  # fmt: skip
+    gif: bool = option(False, "show the ascent of up to 10 x 10 images as a GIF", "run")
     batch_size: int = option(250, "images at a time; pgd and maxent couple these", "run", least=1)
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
@@ -100,8 +99,6 @@ class Options:
 
 
 def check(opt: Options) -> None:
-    known = opt.norm != "none" or opt.step_size is not None
-    cli.require(known, "--norm none needs --step-size: the gradient's length is unknown")
     new = not opt.png or not os.path.lexists(opt.png)
     cli.require(new, f"--png {opt.png} already exists: name a new folder")
     couples = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
@@ -109,67 +106,36 @@ def check(opt: Options) -> None:
     cli.require(enough, f"--sampler {opt.sampler} compares images: --batch-size must be at least 2")
 
 
-def load_model(path: Path, device: torch.device, opt: Options) -> torch.nn.Module:
-    """The checkpoint, folded, with seeds, class names and dataset in its extra."""
-    model = interop.load(path, device, opt.mean or None, opt.std or None)
-    encoder = isinstance(model, cem.NonParametricCEM)
-    fits = encoder == (opt.sampler in cem.NON_PARAMETRIC_SAMPLERS) or opt.sampler == "seeds"
-    kind = "an encoder" if encoder else "a classifier"
-    cli.require(fits, f"--sampler {opt.sampler} does not apply to {path}, {kind}")
-    chosen = opt.cond or not opt.classes
-    cli.require(chosen or not encoder, "--classes of an encoder need --cond")
-    noise = encoder and opt.cond and opt.start == "noise"
-    cli.require(not noise, "--cond of an encoder chooses seeds: leave out --start noise")
-    cli.require(
-        "third_party" in model.extra or not opt.dataset,
-        f"--dataset is for third-party checkpoints: {path} has its seeds",
-    )
-    cli.require(
-        opt.dataset or not opt.image_size, "--image-size needs the --dataset that it applies to"
-    )
-    if opt.raw:
-        stored = "training" in model.extra
-        cli.require(stored, f"--raw needs the last weights, but {path} stores the average only")
-        model.load_state_dict(model.extra["training"]["model"])
-    if "third_party" in model.extra:
-        cli.require(opt.dataset, f"{path} has no seeds: name the --dataset to fit them to")
-        dataset = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
-        interop.check_third_party(model, path, dataset)
-        model.extra |= dataset.checkpoint_info(SEED_RANK)
-    complete = {"seeds", "classes", "dataset"} <= model.extra.keys()
-    cli.require(complete, f"{path} has no seeds or class names: a training script stores them")
-    return cem.folded(model).to(memory_format=torch.channels_last)
+class Trace:
+    """A potential that keeps the images at which it is evaluated, for --gif."""
+
+    def __init__(self, potential: cem.Potential, frames: list[Tensor]):
+        self.model, self.potential, self.frames = potential.model, potential.bind(), frames
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.frames.append(to_bytes(x))
+        return self.potential(x)
 
 
-def wanted_classes(names: str, classes: list[str]) -> list[int]:
-    """The class numbers of a comma-separated list of names or numbers; all if it is empty."""
-    wanted = [name.strip() for name in names.split(",") if name.strip()] or classes
-    for name in wanted:
-        known = name in classes or (name.isdecimal() and int(name) < len(classes))
-        cli.require(known, f"--classes: unknown class {name!r}, choose from {', '.join(classes)}")
-    return [classes.index(name) if name in classes else int(name) for name in wanted]
+def to_bytes(x: Tensor) -> Tensor:
+    return x.detach().mul(255).round().byte().cpu()
 
 
-def generators(seed: int, indices: range) -> list[torch.Generator]:
-    """One CPU generator per image: the same stream for any batch, device or process count."""
-    return [torch.Generator().manual_seed((seed * 0x9E3779B1 + i) % 2**32) for i in indices]
+def draw_batch(
+    model, seeds, opt: Options, device, first: int, size: int, frames: list | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images uint8 (size, C, H, W) from number `first` on, labels (size,); -1: unconditional.
 
-
-def step_size(opt: Options, shape: tuple[int, ...]) -> float:
-    """--step-size, by default from the tuned displacement, which grows with √(C H W)."""
-    if opt.step_size is not None:
-        return opt.step_size
-    per_pixel = DISPLACEMENT[opt.sampler] / math.sqrt(3 * 32 * 32) / opt.steps
-    return per_pixel if opt.norm == "linf" else per_pixel * math.sqrt(math.prod(shape))
-
-
-def draw_batch(model, seeds, opt: Options, device, first: int, size: int) -> tuple[Tensor, Tensor]:
-    """Images uint8 (size, C, H, W) from number `first` on, labels (size,); -1: unconditional."""
-    classes = torch.tensor(wanted_classes(opt.classes, model.extra["classes"]))
+    frames: receives the images before each step.
+    """
+    classes = torch.tensor(sampling.wanted_classes(opt.classes, model.extra["classes"]))
     index = torch.arange(first, first + size)
     y = classes[index % len(classes)]
     conditional = opt.cond or isinstance(model, cem.ParametricCEM)
-    random = generators(opt.seed, index.tolist())
+    # one CPU generator per image: the same stream for any batch, device or process count
+    random = [
+        torch.Generator().manual_seed((opt.seed * 0x9E3779B1 + int(i)) % 2**32) for i in index
+    ]
     if opt.start == "noise":
         x = torch.stack([torch.rand(seeds.shape, generator=g) for g in random])
     else:
@@ -180,12 +146,13 @@ def draw_batch(model, seeds, opt: Options, device, first: int, size: int) -> tup
         if opt.sampler in cem.NON_PARAMETRIC_SAMPLERS:
             fixed = None if opt.sampler in cem.WITHOUT_Y else x.clone()  # the positives
         potential = cem.potential(opt.sampler, model, fixed)
-        ascent = dict(steps=opt.steps, norm=opt.norm, noise=opt.noise, momentum=opt.momentum)
-        length = step_size(opt, seeds.shape)
+        ascent = dict(steps=opt.steps, step_size=opt.step_size, norm=opt.norm, noise=opt.noise)
+        if frames is not None:
+            potential = Trace(potential, frames)
         with autocast(device, opt.precision):
-            x = cem.ascend(potential, x, step_size=length, generator=random, **ascent)
+            x = cem.ascend(potential, x, momentum=opt.momentum, generator=random, **ascent)
         cli.require(bool(x.isfinite().all()), "the images are not finite: the network overflows")
-    return x.mul(255).round().byte().cpu(), y if conditional else torch.full_like(y, -1)
+    return to_bytes(x), y if conditional else torch.full_like(y, -1)
 
 
 def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor, Tensor]:
@@ -218,12 +185,13 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
     return images[: opt.n], labels[: opt.n]
 
 
-def identity(opt: Options, path: Path) -> str:
-    """A digest of all options and weights on which the images depend."""
-    unrelated = ("out", "png", "device", "data_dir", "ckpt", "quiet")
-    options = {key: value for key, value in asdict(opt).items() if key not in unrelated}
-    content = json.dumps([options, metrics.digest(path)]).encode()
-    return hashlib.sha256(content).hexdigest()[:12]
+def draw_frames(model, opt: Options, device) -> tuple[list[Tensor], Tensor]:
+    """The first images again -> uint8 (N, C, H, W) before each step and at the end; labels."""
+    seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
+    couples, frames = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS, []
+    size = opt.batch_size if couples else min(opt.n, opt.batch_size)
+    images, labels = draw_batch(model, seeds, opt, device, 0, size, frames)
+    return [frame[: opt.n] for frame in (*frames, images)], labels[: opt.n]
 
 
 def record(opt: Options, path: Path, model, device, seconds: float) -> dict:
@@ -236,7 +204,6 @@ def record(opt: Options, path: Path, model, device, seconds: float) -> dict:
         "classes": model.extra["classes"],
         "mean": model.mean.flatten().tolist(),
         "std": model.std.flatten().tolist(),
-        "step_size": step_size(opt, model.extra["seeds"]["shape"]),
         "precision": resolve_precision(device, opt.precision),
         "seconds": round(seconds, 2),
     }
@@ -248,10 +215,11 @@ def main() -> None:
     device = pick_device(opt.device)
     unsupervised = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
     path = Path(opt.ckpt or cli.default_checkpoint("unsup" if unsupervised else "sup"))
-    model = load_model(path, device, opt)
+    model = sampling.load_model(path, device, opt)
+    sampling.use_settings(opt, model)
     folder = Path(opt.out or cli.output_folder(path, "third_party" in model.extra))
     name = f"samples-{opt.sampler}{'-cond' * opt.cond}"
-    own = identity(opt, path)
+    own = sampling.identity(opt, path)
     parts = folder / f"{name}-{own}.parts"  # of its finished batches
     files.make_folder(parts)
     files.lock(parts, f"another process draws the same images: its batches are in {parts}")
@@ -274,7 +242,9 @@ def main() -> None:
     content = {"set": own} | record(opt, path, model, device, seconds)
     if not found:  # else some batches were drawn before
         content["images_per_second"] = round(opt.n / seconds, 2)
-    pictures.write(folder, name, images, labels, content)
+    path = pictures.write(folder, name, images, labels, content)
+    if opt.gif:
+        pictures.write_gif(path.with_suffix(".gif"), *draw_frames(model, opt, device))
     shutil.rmtree(parts)
     if opt.png:
         pictures.write_files(Path(opt.png), images, labels, model.extra["classes"])

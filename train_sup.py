@@ -3,24 +3,26 @@
     python train_sup.py                                # CIFAR-10, ResNet-50, l2 PGD-7: the paper's
     python train_sup.py --dataset digits               # half a minute on a laptop
     python train_sup.py --dataset digits --loss jeat   # joint energy adversarial training
+    python train_sup.py --init runs/sup/ckpt.pt --loss dat --out runs/dat   # second stage: samples
 
 Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into --out. eval_robust.py measures
 the checkpoint, sample.py draws images from it.
 """
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import cem
-from lib import augment, cli, data, distributed, options, robustness
+from lib import augment, cli, data, distributed, init, options, robustness
+from lib.chains import GrowingChains, ReplayBuffer, mixed, with_statistics_of
 from lib.cli import option
 from lib.device import AttackCopy, autocast, pick_device
 from lib.loop import Trainer
-from lib.replay import ReplayBuffer
 
 DIGITS = dict(
     arch="resnet18", width=16, epochs=30, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97,
@@ -28,7 +30,12 @@ DIGITS = dict(
 )  # fmt: skip
 ENERGY_BASED = ("jem", "jeat")
 ENERGY_BASED_DIGITS = dict(epochs=40, lr=0.05, sgld_steps=10, sgld_step_size=0.1, buffer=1000)
-ENERGY = "energy terms (jem and jeat; the weight also in mle)"
+DAT = dict(
+    epochs=3, batch_size=128, lr=0.01, schedule="cosine", ema=0.99, attack_steps=4,
+    attack_step_size=0.2, clip=5.0, likelihood_weight=1.0,
+)  # fmt: skip
+DAT_DIGITS = dict(epochs=10, dat_step_size=0.05)
+ENERGY = "energy terms (jem, jeat and dat; the weight also in mle)"
 
 
 @dataclass
@@ -37,7 +44,8 @@ class Options(options.TrainOptions):
         "cifar10", f"{data.HELP}; digits changes defaults: {cli.as_flags(DIGITS)}", "data"
     )
     loss: str = option(
-        "at", "st: standard; at: adversarial; mle: maximum likelihood; jem, jeat: energy-based",
+        "at", "st: standard; at: adversarial; mle: maximum likelihood; jem, jeat: energy-based; "
+        "dat: dual adversarial, a second stage after at",
         "optimisation", choices=list(cem.SUPERVISED_LOSSES),
     )  # fmt: skip
     out: str = option("runs/sup", "folder of the run", "run", metavar="PATH")
@@ -55,6 +63,18 @@ class Options(options.TrainOptions):
         "noise", "where chains start: uniform noise or Gaussian seeds", ENERGY,
         choices=["noise", "gaussian"],
     )  # fmt: skip
+    chain_start: str = option(
+        "gaussian", "where chains of dat start: Gaussian seeds, or a dataset's images", ENERGY,
+        **cli.PATH,
+    )  # fmt: skip
+    chain_samplers: str = option(
+        "cs,cs,rcs,langevin,ta", "potentials of dat's chains; each draws one of these", ENERGY
+    )
+    dat_max_steps: int = option(14, "steps to which dat's chains grow, from 5", ENERGY, least=1)
+    dat_step_size: float = option(0.25, "l2 length of a step of dat's chains", ENERGY, above=0)
+    keep: float = option(
+        3.0, "weight of KL(p || p(y|x)), p by --init, on dat's images", ENERGY, least=0
+    )
     max_energy_gap: float = option(
         100.0, "|E(x_s) - E(x)| above which a run has diverged", ENERGY, above=0
     )
@@ -67,6 +87,8 @@ def preset(opt: Options) -> dict:
     stored = options.stored(opt)
     opt.dataset, opt.loss = stored.get("dataset", opt.dataset), stored.get("loss", opt.loss)
     defaults = dict(DIGITS) if opt.dataset == "digits" else {}
+    if opt.loss == "dat":
+        defaults |= DAT | (DAT_DIGITS if opt.dataset == "digits" else {})
     if opt.loss in ENERGY_BASED:
         if opt.dataset == "digits":
             defaults |= ENERGY_BASED_DIGITS
@@ -77,6 +99,15 @@ def preset(opt: Options) -> dict:
 
 def check(opt: Options) -> None:
     options.check(opt)
+    if opt.loss == "dat" and not opt.init:
+        print("--loss dat expects an adversarially trained classifier as --init: starting without")
+    for name in opt.chain_samplers.split(","):
+        known = ", ".join(cem.PARAMETRIC_SAMPLERS)
+        message = f"--chain-samplers: unknown {name!r}, choose from {known}"
+        cli.require(name in cem.PARAMETRIC_SAMPLERS, message)
+    named = opt.chain_start == "gaussian" or opt.chain_start in data.NAMES
+    found = named or Path(opt.chain_start).exists()
+    cli.require(found, f"--chain-start {opt.chain_start} not found: name gaussian or images")
     if opt.loss in ENERGY_BASED:
         positive = opt.likelihood_weight > 0
         cli.require(positive, f"--likelihood-weight must be greater than 0 for {opt.loss}")
@@ -117,6 +148,57 @@ def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: ReplayBuffer 
     return batch_loss
 
 
+class Recorded:
+    """A network that keeps its last output."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.output = self.model(x)
+        return self.output
+
+
+def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.ModuleDict):
+    """-> batch_loss, as above, of dual adversarial training.
+
+    start(labels, generator) -> images (N, C, H, W) where chains start; dual: its chains and, in
+    `reference`, the network of the first stage, whose p(y | x) the loss keeps.
+    """
+    attack_copy, chains = AttackCopy(opt.compile), dual["chains"]
+    classes, samplers = len(train_set.classes), opt.chain_samplers.split(",")
+
+    def batch_loss(model, index, draws, generator):
+        y, network, recorded = train_set.labels[index], attack_copy(model), Recorded(model)
+        x = augment.mirror(train_set.pixels(index), draws, train_set.flip)
+        drawn = generator.draw(torch.rand, (len(y), 2), draws).T
+        y_s, which = (drawn[0] * classes).long(), (drawn[1] * len(samplers)).long()
+        with autocast(x.device, opt.precision):
+            attack = cem.potential("ce", network, y)
+            x_adv = cem.pgd(attack, x, **ball(opt), generator=generator)
+            climbed = mixed(samplers, network, y_s, which)
+            x_s = chains.sample(climbed, start(y_s, generator), generator)
+            if not chains.updates:
+                chains.begin(*(cem.log_marginal(network(images)) for images in (x, x_s)))
+            weight, offset = opt.likelihood_weight, chains.offset.item()
+            loss, logits = cem.supervised_loss("dat", recorded, x, y, x_adv, weight, x_s, offset)
+            _, logits_x, logits_s = recorded.output.tensor_split(3)
+            if opt.keep:
+                before = dual["reference"](x).log_softmax(1)
+                now = logits_x.log_softmax(1)
+                kept = F.kl_div(now, before, reduction="batchmean", log_target=True)
+                loss = loss + opt.keep * kept
+        log_p, log_p_s = (cem.log_marginal(part).detach() for part in (logits_x, logits_s))
+        return loss, {
+            "train_accuracy": (logits.argmax(1) == y).float().mean(),
+            "energy": -log_p.mean(), "energy_s": -log_p_s.mean(),
+            "energy_gap": (log_p - log_p_s).mean(),
+            "auc": chains.update(log_p, log_p_s), "chain_steps": chains.length,
+        }  # fmt: skip
+
+    return batch_loss
+
+
 def ball(opt: Options) -> dict:
     return dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
 
@@ -125,25 +207,32 @@ def sgld(opt: Options) -> dict:
     return dict(steps=opt.sgld_steps, step_size=opt.sgld_step_size, noise=opt.sgld_noise)
 
 
-@torch.no_grad()
-def with_statistics_of(x: torch.Tensor, model: nn.Module) -> nn.Module:
-    """A copy of the model whose BatchNorms hold the statistics of the images x (N, C, H, W).
+def chain_starts(opt: Options, seeds: cem.GaussianSeeds, device) -> Callable:
+    """-> start(labels (N,), generator) -> images (N, C, H, W), by --chain-start."""
+    if opt.chain_start == "gaussian":
+        return seeds.sample
+    if opt.chain_start in data.NAMES:
+        images = data.load(opt.chain_start, "train", opt.data_dir).images
+    else:
+        images, _ = data.read_samples(Path(opt.chain_start), seeds.shape[-1])
+    shape, wanted = tuple(images.shape[1:]), seeds.shape
+    cli.require(shape == wanted, f"--chain-start has images of {shape}, the dataset of {wanted}")
+    images = images.to(device)
 
-    SGLD climbs this copy, the function that the loss sees. Running statistics lag: samples with low
-    energy under them have high energy in the loss, and JEM diverges.
-    """
-    model = copy.deepcopy(model).requires_grad_(False).eval()
+    def start(labels, generator):
+        drawn = generator.draw(torch.rand, labels.shape, seeds.mean)
+        return images[(drawn * len(images)).long()].float().div(255)
 
-    def store(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
-        wide = inputs[0].to(norm.running_var.dtype)
-        norm.running_var, norm.running_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    return start
 
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(store) for norm in norms]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    return model
+
+def dual_state(opt: Options, model: nn.Module) -> nn.ModuleDict:
+    """The chains of dat and, with --keep, the network that it starts from."""
+    state = nn.ModuleDict()
+    state["chains"] = GrowingChains(opt.dat_max_steps, opt.dat_step_size)
+    if opt.keep:
+        state["reference"] = cem.folded(model)
+    return state
 
 
 def diagnosis(opt: Options, model, test_set: data.Dataset, seeds, buffer) -> dict[str, float]:
@@ -168,6 +257,7 @@ def train(opt: Options) -> None:
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     classes = len(train_set.classes)
     model = cem.ParametricCEM(opt.arch, classes, **shape, **train_set.normalisation())
+    init.start(model, opt)
     model = model.to(device, memory_format=torch.channels_last)
     if opt.compile and opt.loss not in ENERGY_BASED:  # these patch BatchNorm.forward every step
         model.compile()
@@ -178,6 +268,12 @@ def train(opt: Options) -> None:
         fresh = seeds.sample if opt.reinit_from == "gaussian" else None
         buffer = ReplayBuffer(opt.buffer, seeds.shape, opt.reinit, fresh).to(device)
         buffer.images = distributed.local_rows(buffer.images).clone()  # chains of its own
+
+    state, batch_loss = buffer, make_batch_loss(opt, train_set, buffer)
+    if opt.loss == "dat":
+        state = dual_state(opt, model)
+        info["settings"] = state["chains"].settings
+        batch_loss = make_dual_loss(opt, train_set, chain_starts(opt, seeds, device), state)
 
     def measure(model, epoch):
         result = robustness.accuracy(model, test_set, ["pgd-10"], opt, opt.n_eval)
@@ -191,10 +287,11 @@ def train(opt: Options) -> None:
         model,
         len(train_set),
         shuffle=lambda epoch: augment.draws(len(train_set), 3, opt.seed, epoch, device),
-        batch_loss=make_batch_loss(opt, train_set, buffer),
+        batch_loss=batch_loss,
         measure=measure,
-        chains=buffer,
+        chains=state,
         bounds={"energy_gap": opt.max_energy_gap},
+        freeze_batch_norm=opt.loss == "dat",
         **info,
     ).fit()
 

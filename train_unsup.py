@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import cem
-from lib import augment, cli, data, distributed, options, robustness
+from lib import augment, cli, data, distributed, init, options, robustness
 from lib.cli import option
 from lib.device import AttackCopy, autocast, pick_device
 from lib.loop import Trainer
@@ -119,6 +119,7 @@ def train(opt: Options) -> None:
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     head = dict(embed_dim=opt.embed_dim, temperature=opt.temperature)
     model = cem.NonParametricCEM(opt.arch, **head, **shape, **train_set.normalisation())
+    init.start(model, opt)
     model = model.to(device, memory_format=torch.channels_last)
     if opt.compile:
         model.compile()

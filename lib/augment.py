@@ -41,6 +41,11 @@ def crop_flip(x: Tensor, u: Tensor, *, flip: bool = True, padding: str = "consta
     return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+def mirror(x: Tensor, u: Tensor, flip: bool) -> Tensor:
+    """Mirror the half of the images that crop_flip would, but do not crop. u (N, 3) in [0, 1)."""
+    return torch.where(((u[:, 2] >= 0.5) & flip).view(-1, 1, 1, 1), x.flip(3), x)
+
+
 def simclr(x: Tensor, u: Tensor, *, scale=(0.2, 1.0), flip: bool = True) -> Tensor:
     """SimCLR's augmentation of small images (Chen et al., 2020, appendix B.9, strength 0.5).
 

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import cem
 from lib import cli, distributed
 from lib.device import autocast, try_batch_size
-from lib.run import RunFolder
+from lib.run import RunFolder, resumes
 
 READ_EVERY = 20  # steps between readings of the metrics, for which the host waits for the device
 MAX_RESTARTS = 8
@@ -52,8 +52,9 @@ class Trainer:
     batch_loss(model, index, draws, generator) -> mean loss and {name: metric} over this
         process's part of a batch; draws are its images' rows
     measure(model, epoch) -> {name: value}, measurements for the log after epoch 1, 2, ...
-    chains: a module with further state that changes with the steps (the replay buffer)
+    chains: a module with further state that changes with the steps (lib/chains.py)
     bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
+    freeze_batch_norm: keep its statistics, and normalise by them
     extra: stored in the checkpoint beside the model
 
     Under torchrun every process runs this with the same weights; the first measures and writes.
@@ -61,7 +62,8 @@ class Trainer:
 
     def __init__(
         self, opt, model: nn.Module, num_images: int, *, shuffle, batch_loss, measure,
-        chains: nn.Module | None = None, bounds: dict | None = None, **extra
+        chains: nn.Module | None = None, bounds: dict | None = None,
+        freeze_batch_norm: bool = False, **extra
     ):  # fmt: skip
         if distributed.world_size() > 1 and opt.batch_size > num_images:
             message = f"--batch-size {opt.batch_size} exceeds the {num_images} training images"
@@ -71,7 +73,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
         self.opt, self.model, self.chains, self.extra = opt, model, chains, extra
         self.shuffle, self.batch_loss, self.measure = shuffle, batch_loss, measure
-        self.bounds = bounds or {}
+        self.bounds, self.freeze_batch_norm = bounds or {}, freeze_batch_norm
         self.steps_per_epoch = max(num_images // opt.batch_size, 1)
         self.total = opt.epochs * self.steps_per_epoch
         self.optimizer = torch.optim.SGD(
@@ -92,7 +94,9 @@ class Trainer:
 
     def fit(self) -> nn.Module:
         """Train to the end, or until it is time to stop -> the model, averaged with --ema."""
-        resume = distributed.any_process(self.folder.resumes(), self.device)
+        resume = distributed.any_process(resumes(self.opt), self.device)
+        if self.opt.resume and not resume:
+            print(f"nothing to resume in {self.folder.path}: starting a new run")
         if resume:
             self.restore()
             self.began = self.step
@@ -127,7 +131,7 @@ class Trainer:
         begin, unread = time.monotonic(), []
         name = f"epoch {epoch + 1}/{self.opt.epochs}"
         bar = cli.progress(batches, name, total=self.steps_per_epoch, initial=done)
-        self.model.train()
+        self.model.train(not self.freeze_batch_norm)
         for count, index in enumerate(bar, 1):
             unread.append(self.train_step(distributed.local_rows(index), draws))
             epoch_ends = done + count == self.steps_per_epoch
@@ -163,8 +167,10 @@ class Trainer:
 
         self.optimizer.zero_grad(set_to_none=True)
         loss, metrics = try_batch_size(opt.batch_size, backward)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained])
+        if opt.clip:
+            nn.utils.clip_grads_with_norm_(trained, opt.clip, norm)
         self.optimizer.step()
         if opt.batch_norm == "local":
             distributed.average_statistics(self.model)
@@ -208,8 +214,10 @@ class Trainer:
         training = self.progress | {"seconds": self.seconds(), "model": self.model.state_dict()}
         training["optimizer"] = self.optimizer.state_dict()
         if self.chains is not None:
-            rows = self.chains.state_dict().items()
-            training["chains"] = {key: distributed.gather(value) for key, value in rows}
+            state = self.chains.state_dict()
+            if "images" in state:  # each process has some
+                state["images"] = distributed.gather(state["images"])
+            training["chains"] = dict(state)
         keep = name == "ckpt.pt" and self.step > self.began
         if self.first:
             self.folder.save(name, self.average, keep, training=training, **self.extra)
@@ -226,8 +234,10 @@ class Trainer:
         self.optimizer.load_state_dict(training["optimizer"] | settings)
         self.average.load_state_dict(saved.state_dict())
         if self.chains is not None:
-            rows = training["chains"].items()
-            self.chains.load_state_dict({k: distributed.local_rows(v) for k, v in rows})
+            state = dict(training["chains"])
+            if "images" in state:
+                state["images"] = distributed.local_rows(state["images"])
+            self.chains.load_state_dict(state)
         self.progress.update({name: training[name] for name in self.progress})
         self.clock = time.monotonic()  # the seconds before are in progress
 

@@ -19,9 +19,9 @@ from lib.device import autocast, resolve_precision
 
 
 class FeatureNetwork(Protocol):
-    """The interface of Inception and Classifier.
+    """The interface of Inception and Checkpoint.
 
-    names: of its Inception Score, Fréchet distance and kernel distance.
+    names: of its Inception Score, Fréchet distance and kernel distance; "" for none.
     standardised: whether distances divide features by the reference's standard deviations.
     key: network, weights, preprocessing and precision, for the names of statistics files.
     """
@@ -126,18 +126,19 @@ class Inception:
         return [pool], pool @ self.fc.T
 
 
-class Classifier:
-    """A classifier checkpoint of this project. One block per stage: the spatial means and
-    standard deviations (N, 2 C) of its output (N, C, H, W). Raises CEMError for another file."""
+class Checkpoint:
+    """A checkpoint of this project, a classifier or an encoder. One block per stage: the spatial
+    means and standard deviations (N, 2 C) of its output (N, C, H, W). An encoder has embeddings in
+    place of logits, and no IS."""
 
-    names = ("C-IS", "C-FD", "C-KD")
     standardised = True
 
     def __init__(self, path: str, device: torch.device, precision: str = "float32"):
-        wanted = "--features must be inception or a classifier checkpoint"
+        wanted = "--features must be inception or a checkpoint"
         cli.require(Path(path).is_file(), f"{wanted}: {path} not found")
         model = cem.load(path, device)
-        cli.require(isinstance(model, cem.ParametricCEM), f"{wanted}: {path} is an encoder")
+        encoder = isinstance(model, cem.NonParametricCEM)
+        self.names = ("", "E-FD", "E-KD") if encoder else ("C-IS", "C-FD", "C-KD")
         self.model = cem.folded(model).to(memory_format=torch.channels_last)
         self.device = device
         self.precision = resolve_precision(device, precision)
@@ -234,66 +235,3 @@ def kernel_distance(x: Tensor, y: Tensor, subsets=100, size=1000) -> tuple[float
         within = (k_aa.sum() - k_aa.trace() + k_bb.sum() - k_bb.trace()) / (n * (n - 1))
         values.append((within - 2 * kernel(a, b).mean()).item())
     return np.mean(values).item(), np.std(values).item()
-
-
-# ------------------------------------------------------------------------------------- reference
-
-KERNEL_IMAGES = 10_000  # evenly spaced reference images whose features the kernel distance uses
-
-
-class Reference:
-    """What samples are compared with: the mean (D,) and covariance (D, D) of each block, float64,
-    and the features (M, D) of up to KERNEL_IMAGES images, None if they are unknown."""
-
-    def __init__(self, moments: list[tuple[Tensor, Tensor]], features: list[Tensor] | None):
-        self.moments = moments
-        self.features = features
-        self.scales = [sigma.diagonal().sqrt().clamp_min(1e-6) for _, sigma in moments]
-
-    @classmethod
-    def from_blocks(cls, blocks: list[Tensor]) -> "Reference":
-        n = len(blocks[0])
-        kept = min(n, KERNEL_IMAGES)
-        index = torch.arange(kept) * n // kept
-        return cls([statistics(block) for block in blocks], [block[index] for block in blocks])
-
-    def frechet(self, blocks: list[Tensor], standardised: bool) -> float:
-        """The mean Fréchet distance over the blocks, each (N, D)."""
-        total = 0.0
-        for block, (mu, sigma), scale in zip(blocks, self.moments, self.scales):
-            if standardised:
-                block = (block - mu) / scale
-                mu, sigma = torch.zeros_like(mu), sigma / scale / scale[:, None]
-            total += frechet_distance(*statistics(block), mu, sigma)
-        return total / len(blocks)
-
-    def kernel(self, blocks: list[Tensor], standardised: bool, device) -> tuple[float, float]:
-        """The mean kernel distance over the blocks, and the mean of its standard deviations."""
-        device = device if device.type == "cuda" else "cpu"  # MPS has no float64
-        values = []
-        for x, y, (mu, _), scale in zip(blocks, self.features, self.moments, self.scales):
-            if standardised:
-                x, y = (x - mu) / scale, (y - mu) / scale
-            values.append(kernel_distance(x.to(device), y.to(device)))
-        mean, std = np.mean(values, axis=0).tolist()
-        return mean, std
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """For an npz file. A single block has pytorch-fid's names, mu and sigma."""
-        result = {}
-        for i, ((mu, sigma), features) in enumerate(zip(self.moments, self.features)):
-            suffix = i if len(self.moments) > 1 else ""
-            for name, tensor in (("mu", mu), ("sigma", sigma), ("features", features)):
-                result[f"{name}{suffix}"] = tensor.numpy()
-        return result
-
-    @classmethod
-    def from_arrays(cls, arrays) -> "Reference":
-        """The inverse of `arrays`; raises what NumPy raises for a damaged file."""
-        moments, features = [], []
-        for suffix in sorted(name[2:] for name in arrays if name.startswith("mu")):
-            mu, sigma = (torch.from_numpy(arrays[f"{k}{suffix}"]) for k in ("mu", "sigma"))
-            moments.append((mu.double(), sigma.double()))
-            if f"features{suffix}" in arrays:
-                features.append(torch.from_numpy(arrays[f"features{suffix}"]))
-        return cls(moments, features or None)

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cem
-from lib import cli, data, distributed, files
+from lib import cli, data, distributed, files, init
 from lib.cli import CHOICE, PATH, option
 from lib.device import PRECISIONS
-from lib.run import FREE, NAMES
+from lib.run import FREE, NAMES, resumes
 
 MOVED = {"--evaluate": "python eval_robust.py --ckpt CKPT measures a checkpoint"}
 ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
@@ -26,6 +26,12 @@ class TrainOptions:
     width: int = option(
         64, "scales all channels; 64 is standard, and a ResNet's stem", "model", least=1
     )
+    init: str = option(
+        "", "begin from this checkpoint's weights, ours or third-party; gives arch and width",
+        "model", **PATH,
+    )  # fmt: skip
+    mean: list[float] = cli.options(float, cli.MEAN, "model")
+    std: list[float] = cli.options(float, cli.STD, "model")
     loss: str = option("at", "", "optimisation")  # each script has its own
     epochs: int = option(150, "passes over the training images", "optimisation", least=1)
     batch_size: int = option(256, "images per step, over all processes", "optimisation", least=2)
@@ -38,6 +44,7 @@ class TrainOptions:
         0.999, "decay of the weight average that becomes the model; 0: none", "optimisation",
         least=0, below=1,
     )  # fmt: skip
+    clip: float = option(0.0, "largest gradient norm; 0: any", "optimisation", least=0)
     norm: str = option("l2", "norm of the attack's ball", "attack", choices=["l2", "linf"])
     eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
     attack_steps: int = option(7, "PGD steps", "attack", least=1)
@@ -52,7 +59,7 @@ class TrainOptions:
     precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
     compile: bool = option(False, "torch.compile network and attack", "run")
     n_eval: int = option(1000, "test images for the measurements in the log", "run", least=1)
-    seed_rank: int = option(64, "rank of the Gaussian seeds in the checkpoint", "run", least=1)
+    seed_rank: int = option(48, "rank of the Gaussian seeds in the checkpoint", "run", least=1)
     batch_norm: str = option(
         "sync", "BatchNorm over all torchrun processes or per process", "run",
         choices=["sync", "local"],
@@ -65,12 +72,10 @@ class TrainOptions:
 
 
 def stored(opt: TrainOptions) -> dict:
-    """With --resume, the options of the run in --out, which are then the defaults."""
-    folder = Path(opt.out)
-    exists = (folder / "ckpt.pt").exists() or (folder / "ckpt-previous.pt").exists()
-    if not (opt.resume and exists):
-        return {}
-    content = files.read_json(folder / "options.json")
+    """The defaults that --init gives or, with --resume, the options of the run in --out."""
+    if not resumes(opt):
+        return init.defaults(opt) if opt.init else {}
+    content = files.read_json(Path(opt.out) / "options.json")
     found = content if isinstance(content, dict) else {}
     same = [name for name, value in asdict(opt).items() if type(value) is type(found.get(name))]
     return {name: found[name] for name in same if name not in FREE}
@@ -93,4 +98,6 @@ def check(opt: TrainOptions) -> None:
     n = distributed.world_size()
     cli.require(opt.batch_size >= 2 * n, f"--batch-size must be at least {2 * n}, 2 per process")
     cli.require(opt.batch_size % n == 0, f"--batch-size must be a multiple of {n}, the processes")
+    given = opt.init or not (opt.mean or opt.std)
+    cli.require(given, "--mean and --std are for the third-party checkpoint of --init")
     claim(Path(opt.out))

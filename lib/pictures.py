@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from PIL.Image import Dither
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -18,8 +19,8 @@ import cem
 from lib import cli, files
 
 
-def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Tensor:
-    """Images uint8 (N, C, H, W) as one picture, each enlarged to at least 64 pixels.
+def grid(images: Tensor, labels: Tensor, columns: int = 10, side: int = 64) -> Tensor:
+    """Images uint8 (N, C, H, W) as one picture, each enlarged to at least `side` pixels.
 
     One row per class; without labels (all -1), the first columns² images.
     """
@@ -34,16 +35,17 @@ def grid(images: Tensor, labels: Tensor, columns: int = 10) -> Tensor:
             padding = blank.expand(columns - len(row), -1, -1, -1)
             padded.append(torch.cat([row, padding]))
         images = torch.cat(padded)
-    scale = math.ceil(64 / images.shape[-1])
+    scale = math.ceil(side / images.shape[-1])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return torchvision.utils.make_grid(images, nrow=columns, padding=2)
 
 
-def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict) -> None:
+def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict) -> Path:
     """Write name.npz (arr_0: images (N, H, W, C), arr_1: labels), its grid .png and record .json.
 
     images uint8 (N, C, H, W); labels int64 (N,), -1 for images without a class. They replace the
     set of the same record["set"]; beside another one, or files that are no set, they get a number.
+    -> the path of the record.
     """
     path = claim(folder, name, record["set"])
     try:
@@ -52,16 +54,38 @@ def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict)
         if "command" not in files.read_json(path):  # claimed now, with nothing in it yet
             path.unlink()
         raise
+    return path
 
 
 def _write(path: Path, images: Tensor, labels: Tensor, record: dict) -> None:
     npz = path.with_suffix(".npz")
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
     cem.write_atomically(npz, lambda file: np.savez_compressed(file, **arrays))
-    picture = to_pil_image(grid(images, labels))
-    cem.write_atomically(npz.with_suffix(".png"), lambda file: picture.save(file, "PNG"))
+    write_grid(npz.with_suffix(".png"), grid(images, labels))
     cli.write_text(path, json.dumps(record, indent=2) + "\n")
     print(f"wrote {npz}, .png and .json")
+
+
+def write_grid(path: Path, picture: Tensor) -> None:
+    """Write a picture uint8 (C, H, W) as PNG."""
+    image = to_pil_image(picture)
+    cem.write_atomically(path, lambda file: image.save(file, "PNG"))
+
+
+FRAMES, COLOURS = 16, 64  # of a GIF: 10 x 10 images of 32 x 32 pixels take less than 2 MB
+
+
+def write_gif(path: Path, frames: list[Tensor], labels: Tensor) -> None:
+    """Write grids of the frames, uint8 (N, C, H, W) each, as an animation; the last one stays."""
+    last = len(frames) - 1
+    chosen = sorted({round(i * last / (FRAMES - 1)) for i in range(FRAMES)})
+    grids = [grid(frames[i], labels, side=32) for i in chosen]
+    palette = to_pil_image(torch.cat(grids, 1)).quantize(COLOURS)
+    first, *others = [to_pil_image(g).quantize(palette=palette, dither=Dither.NONE) for g in grids]
+    times = dict(duration=[200] * len(others) + [3000], loop=0)
+    options = dict(format="GIF", save_all=True, append_images=others, **times)
+    cem.write_atomically(path, lambda file: first.save(file, **options))
+    print(f"wrote {path}")
 
 
 def claim(folder: Path, name: str, identity: str) -> Path:
@@ -75,7 +99,7 @@ def claim(folder: Path, name: str, identity: str) -> Path:
         content = files.read_json(path)
         if isinstance(content, dict) and content.get("set") == identity and not path.is_symlink():
             return path
-        if any(os.path.lexists(path.with_suffix(end)) for end in (".npz", ".png", ".json")):
+        if any(os.path.lexists(path.with_suffix(end)) for end in (".npz", ".png", ".json", ".gif")):
             continue
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,13 @@ FREE = ("resume", "max_minutes", "out", "data_dir", "device", "n_eval", "eval_ev
 FREE += ("max_energy_gap", "diagnose", "quiet")
 
 
+def resumes(opt) -> bool:
+    """Whether opt.out has a run, and --resume was given or torchrun restarted this process."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    found = any((Path(opt.out) / name).exists() for name in ("ckpt.pt", "ckpt-previous.pt"))
+    return (opt.resume or restarted) and found
+
+
 class RunFolder:
     """The files of one run in opt.out. Under torchrun, only the first process writes."""
 
@@ -31,16 +38,6 @@ class RunFolder:
         self.path = Path(opt.out)
         self.checkpoint = self.path / "ckpt.pt"
         self.previous = self.path / "ckpt-previous.pt"
-
-    def resumes(self) -> bool:
-        """Whether a run exists, and --resume was given or torchrun restarted this process."""
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        if not (self.opt.resume or restarted):
-            return False
-        found = self.checkpoint.exists() or self.previous.exists()
-        if not found:
-            print(f"nothing to resume in {self.path}: starting a new run")
-        return found
 
     def prepare(self, resume: bool) -> None:
         """Move an earlier run's files into previous-N unless it is resumed; write options.json."""

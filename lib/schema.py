@@ -4,6 +4,8 @@ dataset        name of a dataset, or path of an image folder
 classes        their names, in the order of the labels
 image_shape    [C, H, W]
 seeds          cem.GaussianSeeds.state_dict(), one Gaussian per class and one of all images
+settings       {sampler, with "-cond" for class-wise seeds of an encoder: {steps, step_size, noise,
+               norm}}, of the ascent, tuned for these weights
 options        of the training script, by name
 training       what --resume needs (loop.Trainer.save)
 """
@@ -24,6 +26,7 @@ def load(path: str | Path, device="cpu") -> nn.Module:
     extra = model.extra
     try:
         _check_data(model, extra)
+        _check_settings(extra.get("settings", {}))
         _require(isinstance(extra.get("options", {}), dict), "options must be a dict")
         if "training" in extra:
             _require("options" in extra, "training needs the options of its run")
@@ -64,6 +67,23 @@ def _check_classes(classes: object, wanted: int | None) -> None:
     for name in classes:
         path = name in ("", ".", "..") or "/" in name or "\0" in name
         _require(not path, f"the class name {name!r} must be a name, not a path")
+
+
+def _check_settings(settings: object) -> None:
+    """The ascent's options that sample.py takes from here in place of its own defaults."""
+    wanted = "its settings must be {sampler: {steps, step_size, noise, norm}} with values in range"
+    _require(isinstance(settings, dict), wanted)
+    for setting in settings.values():
+        named = isinstance(setting, dict) and setting.keys() == {
+            "steps",
+            "step_size",
+            "noise",
+            "norm",
+        }
+        _require(named and setting["norm"] in cem.DIRECTIONS, wanted)
+        numbers = [setting["steps"], setting["step_size"], setting["noise"]]
+        fits = all(type(value) in (int, float) and 0 <= value < 2**31 for value in numbers)
+        _require(fits and type(numbers[0]) is int and numbers[0] and numbers[1], wanted)
 
 
 def _check_training(model: nn.Module, training: object) -> None:

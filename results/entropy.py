@@ -17,7 +17,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import sample  # noqa: E402
-from lib import cli, files  # noqa: E402
+from lib import cli, files, sampling  # noqa: E402
 from lib.device import pick_device  # noqa: E402
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     files.check_output(record, is_ours)
     files.check_output(Path(f"{opt.out}.png"), lambda _: is_ours(record))
     ckpt = Path(opt.ckpt or cli.SHIPPED / "unsup.pt")
-    model = sample.load_model(ckpt, device, sample.Options(sampler="maxent"))
+    model = sampling.load_model(ckpt, device, sample.Options(sampler="maxent"))
     gaussians = cem.GaussianSeeds.from_state_dict(model.extra["seeds"], device)
     classes = torch.arange(opt.n) % gaussians.num_classes
     curves = {}

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import cem  # noqa: E402
 import eval_is_fid  # noqa: E402
 import sample  # noqa: E402
-from lib import cli, data, files, metrics  # noqa: E402
+from lib import cli, data, files, metrics, reference, sampling  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import pick_device  # noqa: E402
 
@@ -68,9 +68,9 @@ class Sweep:
         self.opt = opt
         self.ckpt = ckpt
         self.device = device
-        self.network = metrics.Classifier(opt.judge or str(cli.SHIPPED / "judge.pt"), device)
-        images = eval_is_fid.reference_images(opt, self.network.key)
-        self.reference = eval_is_fid.reference_of(images, self.network, opt)
+        self.network = metrics.Checkpoint(opt.judge or str(cli.SHIPPED / "judge.pt"), device)
+        images = reference.load_images(opt, self.network.key)
+        self.reference = reference.compute(images, self.network, opt)
         self.rows = []
 
     def point(self, **changes) -> dict:
@@ -80,7 +80,8 @@ class Sweep:
             ckpt=str(self.ckpt), n=opt.n, batch_size=opt.batch_size, cond=opt.cond, **changes
         )
         sample.check(options)
-        model = sample.load_model(self.ckpt, self.device, options)
+        model = sampling.load_model(self.ckpt, self.device, options)
+        sampling.use_settings(options, model)
         images, labels = sample.draw(model, options, self.device)
         judging = eval_is_fid.Options(batch_size=opt.batch_size)
         figures = eval_is_fid.judge(

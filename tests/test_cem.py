@@ -202,6 +202,13 @@ def test_losses_equal_their_definitions(model64, batch):
     )
     mle = cem.supervised_loss("mle", model64, x, y, x_adv, weight=0.7)[0]
     assert mle.item() == pytest.approx((ce_adv + 0.7 * gap).item(), abs=1e-12)
+    x_s, b = torch.rand_like(x), 0.3
+    energies = [-model64(images).exp().sum(1).log() for images in (x, x_s)]
+    p_data, p_sample = (1 / (1 + (energy + b).exp()) for energy in energies)  # that it is data
+    cross_entropy = -(p_data.log().mean() + (1 - p_sample).log().mean())
+    dat, logits = cem.supervised_loss("dat", model64, x, y, x_adv, 0.7, x_s, offset=b)
+    assert dat.item() == pytest.approx((ce_adv + 0.7 * cross_entropy).item(), abs=1e-12)
+    torch.testing.assert_close(logits, f_adv, rtol=1e-12, atol=1e-12)
     # mle with weight 1 is the negative of both halves of the likelihood gradient
     both = cem.consistency(f, f_adv, y) + cem.contrastive(f_adv, y)
     mle = cem.supervised_loss("mle", model64, x, y, x_adv, weight=1.0)[0]

@@ -33,7 +33,7 @@ from PIL import Image
 
 import cem
 from lib import cli, data, interop
-from lib.replay import ReplayBuffer
+from lib.chains import ReplayBuffer
 
 LIMIT = 20  # seconds for one command
 SMALL = "--dataset digits --width 4 --epochs 1 --n-eval 2 --max-minutes 0.001 --out run"

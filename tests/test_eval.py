@@ -10,12 +10,13 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from conftest import files, script
+from conftest import assert_refused, files, script
 from PIL import Image
 
 import cem
 import eval_is_fid
-from lib import metrics
+from lib import data, manifold, metrics, reference
+from lib.reference import Reference
 
 CKPT = "runs/sup/ckpt.pt"
 
@@ -35,6 +36,26 @@ def noise_images(n=30, channels=1):
 
 
 # ---------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("rows", [13, 1000])
+def test_precision_recall_density_and_coverage_are_those_of_prdc(rows, monkeypatch):
+    prdc = pytest.importorskip("prdc")
+    monkeypatch.setattr(manifold, "ROWS", rows)
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(120, 6, generator=generator, dtype=torch.float64)
+    fake = 0.8 * torch.randn(70, 6, generator=generator, dtype=torch.float64) + 0.4
+    expected = prdc.compute_prdc(real.numpy(), fake.numpy(), manifold.K)
+    assert manifold.scores(real, fake) == pytest.approx(expected)
+    assert 0 < expected["recall"] < expected["precision"] < 1
+
+
+def test_the_manifold_scores_tell_the_same_from_far_images():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 4, generator=generator, dtype=torch.float64)
+    same = manifold.scores(x, x)
+    assert same["precision"] == same["recall"] == same["coverage"] == 1
+    assert set(manifold.scores(x, x + 100).values()) == {0.0}
 
 
 def gaussian(d, seed, rank=None):
@@ -117,7 +138,7 @@ def test_scores_match_torch_fidelity():
     assert metrics.inception_score(logits) == pytest.approx(tuple(expected.values()), rel=1e-6)
     moments = [metric_fid.fid_features_to_statistics(z) for z in (x, y)]
     expected = metric_fid.fid_statistics_to_metric(*moments, verbose=False)
-    distance = metrics.Reference.from_blocks([y]).frechet([x], standardised=False)
+    distance = Reference.from_blocks([y]).frechet([x], standardised=False)
     assert distance == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     options = dict(kid_subsets=20, kid_subset_size=100, verbose=False)
     expected = metric_kid.kid_features_to_metric(x, y, **options)
@@ -127,7 +148,7 @@ def test_scores_match_torch_fidelity():
 
 def test_classifier_blocks_are_spatial_means_and_deviations(model, tmp_path):
     cem.save(tmp_path / "m.pt", model)
-    network = metrics.Classifier(str(tmp_path / "m.pt"), torch.device("cpu"))
+    network = metrics.Checkpoint(str(tmp_path / "m.pt"), torch.device("cpu"))
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     blocks, logits = metrics.extract(network, images, 2, "test")
     x = images.double() / 255
@@ -148,17 +169,15 @@ def test_standardised_distances_do_not_depend_on_scale():
     scale = torch.logspace(-2, 2, 6, dtype=torch.float64)
     x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
     y = torch.randn(50, 6, generator=generator, dtype=torch.float64) + 0.5
-    reference = metrics.Reference.from_blocks([y])
-    scaled = metrics.Reference.from_blocks([y * scale])
-    both = metrics.Reference.from_blocks([y, y * scale])
-    expected = pytest.approx(reference.frechet([x], True), rel=1e-8)
+    plain = Reference.from_blocks([y])
+    scaled = Reference.from_blocks([y * scale])
+    both = Reference.from_blocks([y, y * scale])
+    expected = pytest.approx(plain.frechet([x], True), rel=1e-8)
     assert scaled.frechet([x * scale], True) == expected
     assert both.frechet([x, x * scale], True) == expected
-    assert scaled.frechet([x * scale], False) != pytest.approx(
-        reference.frechet([x], False), rel=0.1
-    )
+    assert scaled.frechet([x * scale], False) != pytest.approx(plain.frechet([x], False), rel=0.1)
     cpu = torch.device("cpu")
-    expected = pytest.approx(reference.kernel([x], True, cpu), rel=1e-8)
+    expected = pytest.approx(plain.kernel([x], True, cpu), rel=1e-8)
     assert scaled.kernel([x * scale], True, cpu) == expected
 
 
@@ -257,7 +276,7 @@ def test_damaged_files(digits_run, tmp_path):
         assert files(tmp_path) == before
     done = evaluate(tmp_path, "--samples", "good.npz", "--features", "incepton")
     assert done.returncode == 2
-    assert "--features must be inception or a classifier checkpoint" in done.stderr
+    assert "--features must be inception or a checkpoint" in done.stderr
 
 
 # ------------------------------------------------------------------ Inception, on random weights
@@ -424,7 +443,9 @@ def test_statistics_cache(digits_run, tmp_path):
     first, stdout = run()
     (cache,) = (tmp_path / "set").glob("stats-set-train-ckpt-*.npz")
     assert f"statistics in set/{cache.name}" in stdout
-    with mock.patch("lib.metrics.Reference.from_blocks", side_effect=AssertionError("recomputed")):
+    with mock.patch(
+        "lib.reference.Reference.from_blocks", side_effect=AssertionError("recomputed")
+    ):
         assert run()[0] == first
     content = cache.read_bytes()
     cache.write_bytes(content[: len(content) // 2])
@@ -464,11 +485,11 @@ def test_statistics_of_another_network(digits_run, tmp_path):
     sigma = np.eye(2048)
     np.savez(tmp_path / "tf1.npz", mu=np.zeros(2048), sigma=sigma, key=np.array(tf1_key))
     np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=sigma)
-    assert eval_is_fid.read_statistics(tmp_path / "tf1.npz", tf1_key).features is None
+    assert reference.read_statistics(tmp_path / "tf1.npz", tf1_key).features is None
     with pytest.raises(cem.CEMError, match=f"computed with {tf1_key}, not {torch_key}"):
-        eval_is_fid.read_statistics(tmp_path / "tf1.npz", torch_key)
+        reference.read_statistics(tmp_path / "tf1.npz", torch_key)
     with pytest.raises(cem.CEMError, match="must be finite"):
-        eval_is_fid.read_statistics(tmp_path / "nan.npz", torch_key)
+        reference.read_statistics(tmp_path / "nan.npz", torch_key)
     options = ["--ref", "tf1.npz", "--features", digits_run / CKPT]
     done = evaluate(tmp_path, "--samples", "s.npz", *options)
     assert done.returncode == 2
@@ -486,7 +507,7 @@ def test_samples_sorted_by_class_are_a_warning(digits_run, tmp_path):
 def test_dataset_name_takes_precedence_over_folder(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert len(eval_is_fid.reference_images(eval_is_fid.Options(ref="digits"), "x")) > 1000
+    assert len(reference.load_images(eval_is_fid.Options(ref="digits"), "x")) > 1000
 
 
 def test_float_images_in_0_to_1(digits_run, tmp_path):
@@ -532,3 +553,32 @@ def test_sweep_writes_every_point(digits_run, monkeypatch):
     assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * (2 + 3 + 2 + 5 + 1)
     assert rows[-1]["raw"]
     assert {row["norm"] for row in rows} == {"l2", "linf", "none"}
+
+
+def test_neighbours_tell_copies_from_new_images(digits_run, tmp_path):
+    """Training images are at distance 0; the picture shows each beside itself."""
+    train, test = (data.load("digits", split).images for split in ("train", "test"))
+    np.savez(tmp_path / "copies.npz", arr_0=train[:30].permute(0, 2, 3, 1).numpy())
+    np.savez(tmp_path / "new.npz", arr_0=test[::12].permute(0, 2, 3, 1).numpy())
+    options = ["--samples", "copies.npz", "new.npz", "--ref", "digits", "--neighbours"]
+    options += ["--features", digits_run / CKPT]
+    copies, new = read_rows(evaluate(tmp_path, *options), tmp_path / "metrics.json")
+    assert copies["distance"] == pytest.approx(0, abs=1e-3) < new["distance"]
+    assert new["distance"] == pytest.approx(new["test distance"], rel=1e-5)
+    with Image.open(tmp_path / "metrics-neighbours.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    cells = pixels[2:66, 2:].reshape(64, 10, 66)[:, :, :64]  # the first row of the grid
+    for sample, closest in ((0, 1), (5, 6)):
+        assert np.array_equal(cells[:, sample], cells[:, closest])
+    assert (tmp_path / "metrics-neighbours-1.png").exists()
+    done = evaluate(tmp_path, "--samples", "new.npz", "--ref", "copies.npz", "--neighbours")
+    assert_refused(done, "--neighbours needs a dataset as --ref")
+
+
+def test_an_encoder_gives_distances_but_no_inception_score(unsup_run, tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=noise_images())
+    options = ["--samples", "a.npz", "--ref", "digits"]
+    done = evaluate(tmp_path, *options, "--features", unsup_run / "runs/unsup/ckpt.pt")
+    (row,) = read_rows(done, tmp_path / "metrics.json")
+    assert {"E-FD", "E-KD", "precision"} <= row.keys()
+    assert not {"C-IS", "C-FD", "wanted", ""} & row.keys()

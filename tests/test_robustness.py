@@ -24,7 +24,7 @@ from test_data import write_folder
 import cem
 import train_sup
 from lib import augment, cli, data, distributed, loop, options, robustness
-from lib.replay import ReplayBuffer
+from lib.chains import ReplayBuffer
 
 # ---------------------------------------------------------------------------------------- losses
 

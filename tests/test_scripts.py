@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -28,11 +29,12 @@ import cem
 import sample
 import train_sup
 import train_unsup
-from lib import cli, data, device, loop
+from lib import cli, data, device, loop, pictures, sampling
 from lib.device import AttackCopy, resolve_precision
 
 SCRIPTS = "train_sup.py train_unsup.py sample.py eval_is_fid.py eval_robust.py".split()
 SCRIPTS += ["results/sweep.py", "bench/bench.py", "bench/cost.py", "bench/soak.py"]
+CKPT = "runs/sup/ckpt.pt"
 SMALL = "--dataset digits --width 4 --n-eval 36".split()
 
 
@@ -289,14 +291,81 @@ def test_options_of_sample_do_something(digits_run):
     assert labels.tolist() == [7, 2, 7, 2, 7]
 
 
+def length_of_a_step(side: int, **options) -> float:
+    model = SimpleNamespace(extra={"seeds": {"shape": (3, side, side)}})
+    opt = sample.Options(**options)
+    sampling.use_settings(opt, model)
+    return opt.step_size
+
+
 def test_the_default_step_walks_the_tuned_displacement_for_any_steps_and_size():
     for steps in (4, 16):
-        options = sample.Options(steps=steps)
-        length = sample.step_size(options, (3, 32, 32))
-        assert steps * length == pytest.approx(sample.DISPLACEMENT[options.sampler])
-        assert sample.step_size(options, (3, 64, 64)) == pytest.approx(2 * length)
-        sign = sample.step_size(sample.Options(steps=steps, norm="linf"), (3, 32, 32))
+        length = length_of_a_step(32, steps=steps)
+        assert steps * length == pytest.approx(sampling.DISPLACEMENT["rcs"])
+        assert length_of_a_step(64, steps=steps) == pytest.approx(2 * length)
+        sign = length_of_a_step(32, steps=steps, norm="linf")
         assert sign * math.sqrt(3 * 32 * 32) == pytest.approx(length)
+
+
+TUNED = dict(steps=3, step_size=0.5, noise=0.0, norm="l2")
+
+
+def test_settings_of_a_checkpoint_are_used_unless_told_otherwise(digits_run, tmp_path):
+    model = cem.load(digits_run / CKPT)
+    cem.save(tmp_path / "tuned.pt", model, **model.extra | {"settings": {"rcs": TUNED}})
+
+    def drawn(*args):
+        done = script("sample.py", "--ckpt", "tuned.pt", "--n", 2, *args, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        record = json.loads(max(tmp_path.glob("*.json"), key=os.path.getmtime).read_text())
+        return {key: record[key] for key in TUNED}, done.stdout
+
+    found, stdout = drawn()
+    assert found == TUNED
+    assert "settings of the checkpoint: --steps 3 --step-size 0.5 --noise 0.0 --norm l2" in stdout
+    assert drawn("--steps", 2)[0] == TUNED | {"steps": 2}
+    found, _ = drawn("--norm", "linf")  # for which the tuned length means another distance
+    assert found["steps"] == 3 and found["step_size"] < 0.1
+    untuned, stdout = drawn("--sampler", "cs")
+    assert untuned["steps"] == 8 and "settings" not in stdout
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *([], {"rcs": []}, {"rcs": {}}, {"rcs": TUNED | {"steps": 0}}),
+        *({"rcs": TUNED | {"steps": 2.5}}, {"rcs": TUNED | {"norm": "l3"}}),
+        *({"rcs": TUNED | {"noise": -1}}, {"rcs": TUNED | {"step_size": math.nan}}),
+    ],
+)
+def test_damaged_settings_are_refused(wrong, digits_run, tmp_path):
+    model = cem.load(digits_run / CKPT)
+    cem.save(tmp_path / "wrong.pt", model, **model.extra | {"settings": wrong})
+    done = script("sample.py", "--ckpt", "wrong.pt", "--n", 2, cwd=tmp_path)
+    assert_refused(done, "its settings must be")
+
+
+def test_a_gif_ends_with_the_samples_and_is_small(digits_run, tmp_path):
+    done = script(
+        "sample.py", "--ckpt", digits_run / CKPT, "--n", 20, "--gif", "--out", "out", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "out/samples-rcs.gif") as gif:
+        assert gif.n_frames == 9  # the seeds and 8 steps
+        first = np.asarray(gif.convert("L"), dtype=float)
+        gif.seek(8)
+        last = np.asarray(gif.convert("L"), dtype=float)
+    arrays = np.load(tmp_path / "out/samples-rcs.npz")
+    images, labels = (torch.from_numpy(arrays[f"arr_{i}"]) for i in (0, 1))
+    expected = pictures.grid(images.permute(0, 3, 1, 2), labels, side=32)[0].numpy()
+    assert np.abs(last - expected).mean() < 4 < np.abs(first - expected).mean()
+
+
+def test_a_gif_of_100_images_is_at_most_2_megabytes(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randint(0, 256, (100, 3, 32, 32), generator=generator) for _ in range(25)]
+    pictures.write_gif(tmp_path / "a.gif", [x.byte() for x in noise], torch.arange(100) % 10)
+    assert os.path.getsize(tmp_path / "a.gif") < 2_000_000
 
 
 def test_a_sampler_raises_the_share_of_the_wanted_class(digits_run):

@@ -1,0 +1,130 @@
+"""The chains of energy-based training: a replay buffer, or chains that grow."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+import cem
+from lib import distributed
+
+
+class ReplayBuffer(nn.Module):
+    """SGLD chains, continued from one training step to the next (Grathwohl et al., 2020).
+
+    fresh(n, generator) -> (n, C, H, W) creates chains, initially and, with probability `reinit`,
+    whenever one is drawn: uniform noise by default; GaussianSeeds.sample is another choice.
+    `images` (size, C, H, W), in half precision, is a buffer of the module.
+    """
+
+    def __init__(self, size: int, shape: Sequence[int], reinit=0.05, fresh: Callable | None = None):
+        super().__init__()
+        fits = 1 <= size < math.inf and 0 <= reinit <= 1
+        cem.require(fits, f"size must be at least 1, reinit in [0, 1], not {size} and {reinit}")
+        self.reinit = reinit
+        self.shape = tuple(shape)
+        self.fresh = fresh or self._uniform
+        self.register_buffer("images", torch.empty(0, dtype=torch.float16))
+        self.images = self.fresh(size, None).half()
+
+    def _uniform(self, n: int, generator) -> Tensor:
+        like = dict(dtype=self.images.dtype, device=self.images.device)
+        return torch.rand(n, *self.shape, generator=generator, **like).float()
+
+    def sample(self, potential: Callable, n: int, generator=None, **options) -> Tensor:
+        """n distinct chains climb a potential (cem.ascend's options) and are stored again.
+
+        -> x_s (n, C, H, W), detached. Raises CEMError where the buffer has fewer than n chains.
+        """
+        enough = 0 <= n <= len(self.images)
+        cem.require(enough, f"the replay buffer has {len(self.images)} chains, fewer than {n}")
+        cem.require(not isinstance(generator, (list, tuple)), "chains need a single generator")
+        device = self.images.device
+        index = torch.randperm(len(self.images), generator=generator, device=device)[:n]
+        drawn = torch.rand(n, 1, 1, 1, generator=generator, device=device)
+        x = self.images[index].float()
+        x = torch.where(drawn < self.reinit, self.fresh(n, generator), x)
+        x = cem.ascend(potential, x, norm="none", generator=generator, **options)
+        self.images[index] = x.half()
+        return x
+
+
+def mixed(names: Sequence[str], network: nn.Module, y: Tensor, which: Tensor) -> Callable:
+    """The potential of a classifier in which image i climbs names[which[i]] of class y[i]."""
+
+    def potential(x: Tensor) -> Tensor:
+        logits = network(x)
+        values = torch.stack([cem.PARAMETRIC_SAMPLERS[name](logits, y) for name in names])
+        return values.gather(0, which[None])[0]
+
+    return potential
+
+
+@torch.no_grad()
+def with_statistics_of(x: torch.Tensor, model: nn.Module) -> nn.Module:
+    """A copy of the model whose BatchNorms hold the statistics of the images x (N, C, H, W).
+
+    SGLD climbs this copy, the function that the loss sees. Running statistics lag: samples with low
+    energy under them have high energy in the loss, and JEM diverges.
+    """
+    model = copy.deepcopy(model).requires_grad_(False).eval()
+
+    def store(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
+        wide = inputs[0].to(norm.running_var.dtype)
+        norm.running_var, norm.running_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(store) for norm in norms]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return model
+
+
+class GrowingChains(nn.Module):
+    """The chains of dual adversarial training (arXiv:2510.13872), and their curriculum.
+
+    Every chain starts anew; a step of the training takes T - 2 to T steps of `step_size` along the
+    l2-normalised gradient. T grows by one, up to `longest`, when the samples are easily told from
+    data: when the mean AUC of log p(x) over 8 training steps exceeds 0.8. `offset` is the b of the
+    loss, the midpoint of the two mean log p(x) of the first step.
+    """
+
+    def __init__(self, longest: int, step_size: float):
+        super().__init__()
+        self.longest = longest
+        self.step_size = step_size
+        self.settings = {}  # of the samplers, for the checkpoint
+        self.register_buffer("length", torch.tensor(min(5, longest)))  # T
+        self.register_buffer("updates", torch.tensor(0))
+        self.register_buffer("auc_sum", torch.tensor(0.0))  # since T was last looked at
+        self.register_buffer("offset", torch.tensor(0.0))
+
+    def sample(self, potential: Callable, x: Tensor, generator) -> Tensor:
+        """The images x (N, C, H, W) after their chains; as many steps in all processes."""
+        longest = self.length.item()
+        steps = torch.randint(max(longest - 2, 1), longest + 1, (), generator=generator.common)
+        return cem.ascend(potential, x, steps=steps.item(), step_size=self.step_size)
+
+    def begin(self, log_p: Tensor, log_p_s: Tensor) -> None:
+        """Set the offset, in the first step, from log p of data and samples, (N,) each."""
+        if self.updates == 0:
+            means = torch.stack([log_p.mean(), log_p_s.mean()])
+            self.offset.copy_(distributed.mean(means).mean())
+
+    def update(self, log_p: Tensor, log_p_s: Tensor) -> Tensor:
+        """After a training step, with log p of data and samples, (N,) each -> their AUC."""
+        log_p, log_p_s = distributed.gather(log_p), distributed.gather(log_p_s)
+        auc = ((log_p[:, None] - log_p_s).sign().mean() + 1) / 2
+        self.updates += 1
+        self.auc_sum += auc.cpu()
+        if self.updates % 8 == 0:
+            if self.auc_sum > 8 * 0.8:
+                self.length.add_(1).clamp_(max=self.longest)
+            self.auc_sum.zero_()
+        # chains a little longer than those of the training draw best
+        ascent = dict(steps=self.length.item() + 4, step_size=self.step_size, noise=0.0, norm="l2")
+        self.settings |= {name: ascent for name in cem.PARAMETRIC_SAMPLERS}
+        return auc

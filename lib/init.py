@@ -1,0 +1,44 @@
+"""--init: training that begins from the weights of a checkpoint, ours or third-party."""
+
+from torch import nn
+
+from lib import cli, interop
+from lib.run import resumes
+
+
+def load(opt) -> nn.Module:
+    """The checkpoint opt.init; opt.mean and opt.std normalise a third-party one."""
+    return interop.load(opt.init, mean=opt.mean or None, std=opt.std or None)
+
+
+def defaults(opt) -> dict:
+    """The options that the checkpoint determines: arch, width and those of an encoder's head."""
+    return {name: value for name, value in load(opt).config.items() if hasattr(opt, name)}
+
+
+def start(model: nn.Module, opt) -> None:
+    """Copy weights and normalisation of opt.init into the model, unless the run is resumed.
+
+    A last layer of another size or kind stays new, which is printed. Raises CEMError for another
+    network.
+    """
+    if not opt.init or resumes(opt):
+        return
+    source = load(opt)
+    for name in ("arch", "width", "in_channels"):
+        there, here = source.config[name], model.config[name]
+        cli.require(there == here, f"--init {opt.init} has {name} {there}, not {here}")
+    own, stored = model.state_dict(), source.state_dict()
+    if not source.extra.get("normalised", True):
+        print(f"{opt.init} has no pixel normalisation: using that of the training images")
+        print("(many RobustBench models need --mean 0 --std 1)")
+        stored |= {name: own[name] for name in ("mean", "std")}
+    head, new_head = (
+        {key: value.shape for key, value in state.items() if key.startswith("net.fc.")}
+        for state in (stored, own)
+    )
+    if head != new_head:
+        print(f"the last layer of {opt.init} does not fit: starting with a new one")
+        stored = {key: stored.get(key, value) for key, value in own.items()}
+        stored |= {key: own[key] for key in new_head}
+    model.load_state_dict(stored)

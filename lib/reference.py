@@ -1,0 +1,174 @@
+"""What samples are compared with: statistics of reference images, read, computed and cached."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cem
+from lib import cli, data, distributed, manifold, metrics
+from lib.metrics import FeatureNetwork, frechet_distance, kernel_distance, statistics
+
+KERNEL_IMAGES = 10_000  # evenly spaced reference images whose features are kept
+
+
+def evenly_spaced(n: int) -> Tensor:
+    """Indices of up to KERNEL_IMAGES of n images."""
+    kept = min(n, KERNEL_IMAGES)
+    return torch.arange(kept) * n // kept
+
+
+class Reference:
+    """The mean (D,) and covariance (D, D) of each feature block of the reference, float64, and the
+    features (M, D) of up to KERNEL_IMAGES images, None if they are unknown."""
+
+    def __init__(self, moments: list[tuple[Tensor, Tensor]], features: list[Tensor] | None):
+        self.moments = moments
+        self.features = features
+        self.scales = [sigma.diagonal().sqrt().clamp_min(1e-6) for _, sigma in moments]
+
+    @classmethod
+    def from_blocks(cls, blocks: list[Tensor]) -> "Reference":
+        index = evenly_spaced(len(blocks[0]))
+        return cls([statistics(block) for block in blocks], [block[index] for block in blocks])
+
+    def frechet(self, blocks: list[Tensor], standardised: bool) -> float:
+        """The mean Fréchet distance over the blocks, each (N, D)."""
+        total = 0.0
+        for block, (mu, sigma), scale in zip(blocks, self.moments, self.scales):
+            if standardised:
+                block = (block - mu) / scale
+                mu, sigma = torch.zeros_like(mu), sigma / scale / scale[:, None]
+            total += frechet_distance(*statistics(block), mu, sigma)
+        return total / len(blocks)
+
+    def joined(self, blocks: list[Tensor], standardised: bool) -> Tensor:
+        """The blocks side by side, (N, ΣD), float64."""
+        if standardised:
+            zipped = zip(blocks, self.moments, self.scales)
+            blocks = [(x - mu) / scale for x, (mu, _), scale in zipped]
+        return torch.cat(blocks, 1).double()
+
+    def manifold(self, blocks: list[Tensor], standardised: bool) -> dict[str, float]:
+        """manifold.scores of up to KERNEL_IMAGES images of either kind."""
+        blocks = [block[evenly_spaced(len(block))] for block in blocks]
+        real = self.joined(self.features, standardised)
+        return manifold.scores(real, self.joined(blocks, standardised))
+
+    def kernel(self, blocks: list[Tensor], standardised: bool, device) -> tuple[float, float]:
+        """The mean kernel distance over the blocks, and the mean of its standard deviations."""
+        device = device if device.type == "cuda" else "cpu"  # MPS has no float64
+        values = []
+        for x, y, (mu, _), scale in zip(blocks, self.features, self.moments, self.scales):
+            if standardised:
+                x, y = (x - mu) / scale, (y - mu) / scale
+            values.append(kernel_distance(x.to(device), y.to(device)))
+        mean, std = np.mean(values, axis=0).tolist()
+        return mean, std
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """For an npz file. A single block has pytorch-fid's names, mu and sigma."""
+        result = {}
+        for i, ((mu, sigma), features) in enumerate(zip(self.moments, self.features)):
+            suffix = i if len(self.moments) > 1 else ""
+            for name, tensor in (("mu", mu), ("sigma", sigma), ("features", features)):
+                result[f"{name}{suffix}"] = tensor.numpy()
+        return result
+
+    @classmethod
+    def from_arrays(cls, arrays) -> "Reference":
+        """The inverse of `arrays`; raises what NumPy raises for a damaged file."""
+        moments, features = [], []
+        for suffix in sorted(name[2:] for name in arrays if name.startswith("mu")):
+            mu, sigma = (torch.from_numpy(arrays[f"{k}{suffix}"]) for k in ("mu", "sigma"))
+            moments.append((mu.double(), sigma.double()))
+            if f"features{suffix}" in arrays:
+                features.append(torch.from_numpy(arrays[f"features{suffix}"]))
+        return cls(moments, features or None)
+
+
+def read_statistics(path: Path, key: str) -> Reference | None:
+    """mu (2048,) and sigma (2048, 2048) of an npz by --save-stats or pytorch-fid, None without.
+
+    Raises CEMError if they are damaged or of another network than `key`.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not {"mu", "sigma"} <= set(arrays):
+                return None
+            reference = Reference.from_arrays(arrays)
+            made_by = str(arrays["key"]) if "key" in arrays else key
+    except Exception as error:  # a damaged archive can fail in any way
+        raise cem.CEMError(f"cannot read the reference {path}: {error}") from error
+    mu, sigma = reference.moments[0]
+    shapes = (mu.shape, sigma.shape) == ((2048,), (2048, 2048))
+    finite = bool(mu.isfinite().all() and sigma.isfinite().all())
+    cli.require(shapes and finite, f"{path}: mu and sigma must be finite, of 2,048 features")
+    inception = key.startswith("inception")
+    cli.require(inception, f"{path}: statistics of Inception need --features inception")
+    differs = f"{path} was computed with {made_by}, not {key}"
+    cli.require(made_by == key, f"{differs}: see --preprocess, --precision and --weights")
+    return reference
+
+
+def load_images(opt, key: str) -> Tensor | Reference:
+    """The images of --ref, uint8 (N, C, H, W), or the statistics in an npz of mu and sigma, which
+    must be of the feature network `key`."""
+    path = Path(opt.ref)
+    if path.suffix == ".npz" and path.is_file():
+        return read_statistics(path, key) or data.read_npz(path)[0]
+    if opt.ref not in data.NAMES and path.is_dir() and not (path / "train").is_dir():
+        return data.read_samples(path, opt.image_size)[0]
+    return data.load(opt.ref, opt.split, opt.data_dir, opt.image_size).images
+
+
+FORMAT = 1  # of cached statistics: to be raised when features or blocks change
+
+
+def fingerprint(images: Tensor) -> str:
+    sha = hashlib.sha256(f"{FORMAT} {tuple(images.shape)}".encode())
+    for part in images.split(1000):
+        sha.update(part.contiguous().numpy())
+    return sha.hexdigest()
+
+
+def read_cache(path: Path, images_sha: str) -> Reference | None:
+    """The statistics in `path`, None if it is missing, damaged or of other images."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if str(arrays["fingerprint"]) == images_sha:
+                return Reference.from_arrays(arrays)
+        print(f"{path}: the dataset has changed, recomputing its statistics")
+    except Exception as error:  # a damaged archive can fail in any way
+        print(f"{path} is damaged ({type(error).__name__}), recomputing the statistics")
+    return None
+
+
+def write_cache(path: Path, images_sha: str, reference: Reference) -> None:
+    arrays = {"fingerprint": np.array(images_sha)} | reference.arrays()
+    try:
+        cem.write_atomically(path, lambda file: np.savez(file, **arrays))
+        print(f"cached the reference's statistics in {path}")
+    except OSError as error:  # the folder may be read-only
+        cli.warn(f"cannot cache the reference's statistics: {error}")
+
+
+def compute(images: Tensor, network: FeatureNetwork, opt) -> Reference:
+    """The statistics of reference images; those of a dataset or folder are cached beside it."""
+    path = Path(opt.ref)
+    folder = path if path.is_dir() and opt.ref not in data.NAMES else Path(opt.data_dir)
+    cache = folder / f"stats-{path.name}-{opt.split}-{network.key}.npz"
+    images_sha = fingerprint(images)
+    found = None if path.is_file() else read_cache(cache, images_sha)
+    # all processes compute together, even if a file is missing on one machine only
+    if not distributed.any_process(found is None, torch.device("cpu")):
+        return found
+    blocks, _ = metrics.extract(network, images, opt.batch_size, opt.ref)
+    reference = Reference.from_blocks(blocks)
+    if not path.is_file() and distributed.rank() == 0:
+        write_cache(cache, images_sha, reference)
+    return reference

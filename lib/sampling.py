@@ -1,0 +1,89 @@
+"""What sample.py draws from: a model with its seeds, the settings of its samplers, classes."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import cem
+from lib import cli, data, interop, metrics
+
+SEED_RANK = 48  # of the seeds fitted for a third-party checkpoint
+# the l2 distance that all steps together walk on 3x32x32 images, from results/sweep-*.json
+DISPLACEMENT = dict.fromkeys(cem.PARAMETRIC_SAMPLERS, 3.0)
+DISPLACEMENT |= dict.fromkeys(cem.NON_PARAMETRIC_SAMPLERS, 24.0)
+DISPLACEMENT["seeds"] = 0.0
+UNTUNED = dict(steps=8, step_size=None, noise=0.01, norm="l2")
+
+
+def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
+    """The checkpoint, folded, with seeds, class names and dataset in its extra."""
+    model = interop.load(path, device, opt.mean or None, opt.std or None)
+    encoder = isinstance(model, cem.NonParametricCEM)
+    fits = encoder == (opt.sampler in cem.NON_PARAMETRIC_SAMPLERS) or opt.sampler == "seeds"
+    kind = "an encoder" if encoder else "a classifier"
+    cli.require(fits, f"--sampler {opt.sampler} does not apply to {path}, {kind}")
+    chosen = opt.cond or not opt.classes
+    cli.require(chosen or not encoder, "--classes of an encoder need --cond")
+    noise = encoder and opt.cond and opt.start == "noise"
+    cli.require(not noise, "--cond of an encoder chooses seeds: leave out --start noise")
+    cli.require(
+        "third_party" in model.extra or not opt.dataset,
+        f"--dataset is for third-party checkpoints: {path} has its seeds",
+    )
+    cli.require(
+        opt.dataset or not opt.image_size, "--image-size needs the --dataset that it applies to"
+    )
+    if opt.raw:
+        stored = "training" in model.extra
+        cli.require(stored, f"--raw needs the last weights, but {path} stores the average only")
+        model.load_state_dict(model.extra["training"]["model"])
+    if "third_party" in model.extra:
+        cli.require(opt.dataset, f"{path} has no seeds: name the --dataset to fit them to")
+        dataset = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
+        interop.check_third_party(model, path, dataset)
+        model.extra |= dataset.checkpoint_info(SEED_RANK)
+    complete = {"seeds", "classes", "dataset"} <= model.extra.keys()
+    cli.require(complete, f"{path} has no seeds or class names: a training script stores them")
+    return cem.folded(model).to(memory_format=torch.channels_last)
+
+
+def use_settings(opt, model: torch.nn.Module) -> None:
+    """Fill in the options of the ascent that are None: the checkpoint's settings, else UNTUNED."""
+    conditional = opt.cond and opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
+    name = f"{opt.sampler}{'-cond' * conditional}"
+    tuned = dict(model.extra.get("settings", {}).get(name, {}))
+    if opt.norm not in (None, tuned.get("norm")):
+        tuned.pop("step_size", None)  # a length in the other norm
+    used = {key: value for key, value in tuned.items() if getattr(opt, key) is None}
+    if used:
+        print(f"settings of the checkpoint: {cli.as_flags(used)}")
+    for key, value in (UNTUNED | used).items():
+        if getattr(opt, key) is None:
+            setattr(opt, key, value)
+    if opt.step_size is None:
+        known = opt.norm != "none"
+        cli.require(known, "--norm none needs --step-size: the gradient's length is unknown")
+        per_pixel = DISPLACEMENT[opt.sampler] / math.sqrt(3 * 32 * 32) / opt.steps
+        l2 = per_pixel * math.sqrt(math.prod(model.extra["seeds"]["shape"]))
+        opt.step_size = per_pixel if opt.norm == "linf" else l2
+
+
+def wanted_classes(names: str, classes: list[str]) -> list[int]:
+    """The class numbers of a comma-separated list of names or numbers; all if it is empty."""
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or classes
+    for name in wanted:
+        known = name in classes or (name.isdecimal() and int(name) < len(classes))
+        cli.require(known, f"--classes: unknown class {name!r}, choose from {', '.join(classes)}")
+    return [classes.index(name) if name in classes else int(name) for name in wanted]
+
+
+def identity(opt, path: Path) -> str:
+    """A digest of all options and weights on which the images depend."""
+    unrelated = ("out", "png", "gif", "device", "data_dir", "ckpt", "quiet")
+    options = {key: value for key, value in asdict(opt).items() if key not in unrelated}
+    content = json.dumps([options, metrics.digest(path)]).encode()
+    return hashlib.sha256(content).hexdigest()[:12]
