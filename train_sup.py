@@ -9,7 +9,6 @@ Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into --out. eval_
 the checkpoint, sample.py draws images from it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
-from lib.chains import GrowingChains, ReplayBuffer, mixed, with_statistics_of
+from lib.chains import GrowingChains, ReplayBuffer, chain_starts, mixed, with_statistics_of
 from lib.cli import option
 from lib.device import AttackCopy, autocast, pick_device
 from lib.loop import Trainer
@@ -173,11 +172,12 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
         x = augment.mirror(train_set.pixels(index), draws, train_set.flip)
         drawn = generator.draw(torch.rand, (len(y), 2), draws).T
         y_s, which = (drawn[0] * classes).long(), (drawn[1] * len(samplers)).long()
+        x_s = start(y_s, generator)
         with autocast(x.device, opt.precision):
             attack = cem.potential("ce", network, y)
             x_adv = cem.pgd(attack, x, **ball(opt), generator=generator)
             climbed = mixed(samplers, network, y_s, which)
-            x_s = chains.sample(climbed, start(y_s, generator), generator)
+            x_s = chains.sample(climbed, x_s, generator)
             if not chains.updates:
                 chains.begin(*(cem.log_marginal(network(images)) for images in (x, x_s)))
             weight, offset = opt.likelihood_weight, chains.offset.item()
@@ -193,7 +193,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
             "train_accuracy": (logits.argmax(1) == y).float().mean(),
             "energy": -log_p.mean(), "energy_s": -log_p_s.mean(),
             "energy_gap": (log_p - log_p_s).mean(),
-            "auc": chains.update(log_p, log_p_s), "chain_steps": chains.length,
+            "auc": chains.update(log_p, log_p_s), "chain_steps": chains.length.to(x.device),
         }  # fmt: skip
 
     return batch_loss
@@ -205,25 +205,6 @@ def ball(opt: Options) -> dict:
 
 def sgld(opt: Options) -> dict:
     return dict(steps=opt.sgld_steps, step_size=opt.sgld_step_size, noise=opt.sgld_noise)
-
-
-def chain_starts(opt: Options, seeds: cem.GaussianSeeds, device) -> Callable:
-    """-> start(labels (N,), generator) -> images (N, C, H, W), by --chain-start."""
-    if opt.chain_start == "gaussian":
-        return seeds.sample
-    if opt.chain_start in data.NAMES:
-        images = data.load(opt.chain_start, "train", opt.data_dir).images
-    else:
-        images, _ = data.read_samples(Path(opt.chain_start), seeds.shape[-1])
-    shape, wanted = tuple(images.shape[1:]), seeds.shape
-    cli.require(shape == wanted, f"--chain-start has images of {shape}, the dataset of {wanted}")
-    images = images.to(device)
-
-    def start(labels, generator):
-        drawn = generator.draw(torch.rand, labels.shape, seeds.mean)
-        return images[(drawn * len(images)).long()].float().div(255)
-
-    return start
 
 
 def dual_state(opt: Options, model: nn.Module) -> nn.ModuleDict:
@@ -273,7 +254,9 @@ def train(opt: Options) -> None:
     if opt.loss == "dat":
         state = dual_state(opt, model)
         info["settings"] = state["chains"].settings
-        batch_loss = make_dual_loss(opt, train_set, chain_starts(opt, seeds, device), state)
+        batch_loss = make_dual_loss(
+            opt, train_set, chain_starts(opt.chain_start, opt.data_dir, seeds, device), state
+        )
 
     def measure(model, epoch):
         result = robustness.accuracy(model, test_set, ["pgd-10"], opt, opt.n_eval)

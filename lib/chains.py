@@ -3,12 +3,13 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import cem
-from lib import distributed
+from lib import data, distributed
 
 
 class ReplayBuffer(nn.Module):
@@ -62,6 +63,26 @@ def mixed(names: Sequence[str], network: nn.Module, y: Tensor, which: Tensor) ->
     return potential
 
 
+def chain_starts(where: str, data_dir: str, seeds: cem.GaussianSeeds, device) -> Callable:
+    """-> start(labels (N,), generator) -> images (N, C, H, W): seeds of these classes if `where` is
+    "gaussian", else images of this dataset, folder or npz file, drawn with replacement."""
+    if where == "gaussian":
+        return seeds.sample
+    if where in data.NAMES:
+        images = data.load(where, "train", data_dir).images
+    else:
+        images, _ = data.read_samples(Path(where), seeds.shape[-1])
+    shape, wanted = tuple(images.shape[1:]), seeds.shape
+    cem.require(shape == wanted, f"--chain-start has images of {shape}, the dataset of {wanted}")
+    images = images.to(device)
+
+    def start(labels: Tensor, generator) -> Tensor:
+        drawn = generator.draw(torch.rand, labels.shape, seeds.mean)
+        return images[(drawn * len(images)).long()].float().div(255)
+
+    return start
+
+
 @torch.no_grad()
 def with_statistics_of(x: torch.Tensor, model: nn.Module) -> nn.Module:
     """A copy of the model whose BatchNorms hold the statistics of the images x (N, C, H, W).
@@ -86,10 +107,10 @@ def with_statistics_of(x: torch.Tensor, model: nn.Module) -> nn.Module:
 class GrowingChains(nn.Module):
     """The chains of dual adversarial training (arXiv:2510.13872), and their curriculum.
 
-    Every chain starts anew; a step of the training takes T - 2 to T steps of `step_size` along the
-    l2-normalised gradient. T grows by one, up to `longest`, when the samples are easily told from
-    data: when the mean AUC of log p(x) over 8 training steps exceeds 0.8. `offset` is the b of the
-    loss, the midpoint of the two mean log p(x) of the first step.
+    Every chain starts anew, and takes T - 2 to T steps of `step_size` along the l2-normalised
+    gradient, as many in all processes. T grows by one, up to `longest`, when samples are easily
+    told from data: when the mean AUC of log p(x) over 8 training steps exceeds 0.8. `offset` is the
+    b of the loss, the midpoint of the two mean log p(x) of the first step.
     """
 
     def __init__(self, longest: int, step_size: float):
@@ -103,9 +124,10 @@ class GrowingChains(nn.Module):
         self.register_buffer("offset", torch.tensor(0.0))
 
     def sample(self, potential: Callable, x: Tensor, generator) -> Tensor:
-        """The images x (N, C, H, W) after their chains; as many steps in all processes."""
+        """The images x (N, C, H, W) after their chains."""
         longest = self.length.item()
-        steps = torch.randint(max(longest - 2, 1), longest + 1, (), generator=generator.common)
+        shared = dict(generator=generator.common, device=generator.common.device)
+        steps = torch.randint(max(longest - 2, 1), longest + 1, (), **shared)
         return cem.ascend(potential, x, steps=steps.item(), step_size=self.step_size)
 
     def begin(self, log_p: Tensor, log_p_s: Tensor) -> None:

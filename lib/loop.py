@@ -1,9 +1,8 @@
 """The training loop of both training scripts.
 
-It promises three things. A run that is killed at any moment and resumed ends with the weights of
-the uninterrupted run, bit for bit on a CPU with as many threads: all randomness is a function of
-seed, epoch and step. Every file is written whole or not at all. SIGTERM, Ctrl-C and --max-minutes
-stop a run at the next step (under torchrun within 20 steps), after a checkpoint.
+A run that is killed at any moment and resumed ends with the weights of the uninterrupted run, bit
+for bit on a CPU with as many threads: all randomness is a function of seed, epoch and step.
+SIGTERM, Ctrl-C and --max-minutes stop a run at the next step (torchrun: within 20), after saving.
 """
 
 import contextlib

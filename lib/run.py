@@ -25,9 +25,8 @@ FREE += ("max_energy_gap", "diagnose", "quiet")
 
 def resumes(opt) -> bool:
     """Whether opt.out has a run, and --resume was given or torchrun restarted this process."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    found = any((Path(opt.out) / name).exists() for name in ("ckpt.pt", "ckpt-previous.pt"))
-    return (opt.resume or restarted) and found
+    wanted = opt.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return wanted and any((Path(opt.out) / name).exists() for name in NAMES[:2])
 
 
 class RunFolder:

@@ -70,6 +70,8 @@ def train(run: Path, loss: str, seed: int, opt: Options, *more) -> str:
     """Start the run, or continue it; a run that has ended ends at once."""
     resume = ["--resume"] if (run / "ckpt.pt").exists() else []
     settings = ["--dataset", opt.dataset, "--loss", loss, "--seed", seed, "--out", run]
+    if loss == "dat":  # begins from the run of at
+        settings += ["--init", run.with_name(run.name.replace("-dat-", "-at-")) / "ckpt.pt"]
     return call("train_sup.py", *settings, *more, *shlex.split(opt.options), *resume)
 
 

@@ -1,14 +1,17 @@
-"""Tune the samplers' defaults: C-FD as a function of displacement, number of steps and noise.
+"""Find the settings of the samplers of a checkpoint: steps, step size, noise and norm.
 
-    python results/sweep.py --ref cifar10 --ckpt runs/sup/ckpt.pt --judge runs/judge/ckpt.pt
+    python results/sweep.py --ref PATH --judge runs/judge/ckpt.pt --second runs/encoder/ckpt.pt
 
-The judge is a standard classifier (train_sup.py --loss st) trained independently of the model that
-draws. One factor at a time: the displacement, steps x step size, in 8 steps; at the best one, the
-number of steps; at the best so far, noise, other gradient directions, and the weights without
-averaging. Writes all points to --out and prints the best of each sampler.
+One factor at a time, from the checkpoint's own settings or sample.py's. Two rulers of different
+kind judge each point: C-FD by a classifier, which should be independent of the model that draws and
+of the judge that reports, and E-FD by an encoder trained without labels or, without --second, the
+harmonic mean of precision and recall. A point is as good as the ruler that likes it least says, in
+relation to that ruler's best. Look at the pictures of equals. Writes all points to --out and, with
+--save, a copy of the checkpoint that contains the settings.
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,18 +27,10 @@ from lib import cli, data, files, metrics, reference, sampling  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import pick_device  # noqa: E402
 
-DISPLACEMENTS = (0.5, 1.0, 2.0, 3.0, 5.0, 8.0, 16.0, 24.0, 32.0)
-FIRST_STEPS = 8  # in which the displacements are compared
-OTHER_STEPS = (2, 4, 16)
+STEPS = (4, 8, 12, 16, 20, 24)
+LENGTHS = (0.5, 0.7, 1.4, 2.0)  # times the step size
 NOISES = (0.01, 0.03)
-OTHER_DIRECTIONS = (  # norm, step size
-    ("none", 0.03),
-    ("none", 0.1),
-    ("none", 0.3),
-    ("linf", 0.005),
-    ("linf", 0.01),
-)
-VARIED = ("sampler", "steps", "step_size", "noise", "norm", "raw")
+SETTINGS = ("steps", "step_size", "noise", "norm")
 
 
 @dataclass
@@ -57,20 +52,27 @@ class Options:
     split: str = option("train", "split of the dataset", "judging", choices=["train", "test"])
     data_dir: str = option("data", "folder of the downloaded datasets", "judging", **cli.PATH)
     image_size: int = option(0, f"of the reference: {data.IMAGE_SIZE}", "judging", least=0)
+    second: str = option(
+        "", "encoder that judges too (default: precision and recall)", "judging", **cli.PATH
+    )
+    save: str = option("", "write the checkpoint with the settings here", "run", **cli.PATH)
     out: str = option("results/sweep.json", "JSON file to write", "run", **cli.PATH)
     device: str = option("auto", cli.DEVICE, "run")
 
 
 class Sweep:
-    """Points measured by one judge against one reference; the file is rewritten after each."""
+    """Points measured by two rulers against one reference; the file is rewritten after each."""
 
     def __init__(self, opt: Options, ckpt: Path, device: torch.device):
         self.opt = opt
         self.ckpt = ckpt
         self.device = device
-        self.network = metrics.Checkpoint(opt.judge or str(cli.SHIPPED / "judge.pt"), device)
-        images = reference.load_images(opt, self.network.key)
-        self.reference = reference.compute(images, self.network, opt)
+        paths = [opt.judge or str(cli.SHIPPED / "judge.pt"), *([opt.second] if opt.second else [])]
+        self.rulers = []
+        for path in paths:
+            network = metrics.Checkpoint(path, device)
+            images = reference.load_images(opt, network.key)
+            self.rulers.append((network, reference.compute(images, network, opt)))
         self.rows = []
 
     def point(self, **changes) -> dict:
@@ -83,12 +85,14 @@ class Sweep:
         model = sampling.load_model(self.ckpt, self.device, options)
         sampling.use_settings(options, model)
         images, labels = sample.draw(model, options, self.device)
+        row = {key: getattr(options, key) for key in ("sampler", "cond", *SETTINGS)}
         judging = eval_is_fid.Options(batch_size=opt.batch_size)
-        figures = eval_is_fid.judge(
-            self.network, images, labels, self.reference, judging, options.sampler
-        )
-        del figures["samples"]
-        row = {key: getattr(options, key) for key in ("sampler", "cond", *VARIED[1:])} | figures
+        for network, against in self.rulers:
+            of = (network, images, labels, against, judging, options.sampler)
+            row = {**eval_is_fid.judge(*of), **row}
+        del row["samples"]
+        both = row["precision"] + row["recall"]
+        row["1 / F"] = both / max(2 * row["precision"] * row["recall"], 1e-9)
         self.rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         record = {"command": cli.command(), "rows": self.rows}
@@ -96,31 +100,28 @@ class Sweep:
         return row
 
     def tune(self, sampler: str) -> dict:
-        """All points of a sampler -> the options of the best."""
-        points = []
-        for displacement in DISPLACEMENTS:
-            length = displacement / FIRST_STEPS
-            points.append(
-                self.point(sampler=sampler, steps=FIRST_STEPS, step_size=length, noise=0.0)
-            )
-        displacement = FIRST_STEPS * best(points)["step_size"]
-        for steps in OTHER_STEPS:
-            length = displacement / steps
-            points.append(self.point(sampler=sampler, steps=steps, step_size=length, noise=0.0))
-        chosen = best(points)
-        for noise in NOISES:
-            points.append(self.point(**chosen | {"noise": noise}))
-        for norm, length in OTHER_DIRECTIONS:
-            points.append(self.point(**chosen | {"norm": norm, "step_size": length}))
-        if "training" in cem.load(self.ckpt).extra:
-            points.append(self.point(**chosen | {"raw": True}))
-        return best(points)
+        """The best point of a sampler."""
+        chosen = self.point(sampler=sampler)
+        for factor in SETTINGS:
+            settings = {key: chosen[key] for key in SETTINGS}
+            tried = [self.point(sampler=sampler, **v) for v in self.variants(factor, settings)]
+            chosen = self.best([chosen, *tried])
+        return chosen
 
+    def variants(self, factor: str, settings: dict) -> list[dict]:
+        """The settings with other values of one factor; a linf step walks as far in l2."""
+        step = settings["step_size"]
+        if factor == "norm":
+            pixels = math.prod(cem.load(self.ckpt).extra["image_shape"])
+            return [settings | {"norm": "linf", "step_size": step / math.sqrt(pixels)}]
+        values = {"steps": STEPS, "step_size": [step * f for f in LENGTHS], "noise": NOISES}
+        return [settings | {factor: v} for v in values[factor] if v != settings[factor]]
 
-def best(points: list[dict]) -> dict:
-    """The options of the point with the lowest C-FD."""
-    row = min(points, key=lambda row: row["C-FD"])
-    return {key: row[key] for key in VARIED}
+    def best(self, points: list[dict]) -> dict:
+        """The point whose worst ruler, in relation to its own best, is best."""
+        rulers = ("C-FD", "E-FD" if self.opt.second else "1 / F")
+        least = {ruler: min(point[ruler] for point in points) for ruler in rulers}
+        return min(points, key=lambda point: max(point[r] / least[r] for r in rulers))
 
 
 def main() -> None:
@@ -135,9 +136,20 @@ def main() -> None:
     files.check_output(Path(opt.out), files.json_with("command", "rows"))
     sweep = Sweep(opt, ckpt, device)
     sweep.point(sampler="seeds")
+    found = {}
     for name in samplers:
-        print("best:", sweep.tune(name), flush=True)
+        best = sweep.tune(name)
+        print("best:", best, flush=True)
+        key = f"{name}{'-cond' * opt.cond}"
+        found[key] = {setting: best[setting] for setting in SETTINGS}
     print(f"wrote {opt.out}")
+    if opt.save:
+        model = cem.load(ckpt)
+        model.extra["settings"] = model.extra.get("settings", {}) | found
+        weights = [v for v in model.state_dict().values() if v.is_floating_point()]
+        half = all(v.equal(v.half().to(v.dtype)) for v in weights)  # as it was stored
+        cem.save(opt.save, model, half=half, **model.extra)
+        print(f"wrote {opt.save}")
 
 
 if __name__ == "__main__":

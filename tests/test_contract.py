@@ -296,7 +296,7 @@ READERS = [f"{SAMPLE} --ckpt bad.pt", f"{ROBUST} --ckpt bad.pt --dataset digits"
 RESUME = "train_sup.py --resume --out old --max-minutes 0.001"
 FOR_ENCODERS = [f"{SAMPLE} --ckpt bad.pt --sampler maxent", READERS[1]]
 FOR_ENCODERS += ["train_unsup.py --resume --out old --max-minutes 0.001"]
-FOR_ALL = [*READERS, RESUME, f"{FID} --features bad.pt"]
+FOR_ALL = [*READERS, RESUME, f"{FID} --features bad.pt", f"{SUP} --init bad.pt"]
 
 # statements on c: the content, w: its weights, g: its config
 WEIGHTS = """
@@ -341,6 +341,7 @@ t['optimizer'] = None; t['optimizer'] = {}; o['state'] = 3; del o['state']
 o['state'][0] = 3; o['state'][0]['momentum_buffer'] = torch.zeros(2)
 o['state'][0]['momentum_buffer'].fill_(nan); o['state'][9999] = {}; o['state']['x'] = {}
 t['chains'] = 3; t['chains'] = {'images': 3}; t['chains'] = {'images': torch.tensor([nan])}
+e['settings'] = 3; e['settings'] = {'rcs': {'steps': 3}}; e['settings'] = {'rcs': None}
 """
 RESUMED = """
 del e['training']; e['options']['lr'] = 'x'; e['options']['seed'] = 1
@@ -454,13 +455,18 @@ DATA = [  # (statement, commands)
     ("pass", [f"{SCORE} --samples none.npz", f"{FID} --ref none.npz", f"{SAMPLE} --ckpt none",
         f"{FID} --features none", f"{FID} --features inception --weights none",
         f"{ROBUST} --ckpt none", f"{SUP} --dataset none", f"{ROBUST} --ood none --dataset digits",
-        f"{ROBUST} --dataset none", f"{FID} --features unsup.pt", f"{SAMPLE} --sampler maxent",
+        f"{ROBUST} --dataset none", f"{SUP} --init none", f"{SAMPLE} --sampler maxent",
         f"{SAMPLE} --ckpt unsup.pt", f"{SAMPLE} --classes 99", f"{SAMPLE} --classes x,y",
         f"{SAMPLE} --dataset digits", f"{SAMPLE} --mean 0", f"{SAMPLE} --mean 0 --std 0",
         f"{SAMPLE} --norm none", f"{SAMPLE} --image-size 8", f"{ROBUST} --std 1",
         f"{ROBUST} --attacks pgd-0 nonsense", f"{ROBUST} --attacks pgd-x", f"{SCORE} --samples .",
         f"{ROBUST} --ckpt unsup.pt --ood digits", f"{FID} --preprocess tf1", f"{FID} --out a.md",
         f"{FID} --save-stats a.npz", f"{FID} --splits 12", f"{SUP} --image-size 9",
+        f"{SUP} --init s.npz", f"{UNSUP} --init mine.txt", f"{SUP} --mean 0 --std 1",
+        f"{SUP} --init sup.pt --mean 0 --std 1", f"{SUP} --init sup.pt --arch wrn-16-4",
+        f"{SUP} --loss dat --chain-start none", f"{SUP} --loss dat --chain-start mine.txt",
+        f"{SUP} --loss dat --chain-samplers x", f"{SUP} --loss dat --chain-samplers ''",
+        f"{SCORE} --neighbours",
         f"{SUP} --dataset mine.txt", f"{SUP} --dataset ''", f"{SUP} --batch-size 1",
         f"{SUP} --loss jem --likelihood-weight 0", f"{SUP} --loss jem --buffer 1",
         f"{UNSUP} --loss mle", f"{BENCH}", "sample.py --png ."]),

@@ -17,7 +17,7 @@ from test_survival import assert_same_run, compute_in_float64, launch, training_
 import cem
 import train_sup
 from lib import data, distributed, interop
-from lib.chains import GrowingChains, mixed
+from lib.chains import GrowingChains, chain_starts, mixed
 
 CKPT = "runs/sup/ckpt.pt"
 SMALL = "--dataset digits --epochs 1 --n-eval 36 --seed-rank 4".split()
@@ -235,9 +235,8 @@ def test_chains_start_at_images_of_a_folder(digits_run, tmp_path):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (7, 8, 8, 1), dtype=np.uint8)
     np.savez(tmp_path / "others.npz", arr_0=images)
-    opt = train_sup.Options(chain_start=str(tmp_path / "others.npz"))
     seeds = cem.GaussianSeeds(torch.zeros(3, 64), torch.zeros(3, 64, 1), (1, 8, 8))
-    start = train_sup.chain_starts(opt, seeds, torch.device("cpu"))
+    start = chain_starts(str(tmp_path / "others.npz"), "data", seeds, torch.device("cpu"))
     generator = distributed.RankGenerator(0, torch.device("cpu"))
     drawn = start(torch.zeros(50, dtype=torch.int64), generator).mul(255).round().byte()
     originals = torch.from_numpy(images).permute(0, 3, 1, 2).flatten(1)

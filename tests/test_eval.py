@@ -3,11 +3,13 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import scipy.linalg
+import sweep
 import torch
 import torch.nn.functional as F
 from conftest import assert_refused, files, script
@@ -544,15 +546,32 @@ def test_few_samples_are_warned_of_with_the_number_needed(n, warned, digits_run,
 # ------------------------------------------------------------------------------- results/sweep.py
 
 
-def test_sweep_writes_every_point(digits_run, monkeypatch):
-    monkeypatch.setattr("sweep.DISPLACEMENTS", (0.5, 1.0))
+@pytest.mark.parametrize("second", [True, False])
+def test_sweep_writes_every_point_and_the_settings(second, digits_run, unsup_run, monkeypatch):
+    monkeypatch.setattr("sweep.STEPS", (2, 8))
+    monkeypatch.setattr("sweep.LENGTHS", (0.5,))
     options = ["--ref", "digits", "--ckpt", CKPT, "--judge", CKPT, "--n", 20, "--out", "sweep.json"]
-    done = script("results/sweep.py", "--samplers", "cs", *options, cwd=digits_run)
+    options += ["--save", "tuned.pt", "--samplers", "cs,ta"]
+    if second:
+        options += ["--second", unsup_run / "runs/unsup/ckpt.pt"]
+    done = script("results/sweep.py", *options, cwd=digits_run)
     rows = read_rows(done, digits_run / "sweep.json")
-    assert "best:" in done.stdout
-    assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * (2 + 3 + 2 + 5 + 1)
-    assert rows[-1]["raw"]
-    assert {row["norm"] for row in rows} == {"l2", "linf", "none"}
+    # the default, the other number of steps, length and noise (0.01 is the default), and the sign
+    assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * 5 + ["ta"] * 5
+    assert {row["norm"] for row in rows} == {"l2", "linf"}
+    assert ("E-FD" in rows[0]) == second
+    settings = cem.load(digits_run / "tuned.pt").extra["settings"]
+    assert settings.keys() == {"cs", "ta"}
+    chosen = [
+        row for row in rows if row["sampler"] == "cs" and settings["cs"].items() <= row.items()
+    ]
+    assert len(chosen) == 1
+
+
+def test_the_best_point_is_good_by_both_rulers():
+    points = [dict(zip(("C-FD", "E-FD"), pair)) for pair in ((10, 30), (11, 21), (30, 20))]
+    tuned = SimpleNamespace(opt=SimpleNamespace(second="encoder.pt"))
+    assert sweep.Sweep.best(tuned, points) is points[1]
 
 
 def test_neighbours_tell_copies_from_new_images(digits_run, tmp_path):
@@ -563,7 +582,8 @@ def test_neighbours_tell_copies_from_new_images(digits_run, tmp_path):
     options = ["--samples", "copies.npz", "new.npz", "--ref", "digits", "--neighbours"]
     options += ["--features", digits_run / CKPT]
     copies, new = read_rows(evaluate(tmp_path, *options), tmp_path / "metrics.json")
-    assert copies["distance"] == pytest.approx(0, abs=1e-3) < new["distance"]
+    assert copies["distance"] == pytest.approx(0, abs=1e-3)
+    assert new["distance"] > 1
     assert new["distance"] == pytest.approx(new["test distance"], rel=1e-5)
     with Image.open(tmp_path / "metrics-neighbours.png") as picture:
         pixels = np.asarray(picture.convert("L"))

@@ -198,7 +198,7 @@ def test_resume_starts_a_missing_run_and_a_restarted_worker_resumes(more, env, t
     options = [*SMALL, "--loss", "st", *more]
     done = script("train_sup.py", *options, "--epochs", 1, cwd=tmp_path, **env)
     assert done.returncode == 0
-    assert "nothing to resume in runs/sup: starting a new run" in done.stdout
+    assert ("nothing to resume in runs/sup: starting" in done.stdout) == ("--resume" in more)
     done = script("train_sup.py", *options, "--epochs", 2, cwd=tmp_path, **env)
     assert done.returncode == 0 and "resuming at step 11 of 22" in done.stdout
     assert len(log_lines(tmp_path / "runs/sup")) == 2
@@ -289,6 +289,19 @@ def test_options_of_sample_do_something(digits_run):
         assert np.abs(images - default).max() > 5, change
     _, labels = drawn_images(digits_run, "--n", 5, "--classes", "7,2")
     assert labels.tolist() == [7, 2, 7, 2, 7]
+
+
+@pytest.mark.parametrize("sampler", ["cs", "ta", "rcs", "langevin"])
+def test_sixteen_steps_cost_sixteen_passes(sampler, digits_run):
+    opt = sample.Options(sampler=sampler, steps=16, precision="float32")
+    model = sampling.load_model(digits_run / CKPT, torch.device("cpu"), opt)
+    sampling.use_settings(opt, model)
+    seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append("forward"))
+    model.net.conv1.register_full_backward_hook(lambda *_: passes.append("backward"))
+    sample.draw_batch(model, seeds, opt, torch.device("cpu"), 0, 4)
+    assert passes == ["forward", "backward"] * 16
 
 
 def length_of_a_step(side: int, **options) -> float:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import ARCHS, assert_refused, files, perturb, script
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from test_data import write_folder
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -436,3 +437,23 @@ def test_options_without_effect_on_an_encoder_are_refused(options, part, unsup_r
 def test_bad_options_are_refused(command, part, tmp_path):
     assert_refused(script(*command.split(), cwd=tmp_path), part)
     assert files(tmp_path) == []
+
+
+def test_the_two_commands_of_the_paper(tmp_path, monkeypatch):
+    """python train_unsup.py --arch resnet50; python sample.py --sampler maxent --cond: as they
+    stand, but for a small dataset and network."""
+    write_folder(tmp_path / "set", size=8, per_class=6)
+    small = dict(dataset="set", width=4, epochs=1, n_eval=2, seed_rank=4, embed_dim=8)
+    monkeypatch.setattr(train_unsup, "preset", lambda opt: small)
+    done = script("train_unsup.py", "--arch", "resnet50", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    options = json.loads((tmp_path / "runs/unsup/options.json").read_text())
+    recipe = dict(arch="resnet50", loss="at", norm="l2", eps=0.5, attack_steps=5, init="")
+    recipe |= dict(attack_step_size=0.2, batch_size=256, schedule="cosine", temperature=0.3)
+    assert recipe.items() <= options.items()
+    done = script("sample.py", "--sampler", "maxent", "--cond", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs/unsup/samples-maxent-cond.json").read_text())
+    drawn = dict(sampler="maxent", cond=True, steps=8, noise=0.01, norm="l2", n=100)
+    assert drawn.items() <= record.items()
+    assert record["step_size"] == pytest.approx(24 / 8 * 8 / 32)  # 24 on 32 x 32 images

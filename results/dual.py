@@ -1,0 +1,124 @@
+"""Ablations of dual adversarial training: results/dual-<name>.json and .md.
+
+    python results/dual.py --dataset PATH --init runs/at16/ckpt.pt --name cifar10 \\
+        --judges checkpoints/judge.pt runs/judge/ckpt.pt --options "--epochs 1"
+
+Trains the second stage once for every variant, one change at a time, and the recipe as it is with
+the other --seeds; measures accuracy under PGD-20 and, by every judge, C-FD (E-FD by an encoder) of
+the four samplers. Calls the scripts as a user would. Runs already in --out are not repeated:
+several processes can each do some of the --variants.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+from losses import call  # noqa: E402
+
+import cem  # noqa: E402
+from lib import cli  # noqa: E402
+from lib.cli import option  # noqa: E402
+
+VARIANTS = {  # name -> what differs from the recipe
+    "recipe": "",
+    "chains of cs alone": "--chain-samplers cs",
+    "T to 8": "--dat-max-steps 8",
+    "T to 20": "--dat-max-steps 20",
+    "without the first stage's posterior": "--keep 0",
+    "its weight 1": "--keep 1",
+    "its weight 10": "--keep 10",
+    "lambda 0.3": "--likelihood-weight 0.3",
+    "lambda 3": "--likelihood-weight 3",
+    "seeds of rank 4": "--seed-rank 4",
+    "steps of 0.35": "--dat-step-size 0.35 --dat-max-steps 10",
+}
+OTHER_START = "chains from other images"
+
+
+@dataclass
+class Options:
+    dataset: str = option("digits", "dataset, as for train_sup.py", "training")
+    init: str = option("", "classifier of the first stage", "training", **cli.PATH)
+    variants: list[str] = cli.options(str, "variants to train (default: all)", "training")
+    seeds: list[int] = cli.options(int, "seeds of the recipe (default: 0 1 2)", "training")
+    options: str = option("", "further options of train_sup.py, in one string", "training")
+    other_start: str = option("", "images for the variant of --chain-start", "training", **cli.PATH)
+    judges: list[str] = cli.options(str, "checkpoints that judge the samples", "evaluation")
+    evaluation: str = option("--n 1000", "further options of eval_robust.py", "evaluation")
+    n_samples: int = option(500, "samples of each sampler", "evaluation")
+    name: str = option("digits", "name of the table", "run")
+    out: str = option("runs/dual", "folder of the runs", "run", **cli.PATH)
+
+
+def accuracy(ckpt: Path, opt: Options) -> dict:
+    options = ["--ckpt", ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation)]
+    call("eval_robust.py", *options)
+    found = json.loads((ckpt.parent / "accuracy.json").read_text())
+    return {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}
+
+
+def distances(ckpt: Path, opt: Options) -> dict:
+    """C-FD or E-FD of every sampler by every judge."""
+    figures, samples, folder = {}, [], ckpt.parent
+    for sampler in cem.PARAMETRIC_SAMPLERS:
+        options = ["--ckpt", ckpt, "--sampler", sampler, "--n", opt.n_samples]
+        call("sample.py", *options, "--out", folder / "samples")
+        samples.append(folder / f"samples/samples-{sampler}.npz")
+    for i, judge in enumerate(opt.judges):
+        out = folder / f"judge-{i}.json"
+        options = ["--samples", *samples, "--ref", opt.dataset, "--features", judge]
+        call("eval_is_fid.py", *options, "--out", out)
+        for sampler, row in zip(cem.PARAMETRIC_SAMPLERS, json.loads(out.read_text())["rows"]):
+            figures[f"{sampler} {i + 1}"] = row.get("C-FD", row.get("E-FD"))
+    return figures
+
+
+def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
+    """Train and measure one run, or read its row if it exists."""
+    run = Path(opt.out) / f"{opt.name}-{variant.replace(' ', '-')}-{seed}"
+    path, ckpt = run / "row.json", run / "ckpt.pt"
+    if path.exists():
+        return json.loads(path.read_text())
+    options = ["--dataset", opt.dataset, "--loss", "dat", "--init", opt.init, "--seed", seed]
+    options += [*shlex.split(opt.options), *shlex.split(change), "--out", run]
+    command = call("train_sup.py", *options, *(["--resume"] if ckpt.exists() else []))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    row = {"variant": variant, "seed": seed, "minutes": log[-1]["seconds"] / 60}
+    row |= accuracy(ckpt, opt) | distances(ckpt, opt) | {"command": command}
+    cli.write_text(path, json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    columns = [key for key in rows[0] if key != "command"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = [f"{row[k]:.1f}" if isinstance(row[k], float) else str(row[k]) for k in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    opt = cli.parse(Options, __doc__)
+    variants = dict(VARIANTS)
+    if opt.other_start:
+        variants[OTHER_START] = f"--chain-start {shlex.quote(opt.other_start)}"
+    for name in opt.variants:
+        cli.require(name in variants, f"--variants: unknown {name!r}: one of {list(variants)}")
+    rows = []
+    for variant in opt.variants or variants:
+        for seed in (opt.seeds or range(3)) if variant == "recipe" else [0]:
+            rows.append(row_of(variant, variants[variant], seed, opt))
+    out = Path("results") / f"dual-{opt.name}"
+    record = {"command": cli.command(), "judges": opt.judges, "rows": rows}
+    cli.write_text(Path(f"{out}.json"), json.dumps(record, indent=1) + "\n")
+    cli.write_text(Path(f"{out}.md"), table(rows))
+    print(f"{table(rows)}wrote {out}.json and {out}.md")
+
+
+if __name__ == "__main__":
+    cli.run(main)
