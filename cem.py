@@ -319,9 +319,9 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean"
     return losses.mean() if reduction == "mean" else losses
 
 
-def data_or_samples(log_p: Tensor, log_p_s: Tensor, offset: float | Tensor = 0.0) -> Tensor:
+def data_or_samples(log_p: Tensor, log_p_s: Tensor, offset=0.0, weight_s=1.0) -> Tensor:
     """Cross-entropy of telling data from samples by log p(x) > b ([DAT]). (N,), (M,) -> ()."""
-    return F.softplus(offset - log_p).mean() + F.softplus(log_p_s - offset).mean()
+    return F.softplus(offset - log_p).mean() + (weight_s * F.softplus(log_p_s - offset)).mean()
 
 
 SUPERVISED_LOSSES = ("st", "at", "mle", "jem", "jeat", "dat")

@@ -67,12 +67,12 @@ class Options(options.TrainOptions):
         **cli.PATH,
     )  # fmt: skip
     chain_samplers: str = option(
-        "cs,cs,rcs,langevin,ta", "potentials of dat's chains; each draws one of these", ENERGY
+        "cs,rcs,langevin,ta", "potentials of dat's chains; each draws one of these", ENERGY
     )
     dat_max_steps: int = option(14, "steps to which dat's chains grow, from 5", ENERGY, least=1)
     dat_step_size: float = option(0.25, "l2 length of a step of dat's chains", ENERGY, above=0)
     keep: float = option(
-        3.0, "weight of KL(p || p(y|x)), p by --init, on dat's images", ENERGY, least=0
+        2.0, "weight of KL(p || p(y|x)), p by --init, on dat's images", ENERGY, least=0
     )
     max_energy_gap: float = option(
         100.0, "|E(x_s) - E(x)| above which a run has diverged", ENERGY, above=0
@@ -102,8 +102,9 @@ def check(opt: Options) -> None:
         print("--loss dat expects an adversarially trained classifier as --init: starting without")
     for name in opt.chain_samplers.split(","):
         known = ", ".join(cem.PARAMETRIC_SAMPLERS)
-        message = f"--chain-samplers: unknown {name!r}, choose from {known}"
-        cli.require(name in cem.PARAMETRIC_SAMPLERS, message)
+        message = f"--chain-samplers: unknown or twice {name!r}, choose from {known}"
+        once = opt.chain_samplers.split(",").count(name) == 1
+        cli.require(name in cem.PARAMETRIC_SAMPLERS and once, message)
     named = opt.chain_start == "gaussian" or opt.chain_start in data.NAMES
     found = named or Path(opt.chain_start).exists()
     cli.require(found, f"--chain-start {opt.chain_start} not found: name gaussian or images")
@@ -166,6 +167,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
     """
     attack_copy, chains = AttackCopy(opt.compile), dual["chains"]
     classes, samplers = len(train_set.classes), opt.chain_samplers.split(",")
+    share = samplers.count("ta") / len(samplers)
 
     def batch_loss(model, index, draws, generator):
         y, network, recorded = train_set.labels[index], attack_copy(model), Recorded(model)
@@ -179,10 +181,14 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
             climbed = mixed(samplers, network, y_s, which)
             x_s = chains.sample(climbed, x_s, generator)
             if not chains.updates:
-                chains.begin(*(cem.log_marginal(network(images)) for images in (x, x_s)))
-            weight, offset = opt.likelihood_weight, chains.offset.item()
-            loss, logits = cem.supervised_loss("dat", recorded, x, y, x_adv, weight, x_s, offset)
+                chains.begin(network(torch.cat([x, x_s])), torch.cat([y, y_s]))
+            weight, (b, b_posterior) = opt.likelihood_weight, chains.offsets.tolist()
+            loss, logits = cem.supervised_loss("dat", recorded, x, y, x_adv, weight, x_s, b)
             _, logits_x, logits_s = recorded.output.tensor_split(3)
+            if share:  # log p(x) does not see that ta ends where p(y | x) is higher than on data
+                posteriors = cem.log_posterior(logits_x, y), cem.log_posterior(logits_s, y_s)
+                weights = (which == samplers.index("ta")) / share
+                loss = loss + weight * cem.data_or_samples(*posteriors, b_posterior, weights)
             if opt.keep:
                 before = dual["reference"](x).log_softmax(1)
                 now = logits_x.log_softmax(1)

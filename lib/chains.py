@@ -109,8 +109,9 @@ class GrowingChains(nn.Module):
 
     Every chain starts anew, and takes T - 2 to T steps of `step_size` along the l2-normalised
     gradient, as many in all processes. T grows by one, up to `longest`, when samples are easily
-    told from data: when the mean AUC of log p(x) over 8 training steps exceeds 0.8. `offset` is the
-    b of the loss, the midpoint of the two mean log p(x) of the first step.
+    told from data: when the mean AUC of log p(x) over 8 training steps exceeds 0.8. `offsets` are
+    the b of the loss, for log p(x) and for log p(y | x): the midpoints between data and samples in
+    the first step.
     """
 
     def __init__(self, longest: int, step_size: float):
@@ -121,7 +122,7 @@ class GrowingChains(nn.Module):
         self.register_buffer("length", torch.tensor(min(5, longest)))  # T
         self.register_buffer("updates", torch.tensor(0))
         self.register_buffer("auc_sum", torch.tensor(0.0))  # since T was last looked at
-        self.register_buffer("offset", torch.tensor(0.0))
+        self.register_buffer("offsets", torch.zeros(2))
 
     def sample(self, potential: Callable, x: Tensor, generator) -> Tensor:
         """The images x (N, C, H, W) after their chains."""
@@ -130,11 +131,10 @@ class GrowingChains(nn.Module):
         steps = torch.randint(max(longest - 2, 1), longest + 1, (), **shared)
         return cem.ascend(potential, x, steps=steps.item(), step_size=self.step_size)
 
-    def begin(self, log_p: Tensor, log_p_s: Tensor) -> None:
-        """Set the offset, in the first step, from log p of data and samples, (N,) each."""
-        if self.updates == 0:
-            means = torch.stack([log_p.mean(), log_p_s.mean()])
-            self.offset.copy_(distributed.mean(means).mean())
+    def begin(self, logits: Tensor, y: Tensor) -> None:
+        """Set the offsets, in the first step, from as many logits of data as of samples."""
+        means = cem.log_marginal(logits).mean(), cem.log_posterior(logits, y).mean()
+        self.offsets.copy_(distributed.mean(torch.stack(means)))
 
     def update(self, log_p: Tensor, log_p_s: Tensor) -> Tensor:
         """After a training step, with log p of data and samples, (N,) each -> their AUC."""

@@ -150,13 +150,14 @@ def test_the_auc_is_that_of_scikit_learn():
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_offset_is_the_midpoint_of_the_first_step_and_stays():
+def test_the_offsets_are_the_midpoints_of_the_first_step():
+    logits = torch.tensor([[1.0, 2.0], [0.0, 5.0], [3.0, 3.0], [2.0, -1.0]])
+    y = torch.tensor([0, 1, 1, 0])
     chains = GrowingChains(5, 0.25)
-    chains.begin(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 1.0]))
-    assert chains.offset == 2.5
-    chains.update(torch.ones(2), torch.zeros(2))
-    chains.begin(torch.tensor([30.0]), torch.tensor([10.0]))
-    assert chains.offset == 2.5
+    chains.begin(logits, y)
+    lse = logits.exp().sum(1).log()
+    expected = torch.stack([lse.mean(), (logits[range(4), y] - lse).mean()])
+    torch.testing.assert_close(chains.offsets, expected)
 
 
 def test_chains_take_up_to_three_lengths_of_normalised_steps():
@@ -184,11 +185,11 @@ def test_every_image_climbs_the_potential_that_it_drew(model64, batch):
 
 
 def test_the_loss_of_a_step_is_its_definition(model, batch):
-    """CE + λ BCE + keep KL, without attack (eps 0) and with chains of one step on log p(x)."""
+    """CE + λ (BCE of log p(x) + BCE of log p(y | x)) + keep KL, without attack (eps 0)."""
     images, y = (batch[0] * 255).byte(), batch[1]
     train_set = data.Dataset("set", images, y, list("01234"), flip=False)
     opt = train_sup.Options(
-        eps=0.0, attack_steps=1, likelihood_weight=0.7, keep=2.0, chain_samplers="langevin",
+        eps=0.0, attack_steps=1, likelihood_weight=0.7, keep=2.0, chain_samplers="langevin,ta",
         dat_max_steps=1, precision="float32",
     )  # fmt: skip
     torch.manual_seed(1)
@@ -199,11 +200,21 @@ def test_the_loss_of_a_step_is_its_definition(model, batch):
     generator = distributed.RankGenerator(0, torch.device("cpu"))
     loss, metrics = batch_loss(model, torch.arange(6), torch.rand(6, 3), generator)
     x = train_set.pixels()
-    x_s = cem.ascend(cem.potential("langevin", model), start, steps=1, step_size=0.25)
+    drawn = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))  # as the generator does
+    y_s, targeted = (drawn[:, 0] * 5).long(), drawn[:, 1] >= 0.5
+    assert 0 < targeted.sum() < 6
+    x_s = start.clone()
+    for name, rows in (("langevin", ~targeted), ("ta", targeted)):
+        climbed = cem.potential(name, model, y_s[rows])
+        x_s[rows] = cem.ascend(climbed, start[rows], steps=1, step_size=0.25)
     f, f_s, g = model(x), model(x_s), reference(x)
     lse, lse_s = f.logsumexp(1), f_s.logsumexp(1)
     b = (lse.mean() + lse_s.mean()) / 2
     bce = (1 + (b - lse).exp()).log().mean() + (1 + (lse_s - b).exp()).log().mean()
+    p, p_s = f.log_softmax(1)[range(6), y], f_s.log_softmax(1)[range(6), y_s]
+    b = (p.mean() + p_s.mean()) / 2
+    of_samples = ((1 + (p_s - b).exp()).log() * targeted).sum() / 3  # 3 of 6 are expected
+    bce = bce + (1 + (b - p).exp()).log().mean() + of_samples
     kl = (g.softmax(1) * (g.log_softmax(1) - f.log_softmax(1))).sum(1).mean()
     ce = -f.log_softmax(1).gather(1, y[:, None]).mean()
     assert loss.item() == pytest.approx((ce + 0.7 * bce + 2.0 * kl).item(), rel=1e-4)
@@ -256,7 +267,7 @@ def test_dat_without_init_says_what_it_expects(tmp_path):
     done = train(*DAT, "--width", 4, "--max-minutes", 1e-9, cwd=tmp_path)
     assert "expects an adversarially trained classifier as --init" in done.stdout
     done = script("train_sup.py", *DAT, "--chain-samplers", "cs,x", cwd=tmp_path)
-    assert_refused(done, "--chain-samplers: unknown 'x'")
+    assert_refused(done, "--chain-samplers: unknown or twice 'x'")
 
 
 def test_two_processes_train_dat_as_one_does(digits_run, tmp_path):
