@@ -404,7 +404,7 @@ def test_shipped_checkpoints_draw_without_dataset_or_network(sampler, tmp_path):
 
 
 def test_shipped_checkpoints_are_small_and_name_no_machine():
-    for name in ("sup", "unsup", "judge"):
+    for name in ("sup", "sup-at", "unsup", "judge"):
         path = ROOT / "checkpoints" / f"{name}.pt"
         assert path.stat().st_size < 10e6
         extra = cem.load(path).extra
