@@ -189,7 +189,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
                 posteriors = cem.log_posterior(logits_x, y), cem.log_posterior(logits_s, y_s)
                 weights = (which == samplers.index("ta")) / share
                 loss = loss + weight * cem.data_or_samples(*posteriors, b_posterior, weights)
-            if opt.keep:
+            if "reference" in dual:
                 before = dual["reference"](x).log_softmax(1)
                 now = logits_x.log_softmax(1)
                 kept = F.kl_div(now, before, reduction="batchmean", log_target=True)
@@ -214,10 +214,10 @@ def sgld(opt: Options) -> dict:
 
 
 def dual_state(opt: Options, model: nn.Module) -> nn.ModuleDict:
-    """The chains of dat and, with --keep, the network that it starts from."""
+    """The chains of dat and, with --init and --keep, the network that it starts from."""
     state = nn.ModuleDict()
     state["chains"] = GrowingChains(opt.dat_max_steps, opt.dat_step_size)
-    if opt.keep:
+    if opt.init and opt.keep:
         state["reference"] = cem.folded(model)
     return state
 

@@ -20,7 +20,7 @@ def start(model: nn.Module, opt) -> None:
     """Copy weights and normalisation of opt.init into the model, unless the run is resumed.
 
     A last layer of another size or kind stays new, which is printed. Raises CEMError for another
-    network.
+    network, and for a new last layer in the second stage, which keeps the first one's posterior.
     """
     if not opt.init or resumes(opt):
         return
@@ -38,6 +38,8 @@ def start(model: nn.Module, opt) -> None:
         for state in (stored, own)
     )
     if head != new_head:
+        first = f"the last layer of {opt.init} does not fit: train a new one with --loss at first"
+        cli.require(opt.loss != "dat", first)
         print(f"the last layer of {opt.init} does not fit: starting with a new one")
         stored = {key: stored.get(key, value) for key, value in own.items()}
         stored |= {key: own[key] for key in new_head}

@@ -178,6 +178,13 @@ def test_crop_flip_equals_torchvision(flip, padding):
         assert torch.equal(output, expected)
 
 
+def test_mirror_is_crop_flip_at_the_centre():
+    x, u = torch.rand(6, 3, 16, 16), torch.rand(6, 3)
+    u[:, :2] = 0.5  # the offset of the padding
+    for flip in (True, False):
+        assert torch.equal(augment.mirror(x, u, flip), augment.crop_flip(x, u, flip=flip))
+
+
 def test_crop_flip_treats_each_image_on_its_own():
     x, u = torch.rand(8, 1, 8, 8), torch.rand(8, 3)
     assert torch.equal(augment.crop_flip(x, u)[3:5], augment.crop_flip(x[3:5], u[3:5]))

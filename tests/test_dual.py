@@ -189,8 +189,8 @@ def test_the_loss_of_a_step_is_its_definition(model, batch):
     images, y = (batch[0] * 255).byte(), batch[1]
     train_set = data.Dataset("set", images, y, list("01234"), flip=False)
     opt = train_sup.Options(
-        eps=0.0, attack_steps=1, likelihood_weight=0.7, keep=2.0, chain_samplers="langevin,ta",
-        dat_max_steps=1, precision="float32",
+        init="first.pt", eps=0.0, attack_steps=1, likelihood_weight=0.7, keep=2.0,
+        chain_samplers="langevin,ta", dat_max_steps=1, precision="float32",
     )  # fmt: skip
     torch.manual_seed(1)
     reference = cem.ParametricCEM("resnet18", 5, width=4).eval()
@@ -264,8 +264,13 @@ def test_chains_start_at_images_of_a_folder(digits_run, tmp_path):
 
 
 def test_dat_without_init_says_what_it_expects(tmp_path):
-    done = train(*DAT, "--width", 4, "--max-minutes", 1e-9, cwd=tmp_path)
+    done = train(*DAT, "--width", 4, cwd=tmp_path)
     assert "expects an adversarially trained classifier as --init" in done.stdout
+    # there is no first stage whose posterior it could keep
+    assert not [key for key in training_of(tmp_path / CKPT)["chains"] if "reference" in key]
+    cem.save(tmp_path / "seven.pt", cem.ParametricCEM("resnet18", 7, width=4, in_channels=1))
+    done = script("train_sup.py", *DAT, "--init", "seven.pt", "--out", "new", cwd=tmp_path)
+    assert_refused(done, "does not fit: train a new one with --loss at first")
     done = script("train_sup.py", *DAT, "--chain-samplers", "cs,x", cwd=tmp_path)
     assert_refused(done, "--chain-samplers: unknown or twice 'x'")
 

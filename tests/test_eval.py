@@ -42,7 +42,7 @@ def noise_images(n=30, channels=1):
 
 @pytest.mark.parametrize("rows", [13, 1000])
 def test_precision_recall_density_and_coverage_are_those_of_prdc(rows, monkeypatch):
-    prdc = pytest.importorskip("prdc")
+    prdc = pytest.importorskip("prdc", reason="prdc is not installed")
     monkeypatch.setattr(manifold, "ROWS", rows)
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(120, 6, generator=generator, dtype=torch.float64)

@@ -457,3 +457,12 @@ def test_the_two_commands_of_the_paper(tmp_path, monkeypatch):
     drawn = dict(sampler="maxent", cond=True, steps=8, noise=0.01, norm="l2", n=100)
     assert drawn.items() <= record.items()
     assert record["step_size"] == pytest.approx(24 / 8 * 8 / 32)  # 24 on 32 x 32 images
+    # settings are those of the same seeds
+    model = cem.load(tmp_path / "runs/unsup/ckpt.pt")
+    tuned = dict(steps=2, step_size=0.5, noise=0.0, norm="l2")
+    model.extra["settings"] = {"maxent": tuned, "maxent-cond": tuned | {"steps": 3}}
+    cem.save(tmp_path / "tuned.pt", model, **model.extra)
+    for more, steps in (([], 2), (["--cond"], 3)):
+        options = ["--ckpt", "tuned.pt", "--sampler", "maxent", *more]
+        done = script("sample.py", *options, "--out", f"out{steps}", cwd=tmp_path)
+        assert f"settings of the checkpoint: --steps {steps} --step-size 0.5" in done.stdout
