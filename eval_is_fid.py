@@ -141,13 +141,14 @@ class Neighbours:
 
     def of(self, images: Tensor) -> tuple[dict[str, float], Tensor]:
         """Images uint8 (N, C, H, W) -> their median distance to the closest training image, beside
-        that of as many test images, and a picture of up to 20 with 4 training images each."""
+        that of as many test images; a picture of 20 random ones with 4 training images each."""
         test = self.test.images[self.test.evenly_spaced(len(images))]
         distances, index = manifold.nearest(self.features(images, "samples"), self.known, 4)
         of_test, _ = manifold.nearest(self.features(test, "test images"), self.known)
         medians = {"distance": distances[:, 0].median().item()}
         medians["test distance"] = of_test.median().item()
-        shown = range(0, len(images), max(len(images) // 20, 1))[:20]
+        generator = torch.Generator().manual_seed(0)
+        shown = torch.randperm(len(images), generator=generator)[:20].tolist()  # of all classes
         rows = [torch.cat([images[i : i + 1], self.train.images[index[i]]]) for i in shown]
         return medians, pictures.grid(torch.cat(rows), torch.full((1,), -1))
 

@@ -583,7 +583,7 @@ def test_neighbours_tell_copies_from_new_images(digits_run, tmp_path):
     options += ["--features", digits_run / CKPT]
     copies, new = read_rows(evaluate(tmp_path, *options), tmp_path / "metrics.json")
     assert copies["distance"] == pytest.approx(0, abs=1e-3)
-    assert new["distance"] > 1
+    assert new["distance"] > 1 and copies["test distance"] > 1
     assert new["distance"] == pytest.approx(new["test distance"], rel=1e-5)
     with Image.open(tmp_path / "metrics-neighbours.png") as picture:
         pixels = np.asarray(picture.convert("L"))
