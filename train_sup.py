@@ -18,9 +18,10 @@ from torch import nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
+from lib.attack import AttackCopy
 from lib.chains import GrowingChains, ReplayBuffer, chain_starts, mixed, with_statistics_of
 from lib.cli import option
-from lib.device import AttackCopy, autocast, pick_device
+from lib.device import autocast, pick_device
 from lib.loop import Trainer
 
 DIGITS = dict(
@@ -119,7 +120,7 @@ def check(opt: Options) -> None:
 
 def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: ReplayBuffer | None = None):
     """-> batch_loss(model, index, draws, generator), one training step up to its loss."""
-    attack_copy, sgld_copy = AttackCopy(opt.compile), AttackCopy(opt.compile)
+    attack_copy, sgld_copy = (AttackCopy(opt.precision, opt.compile) for _ in range(2))
     # a black border would tell data from samples, which have none
     padding = "reflect" if opt.loss in ENERGY_BASED else "constant"
 
@@ -165,7 +166,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
     start(labels, generator) -> images (N, C, H, W) where chains start; dual: its chains and, in
     `reference`, the network of the first stage, whose p(y | x) the loss keeps.
     """
-    attack_copy, chains = AttackCopy(opt.compile), dual["chains"]
+    attack_copy, chains = AttackCopy(opt.precision, opt.compile), dual["chains"]
     classes, samplers = len(train_set.classes), opt.chain_samplers.split(",")
     share = samplers.count("ta") / len(samplers)
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
+from lib.attack import AttackCopy
 from lib.cli import option
-from lib.device import AttackCopy, autocast, pick_device
+from lib.device import autocast, pick_device
 from lib.loop import Trainer
 
 DIGITS = dict(
@@ -64,7 +65,7 @@ def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tupl
 
 def make_batch_loss(opt: Options, train_set: data.Dataset):
     """-> batch_loss(model, index, draws, generator), one training step up to its loss."""
-    attack_copy = AttackCopy(opt.compile)
+    attack_copy = AttackCopy(opt.precision, opt.compile)
     ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
 
     def batch_loss(model, index, draws, generator):

@@ -1,4 +1,4 @@
-"""The device: choice, precision, memory, and the attack's copy of the network."""
+"""The device: choice, precision and memory."""
 
 import contextlib
 import ctypes
@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 import cem
 from lib import distributed
@@ -68,26 +67,6 @@ def autocast(device: torch.device, precision: str):
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
-
-
-class AttackCopy:
-    """The network that a training step attacks: the current model, frozen and folded; with
-    `compiled`, one compiled network whose weights are replaced at every call."""
-
-    def __init__(self, compiled: bool):
-        self.compiled = compiled
-        self.network = None
-
-    def __call__(self, model: nn.Module) -> nn.Module:
-        network = cem.folded(distributed.unwrap(model))
-        if not self.compiled:
-            return network
-        if self.network is None:
-            self.network = network
-            network.compile()
-        else:
-            self.network.load_state_dict(network.state_dict())
-        return self.network
 
 
 def try_batch_size(batch_size: int, work: Callable, *args):

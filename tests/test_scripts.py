@@ -30,7 +30,8 @@ import sample
 import train_sup
 import train_unsup
 from lib import cli, data, device, loop, pictures, sampling
-from lib.device import AttackCopy, resolve_precision
+from lib.attack import AttackCopy
+from lib.device import resolve_precision
 
 SCRIPTS = "train_sup.py train_unsup.py sample.py eval_is_fid.py eval_robust.py".split()
 SCRIPTS += ["results/sweep.py", "bench/bench.py", "bench/cost.py", "bench/soak.py"]
@@ -510,10 +511,10 @@ def test_compiled_networks_compute_what_eager_ones_do_and_are_compiled_once(mode
     model64.net.fc = torch.nn.Linear(8, 5, dtype=torch.float64)
     network, twin = model64.train(), copy.deepcopy(model64).train()
     network.compile()
-    compiled = AttackCopy(True)
+    compiled = AttackCopy("float32", True)
     for _ in range(3):
         x_adv, losses = [], []
-        for net, attack_copy in ((network, compiled), (twin, AttackCopy(False))):
+        for net, attack_copy in ((network, compiled), (twin, AttackCopy("float32", False))):
             potential = cem.potential("ce", attack_copy(net), y)
             generator = torch.Generator().manual_seed(0)
             x_adv.append(cem.pgd(potential, x, eps=0.5, steps=2, generator=generator))

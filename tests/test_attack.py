@@ -1,0 +1,93 @@
+"""The network that a training step attacks, and what a step costs the host."""
+
+import collections
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cem
+import train_sup
+from lib import loop
+from lib.attack import AttackCopy
+from lib.device import autocast
+
+SMALL = dict(width=4, in_channels=3)
+
+
+def moved(model, seed):
+    """The model with other weights and statistics, as after a step."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor *= 1 + 0.3 * torch.rand(tensor.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "arch, kind",
+    [
+        ("resnet18", cem.ParametricCEM), ("resnet50", cem.NonParametricCEM),
+        ("wrn-16-4", cem.ParametricCEM), ("resnet18-imagenet", cem.ParametricCEM),
+    ],
+)  # fmt: skip
+def test_the_copy_follows_the_model_bit_by_bit(arch, kind, precision):
+    """Before and after steps, in training mode, the copy computes what folding anew computes."""
+    model, network = kind(arch, **SMALL).train(), None
+    attack_copy, x = AttackCopy(precision, False), torch.rand(3, 3, 16, 16)
+    for seed in range(3):
+        before = copy.deepcopy(moved(model, seed).state_dict())
+        copied = attack_copy(model)
+        assert network is None or network is copied, "one network for all steps"
+        network = copied
+        with torch.no_grad(), autocast(x.device, precision):
+            torch.testing.assert_close(copied(x), cem.folded(model)(x), rtol=0, atol=0)
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not any(p.requires_grad for p in copied.parameters()) and model.training
+    kernels = {p.dtype for p in copied.parameters() if p.dim() == 4}
+    assert kernels == {torch.bfloat16 if precision == "bfloat16" else torch.float32}
+
+
+class Calls(TorchDispatchMode):
+    """Counts operator calls by name, without views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aliases = [r.alias_info for r in function._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):
+            self.count[str(function)] += 1
+        return function(*args, **kwargs or {})
+
+
+def test_a_step_makes_few_operator_calls_and_waits_for_none(monkeypatch, tmp_path):
+    """Of the training loop, PGD-7 on ResNet-18 in bfloat16: at most 1,300 calls, none of them to
+    read a value. (Those that check images and labels do so on the CPU alone.)"""
+    monkeypatch.setattr(cem, "_check_images", lambda *args: None)
+    monkeypatch.setattr(cem, "_check_labels", lambda *args: None)
+    steps, train_step = [], loop.Trainer.train_step
+
+    def counted(*args):
+        with Calls() as calls:
+            metrics = train_step(*args)
+        steps.append(calls.count)
+        return metrics
+
+    monkeypatch.setattr(loop.Trainer, "train_step", counted)
+    train_sup.train(
+        train_sup.Options(
+            dataset="digits", arch="resnet18", width=4, batch_size=64, epochs=1, n_eval=10,
+            precision="bfloat16", seed_rank=4, out=str(tmp_path),
+        )
+    )  # fmt: skip
+    assert len(steps) == 1437 // 64
+    for count in steps[1:]:  # the first makes the copy
+        assert count["aten.convolution.default"] == 8 * 20
+        assert sum(count.values()) <= 1300
+        assert count["aten._to_copy.default"] <= 120
+        assert count["aten._local_scalar_dense.default"] == 0
