@@ -18,7 +18,7 @@ from torch import nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
-from lib.attack import AttackCopy
+from lib.attack import AttackCopy, ball, make_watch
 from lib.chains import GrowingChains, ReplayBuffer, chain_starts, mixed, with_statistics_of
 from lib.cli import option
 from lib.device import autocast, pick_device
@@ -206,10 +206,6 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
     return batch_loss
 
 
-def ball(opt: Options) -> dict:
-    return dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
-
-
 def sgld(opt: Options) -> dict:
     return dict(steps=opt.sgld_steps, step_size=opt.sgld_step_size, noise=opt.sgld_noise)
 
@@ -241,6 +237,10 @@ def diagnosis(opt: Options, model, test_set: data.Dataset, seeds, buffer) -> dic
 def train(opt: Options) -> None:
     device = pick_device(opt.device)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
+    watch = None
+    if opt.loss == "at" and opt.attack_steps == 1:
+        held_out, train_set = train_set.hold_out(min(256, len(train_set) // 10))
+        watch = make_watch(opt, held_out)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     classes = len(train_set.classes)
@@ -279,6 +279,7 @@ def train(opt: Options) -> None:
         shuffle=lambda epoch: augment.draws(len(train_set), 3, opt.seed, epoch, device),
         batch_loss=batch_loss,
         measure=measure,
+        watch=watch,
         chains=state,
         bounds={"energy_gap": opt.max_energy_gap},
         freeze_batch_norm=opt.loss == "dat",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
-from lib.attack import AttackCopy
+from lib.attack import AttackCopy, ball
 from lib.cli import option
 from lib.device import autocast, pick_device
 from lib.loop import Trainer
@@ -66,7 +66,6 @@ def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tupl
 def make_batch_loss(opt: Options, train_set: data.Dataset):
     """-> batch_loss(model, index, draws, generator), one training step up to its loss."""
     attack_copy = AttackCopy(opt.precision, opt.compile)
-    ball = dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
 
     def batch_loss(model, index, draws, generator):
         x, x_plus = two_views(train_set.pixels(index), draws, train_set, opt)
@@ -74,7 +73,7 @@ def make_batch_loss(opt: Options, train_set: data.Dataset):
             if opt.loss == "at":
                 encoder = distributed.GatheredEncoder(attack_copy(model))
                 attack = cem.potential("pgd", encoder, x_plus)
-                x = cem.pgd(attack, x, **ball, generator=generator)
+                x = cem.pgd(attack, x, **ball(opt), generator=generator)
             z, z_plus = model(torch.cat([x, x_plus])).chunk(2)
             z, z_plus = distributed.gather_embeddings(z), distributed.gather_embeddings(z_plus)
             loss = cem.info_nce(z, z_plus, opt.temperature)

@@ -1,11 +1,16 @@
-"""The network that a training step attacks."""
+"""The attack of a training step: its options, its network, and the watch over a single step."""
 
 import torch
 from torch import nn
 
 import cem
-from lib import distributed
-from lib.device import resolve_precision
+from lib import cli, data, distributed
+from lib.device import autocast, resolve_precision
+
+
+def ball(opt) -> dict:
+    """The options of the attack, as those of cem.pgd."""
+    return dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
 
 
 class AttackCopy:
@@ -59,3 +64,31 @@ def refold(network: nn.Module, model: nn.Module) -> None:
     for (conv, _), kernel, shift in zip(pairs, kernels, shifts):
         state |= {f"{conv}.weight": kernel, f"{conv}.bias": shift}
     torch._foreach_copy_(list(target.values()), [state[name] for name in target])
+
+
+def make_watch(opt, held_out: data.Dataset):
+    """-> watch(model) -> its accuracies on these images under the training's attack and PGD-10.
+
+    It raises Diverged for catastrophic overfitting (Wong et al., 2020, arXiv:2001.03994): a network
+    that withstands the single step of its training, but not several.
+    """
+    x, y = held_out.pixels(), held_out.labels
+
+    @torch.no_grad()
+    def watch(model):
+        network, attacks, found = cem.folded(model), {}, []
+        attacks["single_step_accuracy"] = ball(opt)
+        attacks["pgd10_accuracy"] = dict(eps=opt.eps, norm=opt.norm, steps=10)
+        with autocast(x.device, opt.precision):
+            potential = cem.potential("ce", network, y)
+            for settings in attacks.values():
+                generator = torch.Generator(x.device).manual_seed(opt.seed)
+                x_adv = cem.pgd(potential, x, **settings, generator=generator)
+                found.append((network(x_adv).argmax(1) == y).float().mean())
+        single, several = found = distributed.mean(torch.stack(found)).tolist()
+        if single > 0.3 and several < single / 2:
+            under = f"{single:.3f} under its single step, {several:.3f} under PGD-10"
+            raise cli.Diverged(f"catastrophic overfitting: accuracy {under}")
+        return dict(zip(attacks, found))
+
+    return watch

@@ -44,6 +44,14 @@ class Dataset:
         n = min(n, len(self))
         return torch.arange(n, device=self.images.device) * len(self) // n
 
+    def hold_out(self, n: int) -> tuple["Dataset", "Dataset"]:
+        """n evenly spaced images, and the others."""
+        held_out = torch.zeros(len(self), dtype=torch.bool, device=self.images.device)
+        held_out[self.evenly_spaced(n)] = True
+        parts = [(self.images[rows], self.labels[rows]) for rows in (held_out, ~held_out)]
+        first, second = (replace(self, images=images, labels=labels) for images, labels in parts)
+        return first, second
+
     def normalisation(self) -> dict[str, Tensor]:
         """Mean and std of each channel, (C,), for pixels in [0, 1], over up to 10,000 images."""
         pixels = self.images[self.evenly_spaced(10_000)].float().div_(255)

@@ -20,6 +20,7 @@ from lib import cli, distributed
 from lib.device import autocast, try_batch_size
 from lib.run import RunFolder, resumes
 
+WATCH_EVERY = 200  # steps between calls of `watch`
 READ_EVERY = 20  # steps between readings of the metrics, for which the host waits for the device
 MAX_RESTARTS = 8
 
@@ -51,6 +52,7 @@ class Trainer:
     batch_loss(model, index, draws, generator) -> mean loss and {name: metric} over this
         process's part of a batch; draws are its images' rows
     measure(model, epoch) -> {name: value}, measurements for the log after epoch 1, 2, ...
+    watch(model) -> {name: value}, every 200 steps and before every checkpoint; may raise Diverged
     chains: a module with further state that changes with the steps (lib/chains.py)
     bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
     freeze_batch_norm: keep its statistics, and normalise by them
@@ -61,7 +63,7 @@ class Trainer:
 
     def __init__(
         self, opt, model: nn.Module, num_images: int, *, shuffle, batch_loss, measure,
-        chains: nn.Module | None = None, bounds: dict | None = None,
+        watch=None, chains: nn.Module | None = None, bounds: dict | None = None,
         freeze_batch_norm: bool = False, **extra
     ):  # fmt: skip
         if distributed.world_size() > 1 and opt.batch_size > num_images:
@@ -73,6 +75,7 @@ class Trainer:
         self.opt, self.model, self.chains, self.extra = opt, model, chains, extra
         self.shuffle, self.batch_loss, self.measure = shuffle, batch_loss, measure
         self.bounds, self.freeze_batch_norm = bounds or {}, freeze_batch_norm
+        self.watch = watch or (lambda model: {})
         self.steps_per_epoch = max(num_images // opt.batch_size, 1)
         self.total = opt.epochs * self.steps_per_epoch
         self.optimizer = torch.optim.SGD(
@@ -144,6 +147,8 @@ class Trainer:
                 means = {k: v / (done + count) for k, v in self.progress["sums"].items()}
                 shown = [f"{k} {v:.3f}" for k, v in means.items()]
                 bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]), refresh=False)
+            if epoch_ends or stop or self.step % WATCH_EVERY == 0:
+                means |= self.watched()
             if stop:
                 break
         bar.close()
@@ -191,6 +196,12 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value
                 if not abs(value) <= self.bounds.get(name, sys.float_info.max):  # or NaN
                     raise cli.Diverged(f"{name.replace('_', ' ')} is {value:.4g} at step {step}")
+
+    def watched(self) -> dict[str, float]:
+        found = self.watch(self.model)
+        for name, value in found.items() if self.first else ():
+            self.board.add_scalar(f"step/{name}", value, self.step)
+        return found
 
     def end_epoch(self, epoch: int, means: dict[str, float], speed: float) -> None:
         """Measure the model; log the epoch."""

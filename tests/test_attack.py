@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import json
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cem
 import train_sup
-from lib import loop
-from lib.attack import AttackCopy
+from lib import cli, data, loop
+from lib.attack import AttackCopy, make_watch
 from lib.device import autocast
 
 SMALL = dict(width=4, in_channels=3)
@@ -91,3 +92,58 @@ def test_a_step_makes_few_operator_calls_and_waits_for_none(monkeypatch, tmp_pat
         assert sum(count.values()) <= 1300
         assert count["aten._to_copy.default"] <= 120
         assert count["aten._local_scalar_dense.default"] == 0
+
+
+class Rippled(torch.nn.Module):
+    """A single step of length 2 eps jumps over the wrong answers near a mean of 0.5 ± eps / 2."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x):
+        distance = (x.mean((1, 2, 3)) - 0.5).abs() / self.eps
+        return torch.stack([(distance - 0.5).abs() - 0.3, torch.zeros(len(x))], 1)
+
+
+@pytest.mark.parametrize("step_size, noticed", [(0.2, True), (0.05, False)])
+def test_catastrophic_overfitting_is_noticed(step_size, noticed):
+    """The network withstands one long step and no PGD-10. It does not withstand one short step."""
+    options = train_sup.Options(
+        norm="linf", eps=0.1, attack_steps=1, attack_step_size=step_size, precision="float32"
+    )
+    grey = torch.full((20, 3, 8, 8), 128, dtype=torch.uint8)
+    watch = make_watch(options, data.Dataset("grey", grey, torch.zeros(20).long(), "ab"))
+    if noticed:
+        with pytest.raises(cli.Diverged, match="catastrophic overfitting: accuracy 1.000 under"):
+            watch(Rippled(0.1))
+    else:
+        assert watch(Rippled(0.1)) == {"single_step_accuracy": 0, "pgd10_accuracy": 0}
+
+
+def test_a_run_that_overfits_continues_from_its_last_checkpoint(monkeypatch, tmp_path, capsys):
+    """Called before every checkpoint, on images that are not trained on."""
+    seen = []
+
+    def make_watch(opt, held_out):
+        def watch(model):
+            seen.append(model.training)
+            if len(seen) == 2:
+                raise cli.Diverged("catastrophic overfitting")
+            return {"pgd10_accuracy": len(seen)}
+
+        assert len(held_out) == 143
+        return watch
+
+    monkeypatch.setattr(train_sup, "make_watch", make_watch)
+    options = dict(dataset="digits", arch="resnet18", width=4, epochs=2, n_eval=10, seed_rank=4)
+    options |= dict(attack_steps=1, batch_size=640, on_diverge="restart", out=str(tmp_path))
+    train_sup.train(train_sup.Options(**options))
+    assert "catastrophic overfitting" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["pgd10_accuracy"]) for line in lines] == [(2, 1), (4, 3)]
+    train_set = data.load("digits", "train")
+    held_out, rest = train_set.hold_out(143)
+    assert len(rest) == len(train_set) - 143
+    both = torch.cat([held_out.images, rest.images]).flatten(1)
+    assert both.unique(dim=0).equal(train_set.images.flatten(1).unique(dim=0))
