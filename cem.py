@@ -10,9 +10,9 @@ Energies are negative log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k), 
 log-sum-exp. This file depends on torch and torchvision only and can be copied as it is.
 
 Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455. [JEAT] Zhu et al., ICCV 2021,
-arXiv:2108.09093. [JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263. [PGD] Madry et al.,
-ICLR 2018, arXiv:1706.06083. [CW] Carlini and Wagner, S&P 2017, arXiv:1608.04644. [DAT] Dual
-adversarial training, ICLR 2026, arXiv:2510.13872.
+arXiv:2108.09093. [JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263. [PGD] Madry et al., ICLR
+2018, arXiv:1706.06083. [FGSM] de Jorge et al., NeurIPS 2022, arXiv:2202.01181. [CW] Carlini and
+Wagner, S&P 2017, arXiv:1608.04644. [DAT] arXiv:2510.13872, ICLR 2026.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def folding(model: nn.Module) -> Iterator[tuple[str, str]]:
 def folded(model: nn.Module) -> nn.Module:
     """A frozen copy of `model` in eval mode with BatchNorm folded into the preceding convolutions.
 
-    Computes the same function, up to rounding; attacks and samplers are up to twice as fast on it.
+    Computes the same function, up to rounding; attacks and samplers are up to twice as fast.
     """
     model = copy.deepcopy(model).eval()
     for conv, bn in list(folding(model)):
@@ -473,8 +473,7 @@ def ascend(
     noise       standard deviation; √(2 step_size) with norm "none" is Langevin dynamics.
     eps         radius of the ball around x, in `norm` ("l2" or "linf"); None: no ball.
     clip        range of the pixels; None: no clipping.
-    generator   source of the noise (see `_draw`); one per image makes images independent of
-                their batch.
+    generator   of the noise (see `_draw`); one per image makes images independent of their batch.
     start       where to begin, if not at x.
     model       the network inside `potential`, by default potential.model. It is in eval mode
                 during the ascent: in train mode the ascent would change BatchNorm's statistics.
@@ -513,17 +512,19 @@ def ascend(
 
 
 def pgd(
-    potential, x, *, eps, norm="l2", step_size=None, steps=7, random_start=True, generator=None,
+    potential, x, *, eps, norm="l2", step_size=None, steps=7, random_start=1.0, generator=None,
     model=None
 ) -> Tensor:  # fmt: skip
     """Projected gradient ascent in the l2 or linf ball of radius eps around x ([PGD]).
 
     x (N, C, H, W) in [0, 1], in which the iterates stay; eps and step_size in the same units.
-    step_size defaults to 2.5 eps / steps; the random start is uniform in the ball, then clipped.
-    The other arguments are those of `ascend`. Returns the attacked images, detached.
+    step_size defaults to 2.5 eps / steps; the random start is uniform in the ball of random_start
+    times eps, then clipped. If that is larger than the ball, nothing is projected: one step of eps
+    from there is N-FGSM ([FGSM]). The other arguments are those of `ascend`. -> x_adv, detached.
     """
     _require_one_of(("l2", "linf"), norm, "norm")
-    require(steps >= 1, f"steps must be at least 1, not {steps}")
+    at_least = "steps must be at least 1, and random_start finite and at least 0"
+    require(steps >= 1 and 0 <= random_start < math.inf, at_least)
     _check_images(x, (0, 1))
     start = x.detach()
     if random_start and eps > 0:
@@ -533,11 +534,10 @@ def pgd(
             delta = DIRECTIONS["l2"](_draw(torch.randn, x.shape, generator, x))
             radius = _draw(torch.rand, (len(x), *[1] * (x.dim() - 1)), generator, x)
             delta = delta * radius ** (1 / math.prod(x.shape[1:]))
-        start = (start + eps * delta).clamp(0, 1)
+        start = (start + random_start * eps * delta).clamp(0, 1)
     step_size = 2.5 * eps / steps if step_size is None else step_size
-    return ascend(
-        potential, x, steps=steps, step_size=step_size, norm=norm, eps=eps, start=start, model=model
-    )
+    walk = dict(steps=steps, step_size=step_size, norm=norm, start=start, model=model)
+    return ascend(potential, x, eps=eps if random_start <= 1 else None, **walk)
 
 
 # ----------------------------------------------------------------------------------- potentials

@@ -7,10 +7,15 @@ import cem
 from lib import cli, data, distributed
 from lib.device import autocast, resolve_precision
 
+FGSM_START = 2.0  # radius of its noise, in eps
+
 
 def ball(opt) -> dict:
-    """The options of the attack, as those of cem.pgd."""
-    return dict(eps=opt.eps, norm=opt.norm, steps=opt.attack_steps, step_size=opt.attack_step_size)
+    """The options of --attack, as those of cem.pgd."""
+    ball = dict(eps=opt.eps, norm=opt.norm)
+    if opt.attack == "fgsm":
+        return ball | dict(steps=1, step_size=opt.eps, random_start=FGSM_START)
+    return ball | dict(steps=opt.attack_steps, step_size=opt.attack_step_size)
 
 
 class AttackCopy:

@@ -45,6 +45,10 @@ class TrainOptions:
         least=0, below=1,
     )  # fmt: skip
     clip: float = option(0.0, "largest gradient norm; 0: any", "optimisation", least=0)
+    attack: str = option(
+        "pgd", "pgd, or N-FGSM: one step of eps, from noise outside of the ball", "attack",
+        choices=["pgd", "fgsm"],
+    )  # fmt: skip
     norm: str = option("l2", "norm of the attack's ball", "attack", choices=["l2", "linf"])
     eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
     attack_steps: int = option(7, "PGD steps", "attack", least=1)

@@ -29,12 +29,9 @@ VARIANTS = {  # name -> what differs from the recipe
     "T to 8": "--dat-max-steps 8",
     "T to 20": "--dat-max-steps 20",
     "without the first stage's posterior": "--keep 0",
-    "its weight 1": "--keep 1",
-    "its weight 10": "--keep 10",
     "lambda 0.3": "--likelihood-weight 0.3",
     "lambda 3": "--likelihood-weight 3",
     "seeds of rank 4": "--seed-rank 4",
-    "steps of 0.35": "--dat-step-size 0.35 --dat-max-steps 10",
 }
 OTHER_START = "chains from other images"
 

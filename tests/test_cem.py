@@ -324,6 +324,27 @@ def test_random_start_is_uniform_in_the_ball(norm):
     assert delta.mean(0).abs().max() < 4 * eps / math.sqrt(n)
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_start_outside_of_the_ball_is_n_fgsm(norm):
+    """One step of eps from noise of twice the radius, by hand; no projection (arXiv:2202.01181)."""
+    x, eps, seen = torch.rand(50, 3, 8, 8, dtype=torch.float64), 0.1, []
+    slope = torch.randn(3, 8, 8, dtype=torch.float64)
+
+    def linear(z):
+        seen.append(z.detach())
+        return (z * slope).sum((1, 2, 3))
+
+    options = dict(eps=eps, norm=norm, steps=1, step_size=eps, random_start=2)
+    x_adv = cem.pgd(linear, x, **options, generator=torch.Generator().manual_seed(0))
+    step = slope.sign() if norm == "linf" else slope / slope.norm()
+    torch.testing.assert_close(x_adv, (seen[0] + eps * step).clamp(0, 1), rtol=0, atol=1e-12)
+    x = torch.full_like(x, 0.5)  # where nothing is clipped
+    cem.pgd(linear, x, **options, generator=torch.Generator().manual_seed(0))
+    start = (seen[1] - x).flatten(1)
+    radius = start.norm(dim=1) if norm == "l2" else start.abs().amax(1)
+    assert (radius > 1.8 * eps).all() and (radius <= 2 * eps * (1 + 1e-9)).all()
+
+
 def cross_entropy(name, model, y):
     """A plain callable, which does not know its model."""
     return lambda x: F.cross_entropy(model(x), y, reduction="none")

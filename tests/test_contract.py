@@ -558,7 +558,7 @@ WRONG = [
     *(ASCEND.format(f"{name}={value}") for value in ("nan", "inf", "-1") for name in (
         "steps", "step_size", "noise", "momentum", "eps")),
     *(PGD.format(f"{name}={value}") for value in ("nan", "inf", "-1") for name in (
-        "steps", "step_size", "eps")),
+        "steps", "step_size", "eps", "random_start")),
     PGD.format("steps=0"), PGD.format("norm='none'"), PGD.format("norm='l3'"),
     ASCEND.format("norm='l3'"), ASCEND.format("norm='none', eps=1"), ASCEND.format("norm=None"),
     ASCEND.format("start=x[:2]"), ASCEND.format("noise=1, generator=[g]"),
