@@ -1,11 +1,15 @@
-"""bench/bench.py: what it measures and how it counts."""
+"""bench/bench.py: what it measures and how it counts; bench/speedrun.py."""
 
+import dataclasses
 import json
 
 import pytest
+import speedrun
+import torch
 from conftest import script
 
 import cem
+from lib import data
 
 TINY = ["--width", 4, "--image-size", 8, "--batch-size", 4]
 
@@ -44,3 +48,25 @@ def test_bench_measures_every_contender_and_counts_its_flop(tmp_path):
         assert row["ratio"] == pytest.approx(speed / row["textbook"], rel=2e-3)
         gflop = count * forward_flop() * speed / 1e9
         assert row["GFLOP_per_second"] == pytest.approx(gflop, rel=2e-3)
+
+
+def test_speedrun_trains_and_reports_every_seed(tmp_path):
+    options = ["--dataset", "digits", "--epochs", 1, "--width", 4, "--runs", 2, "--n-eval", 36]
+    done = script("bench/speedrun.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "runs/speedrun/sprint.json").read_text())
+    assert record["recipe"]["epochs"] == 1 and record["recipe"]["width"] == 4
+    first, second = record["rows"]
+    assert first["run"] == 0 and second["run"] == 1 and first["seconds"] > 0
+    assert f"| 1 | {second['seconds']:.0f} | {second['clean']:.2f} |" in done.stdout
+    models = [cem.load(tmp_path / f"runs/speedrun/sprint-{seed}.pt") for seed in (0, 1)]
+    assert not models[0].net.conv1.weight.equal(models[1].net.conv1.weight)
+
+
+def test_a_speedrun_learns_at_every_size():
+    """Images of 5/8, 3/4 and all of the side; afterwards most digits are recognised."""
+    recipe = dataclasses.replace(speedrun.TRACKS["sprint"], width=8, epochs=20, batch_size=64)
+    model, _ = speedrun.train(recipe, data.load("digits", "train"), 0, "float32")
+    test = data.load("digits", "test")
+    with torch.no_grad():
+        assert (model(test.pixels()).argmax(1) == test.labels).float().mean() > 0.7
