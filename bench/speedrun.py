@@ -24,7 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import eval_robust  # noqa: E402
-from lib import augment, cli, data, robustness  # noqa: E402
+from lib import augment, cli, data, optim, robustness  # noqa: E402
 from lib.attack import AttackCopy  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import PRECISIONS, autocast, pick_device  # noqa: E402
@@ -37,23 +37,21 @@ EPS = 0.5
 class Recipe:
     width: int
     epochs: int
-    sizes: dict[float, float]  # part of the training -> side of the images from there on
-    attack_steps: int = 1
-    step_size: float = 1.0  # in units of eps, as the next
-    random_start: float = 2.0  # N-FGSM
-    batch_size: int = 256
+    optimizer: str = "muon"
     lr: float = 0.2
+    batch_size: int = 256
     ema: float = 0.995
     weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
+    attack_steps: int = 1
+    step_size: float = 1.0  # in units of eps, as the next
+    random_start: float = 1.0
 
 
-GROWING = {0.0: 5 / 8, 0.4: 3 / 4, 0.7: 1.0}
 TRACKS = {
-    "sprint": Recipe(width=32, epochs=14, sizes=GROWING),
-    "hour": Recipe(width=32, epochs=36, sizes=GROWING),
+    "sprint": Recipe(width=32, epochs=8),
+    "hour": Recipe(width=48, epochs=12),
     # how checkpoints/sup-at.pt was trained
-    "former": Recipe(32, 15, {0.0: 1.0}, attack_steps=3, step_size=0.5, random_start=1.0),
+    "former": Recipe(width=32, epochs=15, optimizer="sgd", attack_steps=3, step_size=0.5),
 }
 
 
@@ -81,9 +79,7 @@ def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str):
     model = cem.ParametricCEM("resnet18", classes, **shape, **train_set.normalisation())
     model = model.to(device, memory_format=torch.channels_last).train()
     average, attack_copy = copy.deepcopy(model), AttackCopy(precision, False)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.0, momentum=0.9, weight_decay=recipe.weight_decay, fused=True
-    )
+    optimizer = optim.optimizer(recipe, model)
     steps_per_epoch = len(train_set) // recipe.batch_size
     total = recipe.epochs * steps_per_epoch
     for step in cli.progress(range(total), f"seed {seed}"):
@@ -93,21 +89,18 @@ def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str):
         index = order[batch * recipe.batch_size :][: recipe.batch_size]
         x, y = train_set.pixels(index), train_set.labels[index]
         x = augment.crop_flip(x, draws[index], flip=train_set.flip)
-        side = max(side for begin, side in recipe.sizes.items() if begin <= step / total)
-        eps = EPS * side  # the length of the same perturbation of a smaller image
-        if side < 1:
-            x = F.interpolate(x, scale_factor=side, mode="bilinear", antialias=True).clamp(0, 1)
         with autocast(device, precision):
             attack = cem.potential("ce", attack_copy(model), y)
             x = cem.pgd(
-                attack, x, eps=eps, steps=recipe.attack_steps, step_size=recipe.step_size * eps,
+                attack, x, eps=EPS, steps=recipe.attack_steps, step_size=recipe.step_size * EPS,
                 random_start=recipe.random_start, generator=generator,
             )  # fmt: skip
-            loss = F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing)
+            loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.param_groups[0]["lr"] = learning_rate(step / total, recipe.lr, "onecycle")
-        optimizer.step()
+        with autocast(device, precision):
+            optimizer.step()
         ema_update(average, model, min(recipe.ema, step / (step + 10)))
     return average.eval(), time.perf_counter() - began
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import cem
-from lib import cli, distributed
+from lib import cli, distributed, optim
 from lib.device import autocast, try_batch_size
 from lib.run import RunFolder, resumes
 
@@ -78,9 +78,7 @@ class Trainer:
         self.watch = watch or (lambda model: {})
         self.steps_per_epoch = max(num_images // opt.batch_size, 1)
         self.total = opt.epochs * self.steps_per_epoch
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=0.0, momentum=0.9, weight_decay=opt.weight_decay, fused=True
-        )
+        self.optimizer = optim.optimizer(opt, model)
         self.average = copy.deepcopy(model) if opt.ema else model
         self.wrapped = distributed.wrap(model, opt.batch_norm)
         self.first = distributed.rank() == 0
@@ -175,7 +173,8 @@ class Trainer:
         norm = nn.utils.get_total_norm([p.grad for p in trained])
         if opt.clip:
             nn.utils.clip_grads_with_norm_(trained, opt.clip, norm)
-        self.optimizer.step()
+        with autocast(self.device, opt.precision):  # Muon's matrix products
+            self.optimizer.step()
         if opt.batch_norm == "local":
             distributed.average_statistics(self.model)
         if self.average is not self.model:

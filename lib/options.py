@@ -35,7 +35,11 @@ class TrainOptions:
     loss: str = option("at", "", "optimisation")  # each script has its own
     epochs: int = option(150, "passes over the training images", "optimisation", least=1)
     batch_size: int = option(256, "images per step, over all processes", "optimisation", least=2)
-    lr: float = option(0.1, "peak rate of SGD with momentum 0.9", "optimisation", above=0)
+    optimizer: str = option(
+        "sgd", "SGD with momentum 0.9, or Muon, which orthogonalises its steps", "optimisation",
+        choices=["sgd", "muon"],
+    )  # fmt: skip
+    lr: float = option(0.1, "peak learning rate", "optimisation", above=0)
     schedule: str = option(
         "cosine", "learning rate after a warm-up", "optimisation", choices=["cosine", "onecycle"]
     )

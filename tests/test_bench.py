@@ -63,10 +63,9 @@ def test_speedrun_trains_and_reports_every_seed(tmp_path):
     assert not models[0].net.conv1.weight.equal(models[1].net.conv1.weight)
 
 
-def test_a_speedrun_learns_at_every_size():
-    """Images of 5/8, 3/4 and all of the side; afterwards most digits are recognised."""
-    recipe = dataclasses.replace(speedrun.TRACKS["sprint"], width=8, epochs=20, batch_size=64)
+def test_a_speedrun_learns():
+    recipe = dataclasses.replace(speedrun.TRACKS["sprint"], width=8, epochs=8, batch_size=64)
     model, _ = speedrun.train(recipe, data.load("digits", "train"), 0, "float32")
     test = data.load("digits", "test")
     with torch.no_grad():
-        assert (model(test.pixels()).argmax(1) == test.labels).float().mean() > 0.7
+        assert (model(test.pixels()).argmax(1) == test.labels).float().mean() > 0.9

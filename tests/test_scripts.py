@@ -162,8 +162,9 @@ def test_training_writes_checkpoint_log_and_events(digits_run):
     assert not torch.equal(average["net.conv1.weight"], last["net.conv1.weight"])
 
 
-def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path):
-    options = [*SMALL, "--epochs", 3, "--ema", 0.9]
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(optimizer, tmp_path):
+    options = [*SMALL, "--epochs", 3, "--ema", 0.9, "--optimizer", optimizer]
     assert script("train_sup.py", *options, "--out", "whole", cwd=tmp_path).returncode == 0
     first = script("train_sup.py", *options, "--out", "parts", "--max-minutes", 1e-4, cwd=tmp_path)
     assert first.returncode == 0 and "stopped" in first.stdout
