@@ -238,7 +238,8 @@ def train(opt: Options) -> None:
     device = pick_device(opt.device)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
     watch = None
-    if opt.loss == "at" and ball(opt)["steps"] == 1:
+    attack = ball(opt)
+    if opt.loss == "at" and attack["steps"] == 1 and attack["step_size"] >= opt.eps:
         held_out, train_set = train_set.hold_out(min(256, len(train_set) // 10))
         watch = make_watch(opt, held_out)
     torch.manual_seed(opt.seed)

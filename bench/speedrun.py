@@ -41,7 +41,7 @@ class Recipe:
     lr: float = 0.2
     batch_size: int = 256
     ema: float = 0.995
-    weight_decay: float = 5e-4
+    weight_decay: float = 2e-3
     attack_steps: int = 1
     step_size: float = 1.0  # in units of eps, as the next
     random_start: float = 1.0
@@ -51,7 +51,7 @@ TRACKS = {
     "sprint": Recipe(width=32, epochs=8),
     "hour": Recipe(width=48, epochs=12),
     # how checkpoints/sup-at.pt was trained
-    "former": Recipe(width=32, epochs=15, optimizer="sgd", attack_steps=3, step_size=0.5),
+    "former": Recipe(32, 15, optimizer="sgd", weight_decay=5e-4, attack_steps=3, step_size=0.5),
 }
 
 

@@ -23,11 +23,9 @@ class TrainOptions:
     data_dir: str = option("data", "folder of the downloaded datasets", "data", **PATH)
     image_size: int = option(0, data.IMAGE_SIZE, "data", least=0)
     arch: str = option("resnet50", ARCH, "model", choices=list(cem.ARCHS), **CHOICE)
-    width: int = option(
-        64, "scales all channels; 64 is standard, and a ResNet's stem", "model", least=1
-    )
+    width: int = option(64, "scales all channels; 64 is standard", "model", least=1)
     init: str = option(
-        "", "begin from this checkpoint's weights, ours or third-party; gives arch and width",
+        "", "begin from this checkpoint, ours or third-party; gives arch, width",
         "model", **PATH,
     )  # fmt: skip
     mean: list[float] = cli.options(float, cli.MEAN, "model")
@@ -36,7 +34,7 @@ class TrainOptions:
     epochs: int = option(150, "passes over the training images", "optimisation", least=1)
     batch_size: int = option(256, "images per step, over all processes", "optimisation", least=2)
     optimizer: str = option(
-        "sgd", "SGD with momentum 0.9, or Muon, which orthogonalises its steps", "optimisation",
+        "sgd", "SGD with momentum 0.9, or Muon", "optimisation",
         choices=["sgd", "muon"],
     )  # fmt: skip
     lr: float = option(0.1, "peak learning rate", "optimisation", above=0)
@@ -45,12 +43,12 @@ class TrainOptions:
     )
     weight_decay: float = option(5e-4, "weight decay", "optimisation", least=0)
     ema: float = option(
-        0.999, "decay of the weight average that becomes the model; 0: none", "optimisation",
+        0.999, "decay of the averaged weights, the model; 0: no average", "optimisation",
         least=0, below=1,
     )  # fmt: skip
     clip: float = option(0.0, "largest gradient norm; 0: any", "optimisation", least=0)
     attack: str = option(
-        "pgd", "pgd, or N-FGSM: one step of eps, from noise outside of the ball", "attack",
+        "pgd", "PGD, or N-FGSM: one step of eps, from noise", "attack",
         choices=["pgd", "fgsm"],
     )  # fmt: skip
     norm: str = option("l2", "norm of the attack's ball", "attack", choices=["l2", "linf"])
@@ -74,7 +72,7 @@ class TrainOptions:
     )  # fmt: skip
     quiet: bool = option(False, cli.QUIET, "run")
     on_diverge: str = option(
-        "stop", "stop, or restart from ckpt.pt at half the learning rate", "run",
+        "stop", "stop, or restart from ckpt.pt at half the rate", "run",
         choices=["stop", "restart"],
     )  # fmt: skip
 

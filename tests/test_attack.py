@@ -137,7 +137,7 @@ def test_a_run_that_overfits_continues_from_its_last_checkpoint(monkeypatch, tmp
 
     monkeypatch.setattr(train_sup, "make_watch", make_watch)
     options = dict(dataset="digits", arch="resnet18", width=4, epochs=2, n_eval=10, seed_rank=4)
-    options |= dict(attack_steps=1, batch_size=640, on_diverge="restart", out=str(tmp_path))
+    options |= dict(attack="fgsm", batch_size=640, on_diverge="restart", out=str(tmp_path))
     train_sup.train(train_sup.Options(**options))
     assert "catastrophic overfitting" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
