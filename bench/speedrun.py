@@ -7,7 +7,7 @@ Two tracks, on CIFAR-10, in the l2 ball of 0.5, measured on all test images:
     sprint  the least time to 60 % under PGD-20 and 78 % clean
     hour    the best accuracy under PGD-20, with at least 82 % clean, in an hour on two CPU cores
 From random weights. The clock runs from images in memory to the final weights: compilation counts,
-evaluation does not. No choice may depend on test images. bench/README.md has the leaderboard.
+evaluation does not. No choice may depend on test images.
 """
 
 import copy

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cem
 import train_sup
-from lib import cli, data, loop
+from lib import cli, data, distributed, loop
 from lib.attack import AttackCopy, make_watch
 from lib.device import autocast
 
@@ -147,3 +147,23 @@ def test_a_run_that_overfits_continues_from_its_last_checkpoint(monkeypatch, tmp
     assert len(rest) == len(train_set) - 143
     both = torch.cat([held_out.images, rest.images]).flatten(1)
     assert both.unique(dim=0).equal(train_set.images.flatten(1).unique(dim=0))
+
+
+@pytest.mark.parametrize("attack, least, most", [("pgd", 0.0, 0.5), ("fgsm", 0.8, 1.5)])
+def test_n_fgsm_trains_on_images_outside_of_the_ball(attack, least, most, monkeypatch):
+    """Noise of 2 eps and a step of eps, of random directions: √5 eps apart, before clipping."""
+    seen, loss_of = [], cem.supervised_loss
+
+    def recording(name, model, x, y, x_adv, *more):
+        seen.append((x_adv - x).flatten(1).norm(dim=1))
+        return loss_of(name, model, x, y, x_adv, *more)
+
+    monkeypatch.setattr(cem, "supervised_loss", recording)
+    images = torch.randint(100, 156, (8, 3, 16, 16), dtype=torch.uint8)
+    train_set = data.Dataset("noise", images, torch.arange(8), list("01234567"))
+    options = train_sup.Options(attack=attack, precision="float32")
+    model, centre = cem.ParametricCEM("resnet18", 8, **SMALL), torch.full((8, 3), 0.49)
+    generator = distributed.RankGenerator(0, torch.device("cpu"))
+    batch_loss = train_sup.make_batch_loss(options, train_set)
+    batch_loss(model, torch.arange(8), centre, generator)
+    assert (seen[0] > least).all() and (seen[0] <= most + 1e-5).all()
