@@ -21,7 +21,7 @@ from lib import augment, cli, data, distributed, init, options, robustness
 from lib.attack import AttackCopy, ball, make_watch
 from lib.chains import GrowingChains, ReplayBuffer, chain_starts, mixed, with_statistics_of
 from lib.cli import option
-from lib.device import autocast, pick_device
+from lib.device import autocast, compile_network, pick_device
 from lib.loop import Trainer
 
 DIGITS = dict(
@@ -249,7 +249,7 @@ def train(opt: Options) -> None:
     init.start(model, opt)
     model = model.to(device, memory_format=torch.channels_last)
     if opt.compile and opt.loss not in ENERGY_BASED:  # these patch BatchNorm.forward every step
-        model.compile()
+        compile_network(model, device)
     info = train_set.checkpoint_info(opt.seed_rank)
     seeds = cem.GaussianSeeds.from_state_dict(info["seeds"], device)
     buffer = None

@@ -17,7 +17,7 @@ import cem
 from lib import augment, cli, data, distributed, init, options, robustness
 from lib.attack import AttackCopy, ball
 from lib.cli import option
-from lib.device import autocast, pick_device
+from lib.device import autocast, compile_network, pick_device
 from lib.loop import Trainer
 
 DIGITS = dict(
@@ -122,7 +122,7 @@ def train(opt: Options) -> None:
     init.start(model, opt)
     model = model.to(device, memory_format=torch.channels_last)
     if opt.compile:
-        model.compile()
+        compile_network(model, device)
 
     def measure_when_due(model, epoch):
         due = epoch % opt.eval_every == 0 or epoch == opt.epochs

@@ -46,7 +46,7 @@ PEAKS = {  # dense bfloat16 FLOP/s of GPUs
 @dataclass(frozen=True)
 class Options:
     arch: str = option("resnet18", options.ARCH, "work", choices=list(cem.ARCHS), metavar="NAME")
-    width: int = option(64, "channels of the stem", "work", least=1)
+    width: int = option(64, "channels of the stem", "work", least=8)
     image_size: int = option(32, "height and width of the images", "work", least=8)
     batch_size: int = option(64, "images per step", "work", least=2)
     steps: int = option(10, "steps of the attack and the samplers", "work", least=1)
@@ -59,6 +59,7 @@ class Options:
     out: str = option("", "JSON file to write (default: none)", "run", metavar="PATH")
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("auto", "arithmetic of our side", "run", choices=PRECISIONS)
+    compile: bool = option(False, "torch.compile our networks; on a GPU with CUDA graphs", "run")
 
 
 def machine_name(device: torch.device) -> str:

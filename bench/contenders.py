@@ -1,6 +1,6 @@
 """The two sides of bench.py: our steps and the textbook's, under the same names.
 
-`opt` has arch, width, image_size, batch_size, steps and precision.
+`opt` has arch, width, image_size, batch_size, steps, precision and compile.
 """
 
 import functools
@@ -22,7 +22,7 @@ import cem  # noqa: E402
 import train_sup  # noqa: E402
 import train_unsup  # noqa: E402
 from lib import augment, data, distributed  # noqa: E402
-from lib.device import autocast  # noqa: E402
+from lib.device import autocast, compile_network  # noqa: E402
 
 STEP_SIZE = 0.1
 EPS = 0.5
@@ -54,7 +54,7 @@ class Ours:
         self.opt = opt
         self.device = device
         self.train_set = noise_images(opt).to(device)
-        self.index = torch.arange(opt.batch_size, device=device)
+        self.index = distributed.local_rows(torch.arange(opt.batch_size, device=device))
         self.x = self.train_set.pixels(self.index)
         self.y = self.train_set.labels[self.index]
         self.classifier = self.frozen(cem.ParametricCEM)
@@ -62,18 +62,25 @@ class Ours:
 
     def frozen(self, kind: type) -> nn.Module:
         model, _ = new_model(kind, self.opt, self.device)
-        return cem.folded(model).to(memory_format=torch.channels_last)
+        model = cem.folded(model).to(memory_format=torch.channels_last)
+        if self.opt.compile:
+            compile_network(model, self.device)
+        return model
 
     def training_step(self, script, kind: type, draws_per_image: int) -> Callable:
         opt = script.Options(
             attack_steps=self.opt.steps,
             batch_size=self.opt.batch_size,
             precision=self.opt.precision,
+            compile=self.opt.compile,
         )
         model, optimizer = new_model(kind, self.opt, self.device, fused=True)
         model.to(memory_format=torch.channels_last).train()
+        if opt.compile:
+            compile_network(model, self.device)
+        model = distributed.wrap(model, opt.batch_norm)
         batch_loss = script.make_batch_loss(opt, self.train_set)
-        draws = torch.rand(opt.batch_size, draws_per_image, device=self.device)
+        draws = torch.rand(len(self.index), draws_per_image, device=self.device)
 
         def step():
             optimizer.zero_grad(set_to_none=True)

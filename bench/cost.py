@@ -1,13 +1,16 @@
 """Seconds of an adversarial training step as a function of batch size, attack steps and width.
 
     python bench/cost.py                # -> bench/cost-cpu.json and .md, a few minutes on two cores
+    torchrun --nproc-per-node 2 bench/cost.py --out bench/cost-2.json    # the batch over processes
 
 Each quantity is halved and doubled while the others stay. Every round times all settings once, so
 that other load on the machine affects them alike; the table has the medians of the rounds. A step
 with a k-step attack costs 2 k + 3 forward passes, whose arithmetic grows with the square of width.
+A slope is the exponent of the time as a power of the arithmetic, from the halved to the doubled.
 """
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from contenders import Ours  # noqa: E402
 
 import bench  # noqa: E402
-from lib import cli, files  # noqa: E402
+from lib import cli, distributed, files  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import PRECISIONS, pick_device  # noqa: E402
 
@@ -54,6 +57,16 @@ def training_step(setting: dict, precision: str, device: torch.device) -> Callab
     return work["supervised training step"][0]
 
 
+def slopes(rows: list[dict]) -> dict[str, float]:
+    """d log seconds / d log arithmetic of each quantity, over its rows (`settings`)."""
+    result = {}
+    for i, key in enumerate(BASE):
+        half, double = rows[1 + 2 * i : 3 + 2 * i]
+        growth = [math.log(double[name] / half[name]) for name in ("seconds", "arithmetic")]
+        result[key] = growth[0] / growth[1]
+    return result
+
+
 def markdown(rows: list[dict]) -> str:
     lines = ["| images | steps | width | seconds | relative time | relative arithmetic |"]
     lines.append("|---" * 6 + "|")
@@ -61,6 +74,8 @@ def markdown(rows: list[dict]) -> str:
         setting = " | ".join(str(row[key]) for key in BASE)
         cost = f"{row['seconds']:.3f} | {row['cost']:.2f} | {row['arithmetic']:.2f}"
         lines.append(f"| {setting} | {cost} |")
+    images, steps, width = slopes(rows).values()
+    lines.append(f"\nSlopes: {images:.2f} (images), {steps:.2f} (steps), {width:.2f} (width²).")
     return "\n".join(lines) + "\n"
 
 
@@ -82,6 +97,10 @@ def main() -> None:
         row["arithmetic"] = round(arithmetic(setting) / arithmetic(BASE), 3)
         rows.append(row)
     record = {"command": cli.command(), "device": device.type, "threads": torch.get_num_threads()}
+    record["processes"] = distributed.world_size()
+    distributed.barrier()
+    if distributed.rank():
+        return
     out = Path(opt.out)
     cli.write_text(out, json.dumps(record | {"rows": rows}, indent=1) + "\n")
     cli.write_text(out.with_suffix(".md"), markdown(rows))

@@ -5,7 +5,7 @@ from torch import nn
 
 import cem
 from lib import cli, data, distributed
-from lib.device import autocast, resolve_precision
+from lib.device import autocast, compile_network, resolve_precision
 
 FGSM_START = 2.0  # radius of its noise, in eps
 
@@ -45,7 +45,7 @@ class AttackCopy:
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.to(torch.bfloat16)
         if self.compiled:
-            network.compile()
+            compile_network(network, device)
         return network
 
 

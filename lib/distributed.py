@@ -128,7 +128,8 @@ class GatheredEncoder(nn.Module):
         self.temperature = model.temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        return gather_embeddings(self.model(x))
+        # a copy: the compiled network's output lies where its next call writes (CUDA graphs)
+        return gather_embeddings(self.model(x).clone())
 
 
 class SyncBatchNormCPU(nn.BatchNorm2d):

@@ -44,6 +44,18 @@ def test_a_training_step_changes_every_weight():
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
+@pytest.mark.parametrize("name", ["train_sup.py", "train_unsup.py"])
+def test_training_with_cuda_graphs_is_the_same_training(name, tmp_path):
+    losses = []
+    for flags in ([], ["--compile"]):
+        options = [*TRAIN, "--precision", "float32", "--epochs", 1, *flags]
+        done = script(name, *options, "--out", tmp_path / f"run{len(flags)}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        log = (tmp_path / f"run{len(flags)}" / "log.jsonl").read_text().splitlines()
+        losses.append([row["loss"] for row in map(json.loads, log) if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_the_attack_stays_in_its_ball(norm):
     model = cem.ParametricCEM("resnet18", 5, width=8).cuda().eval()
