@@ -85,11 +85,10 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         if self.imagenet:
             x = F.max_pool2d(x, 3, 2, padding=1)
-        outputs = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            outputs.append(x)
-        return outputs
+        first = self.layer1(x)
+        second = self.layer2(first)
+        third = self.layer3(second)
+        return [first, second, third, self.layer4(third)]
 
 
 class WideBlock(nn.Module):
@@ -124,8 +123,7 @@ class WideResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         for i in range(3):
             blocks = [WideBlock(channels[i], channels[i + 1], 1 if i == 0 else 2)]
-            for _ in range((depth - 4) // 6 - 1):
-                blocks.append(WideBlock(channels[i + 1], channels[i + 1], 1))
+            blocks += [WideBlock(*[channels[i + 1]] * 2, 1) for _ in range((depth - 4) // 6 - 1)]
             group = nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
             self.add_module(f"block{i + 1}", group)
         self.bn1 = nn.BatchNorm2d(channels[-1])
@@ -156,7 +154,7 @@ ARCHS |= {f"wrn-{d}-{k}": functools.partial(WideResNet, d, k) for d, k in WIDE_R
 class _CEM(nn.Module):
     """What both energy models share: pixel normalisation, network, stages and features."""
 
-    def __init__(self, arch, width, in_channels, mean=0.5, std=0.25, **config):
+    def __init__(self, arch, config, width=64, in_channels=3, mean=0.5, std=0.25):
         super().__init__()
         _require_one_of(ARCHS, arch, "arch")
         self.config = dict(arch=arch, width=width, in_channels=in_channels, **config)
@@ -186,15 +184,12 @@ class ParametricCEM(_CEM):
     """P-CEM: p(x, y) = exp f(x, y) / Z, where f(x, ·) are a classifier's logits ([CEM] eq. 3).
 
     `model(x)` maps x (N, C, H, W) in [0, 1], H and W at least 8, to f(x, ·) (N, num_classes) in
-    x's dtype, also under autocast. `width` scales all channels; 64 is standard, and the number of
-    channels of a ResNet's stem. `mean` and `std` are the channel normalisation in [0, 1] units,
-    one number or one per channel.
+    x's dtype, also under autocast. shape: `width` (64) scales all channels, a ResNet's stem has as
+    many; `in_channels` (3); `mean` (0.5) and `std` (0.25) of pixels, one number or one per channel.
     """
 
-    def __init__(
-        self, arch="resnet18", num_classes=10, width=64, in_channels=3, mean=0.5, std=0.25
-    ):
-        super().__init__(arch, width, in_channels, mean, std, num_classes=num_classes)
+    def __init__(self, arch="resnet18", num_classes=10, *shape, **named_shape):
+        super().__init__(arch, dict(num_classes=num_classes), *shape, **named_shape)
         self.net.fc = nn.Linear(self.net.out_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,21 +201,27 @@ class NonParametricCEM(_CEM):
 
     `model(x)` maps x (N, C, H, W) in [0, 1] to g(x) (N, embed_dim) of unit length, the output of a
     two-layer projection head; `features(x)` is the head's input. τ is `temperature`. The other
-    arguments are those of ParametricCEM.
+    arguments are those of ParametricCEM. energy: with log p(x) + log Z, linear in the standardised
+    features, to be learned in a second stage. `model(x, details=True)` -> g(x), features, log p(x).
     """
 
     def __init__(
-        self, arch="resnet18", embed_dim=128, temperature=0.3, width=64, in_channels=3, mean=0.5,
-        std=0.25
-    ):  # fmt: skip
+        self, arch="resnet18", embed_dim=128, temperature=0.3, *shape, energy=False, **named_shape
+    ):
         config = dict(embed_dim=embed_dim, temperature=temperature)
-        super().__init__(arch, width, in_channels, mean, std, **config)
+        config |= {"energy": True} if energy else {}
+        super().__init__(arch, config, *shape, **named_shape)
         self.temperature = temperature
         dim = self.net.out_features
         self.net.fc = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, embed_dim))
+        if energy:
+            self.energy = nn.Sequential(nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, 1))
+            nn.init.zeros_(self.energy[1].weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.net.fc(self.features(x)).to(x.dtype), dim=1)
+    def forward(self, x: Tensor, details: bool = False):
+        h = self.features(x)
+        z = F.normalize(self.net.fc(h).to(x.dtype), dim=1)
+        return (z, h, self.energy(h).squeeze(1).to(x.dtype)) if details else z
 
 
 def folding(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -261,7 +262,11 @@ def log_marginal(logits: Tensor) -> Tensor:
 
 
 def log_posterior(logits: Tensor, y: Tensor) -> Tensor:
-    """log p(y | x) = f(x, y) - LSE_k f(x, k). (N, K), (N,) -> (N,)."""
+    """log p(y | x) = f(x, y) - LSE_k f(x, k). (N, K), (N,) -> (N,).
+
+    ∇_θ at x̂ is ∇f(x̂, y) - E ∇f(x̂, ŷ) over ŷ ~ p(y | x̂): adversarial training follows one half of
+    the gradient of the likelihood ([CEM] eq. 10), `consistency` the other.
+    """
     return log_joint(logits, y) - log_marginal(logits)
 
 
@@ -271,24 +276,14 @@ def log_odds_against(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def consistency(logits: Tensor, logits_hat: Tensor, y: Tensor) -> Tensor:
-    """First half of the likelihood gradient: ∇_θ of f(x, y) - f(x̂, y) ([CEM] eq. 10). -> (N,)."""
+    """f(x, y) - f(x̂, y), from f(x, ·) and f(x̂, ·). (N, K), (N, K), (N,) -> (N,)."""
     return log_joint(logits, y) - log_joint(logits_hat, y)
-
-
-def contrastive(logits_hat: Tensor, y: Tensor) -> Tensor:
-    """Second half: ∇_θ of f(x̂, y) - E_ŷ f(x̂, ŷ) with ŷ ~ p(y | x̂) held fixed. -> (N,).
-
-    This gradient equals that of log p(y | x̂): adversarial training is half of the likelihood's.
-    """
-    expected = (logits_hat.softmax(1).detach() * logits_hat).sum(1)
-    return log_joint(logits_hat, y) - expected
 
 
 def similarity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """f(x_i, x'_j) = z1_i · z2_j / τ, the logits of an NP-CEM. (N, D), (M, D) -> (N, M).
 
-    The candidates x'_j take the place of the classes in all functions above: the data serve as
-    proposals of the importance-sampled partition function ([CEM] section 3.2).
+    The candidates x'_j take the place of the classes in all functions above ([CEM] section 3.2).
     """
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 is too coarse for cosine / τ
         return z1 @ z2.T / temperature
@@ -340,26 +335,24 @@ def supervised_loss(
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
     dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   b = offset
 
-    Without x_s, jem and jeat omit that term. In training their BatchNorm normalises x_s by the
-    statistics of the data; with statistics of their own, it would tell samples from data. dat
-    passes x̂, x and x_s through the model in this order, which should be in eval mode.
+    In training, BatchNorm normalises x_s of jem and jeat by the statistics of the data; with
+    statistics of their own, it would tell samples from data. dat passes x̂, x and x_s through the
+    model in this order, which should be in eval mode.
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
     require(seen is not None, f"loss {name!r} needs x_adv, the attacked images")
+    energies = name in ("jem", "jeat", "dat")
+    require(not energies or x_s is not None, f"loss {name!r} needs x_s, samples of the model")
     if name == "dat":
-        require(x_s is not None, "loss 'dat' needs x_s, samples of the model")
         outputs = model(torch.cat([x_adv, x, x_s]))
         logits, *others = outputs.tensor_split([len(x), 2 * len(x)])
         separation = data_or_samples(*map(log_marginal, others), offset)
         return F.cross_entropy(logits, y) + weight * separation, logits
-    if name in ("jem", "jeat"):
+    if energies:
         with _batch_statistics_of_first(len(x), model):
-            outputs = model(seen if x_s is None else torch.cat([seen, x_s]))
-        logits, logits_s = outputs.tensor_split([len(x)])
-        gap = log_marginal(logits).mean()
-        if x_s is not None:
-            gap = gap - log_marginal(logits_s).mean()
+            logits, logits_s = model(torch.cat([seen, x_s])).tensor_split([len(x)])
+        gap = log_marginal(logits).mean() - log_marginal(logits_s).mean()
         return F.cross_entropy(logits, y) - weight * gap, logits
     logits = model(seen)
     loss = F.cross_entropy(logits, y)
@@ -420,14 +413,12 @@ def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Te
         return generator.draw(random, shape, like)
     if generator is None or isinstance(generator, torch.Generator):
         device = like.device if generator is None else generator.device
-        drawn = random(shape, generator=generator, dtype=like.dtype, device=device)
-    else:
-        n = len(generator)
-        require(n == shape[0], f"{shape[0]} images need as many generators, not {n}")
-        row = dict(size=shape[1:], dtype=like.dtype)
-        rows = [random(generator=g, device=g.device, **row) for g in generator]
-        drawn = torch.stack(rows) if rows else torch.empty(shape, dtype=like.dtype)
-    return drawn.to(like.device)
+        return random(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
+    n = len(generator)
+    require(n == shape[0], f"{shape[0]} images need as many generators, not {n}")
+    row = dict(size=shape[1:], dtype=like.dtype)
+    rows = [random(generator=g, device=g.device, **row) for g in generator]
+    return torch.stack(rows).to(like.device) if n else like.new_empty(shape)
 
 
 def _check_images(x: Tensor, clip: tuple[float, float] | None) -> None:
@@ -437,13 +428,12 @@ def _check_images(x: Tensor, clip: tuple[float, float] | None) -> None:
     """
     batch = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
     require(batch, "x must be a batch of floating-point images: divide uint8 images by 255")
-    if x.device.type != "cpu" or not x.numel():
-        return
-    low, high = (value.item() for value in x.detach().aminmax())
-    least, most = clip or (-math.inf, math.inf)
-    inside = max(least - 1e-4, -1e38) <= low and high <= min(most + 1e-4, 1e38)  # not if NaN
-    found = f"[{least:g}, {most:g}], not [{low:.3g}, {high:.3g}]"
-    require(inside, f"x must be finite and in {found}: cem's models normalise images themselves")
+    if x.device.type == "cpu" and x.numel():
+        low, high = (value.item() for value in x.detach().aminmax())
+        least, most = clip or (-1e38, 1e38)
+        found = f"[{least:g}, {most:g}], not [{low:.3g}, {high:.3g}]"
+        message = f"x must be finite and in {found}: cem's models normalise images themselves"
+        require(least - 1e-4 <= low and high <= most + 1e-4, message)  # not if NaN
 
 
 @contextmanager
@@ -471,15 +461,14 @@ def ascend(
     potential   x (N, ...) -> U (N,); images may be coupled.
     norm        d: "none" the gradient itself, "l2" scaled to unit length, "linf" its sign.
     noise       standard deviation; √(2 step_size) with norm "none" is Langevin dynamics.
-    eps         radius of the ball around x, in `norm` ("l2" or "linf"); None: no ball.
-    clip        range of the pixels; None: no clipping.
+    eps, clip   radius of the ball around x, in `norm`; range of the pixels. None: neither.
     generator   of the noise (see `_draw`); one per image makes images independent of their batch.
     start       where to begin, if not at x.
     model       the network inside `potential`, by default potential.model. It is in eval mode
                 during the ascent: in train mode the ascent would change BatchNorm's statistics.
 
-    Returns the last iterate, detached. No weight gradient is computed, and parameters, their .grad
-    and buffers are left as they were. Raises CEMError for options out of range.
+    -> the last iterate, detached. No weight gradient is computed, and parameters, their .grad and
+    buffers are left as they were. Raises CEMError for options out of range.
     """
     _require_one_of(DIRECTIONS, norm, "norm")
     numbers = (steps, step_size, noise, momentum, 0 if eps is None else eps)
@@ -557,12 +546,28 @@ PARAMETRIC_ATTACKS = {
         logits.scatter(1, y[:, None], -torch.inf).amax(1) - log_joint(logits, y)
     ),
 }
+
+
+def batch_entropy(z: Tensor, temperature: float) -> Tensor:
+    """-log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j) ([CEM] section 4.2). (N, D) -> (N,)."""
+    return -log_marginal(_similarity_to_others(z, temperature)) + math.log(len(z) - 1)
+
+
+def log_density(z: Tensor, temperature: float, bank: Tensor | None, log_p: Tensor | None) -> Tensor:
+    """log p(x) + log Z: the learned one, or over embeddings (M, D), log 1/M Σ_j exp f(x, x_j)."""
+    if bank is None:
+        return log_p
+    return log_marginal(similarity(z, bank, temperature)) - math.log(len(bank))
+
+
 WITHOUT_Y = ("langevin", "maxent")
-NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), z⁺ = g(y), τ) -> U(x)
-    "pgd": lambda z, z_plus, temperature: info_nce(z, z_plus, temperature, "none"),
-    "maxent": lambda z, _, temperature: (  # -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j): batch entropy
-        -log_marginal(_similarity_to_others(z, temperature)) + math.log(len(z) - 1)
-    ),
+COUPLED = ("pgd", "maxent", "maxent-marginal")  # U(x_i) depends on the other images of the batch
+NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), τ, z' = g(x'), log p(x)) -> U(x)
+    "pgd": lambda z, temperature, positives, _: info_nce(z, positives, temperature, "none"),
+    "maxent": lambda z, temperature, *_: batch_entropy(z, temperature),
+    "neighbour": lambda z, temperature, others, _: (z * others).sum(1) / temperature,  # log p(x|x')
+    "marginal": log_density,
+    "maxent-marginal": lambda z, *args: batch_entropy(z, args[0]) + log_density(z, *args),
 }
 
 
@@ -580,10 +585,15 @@ class Potential:
         if self.name not in NON_PARAMETRIC_SAMPLERS:
             formula = (PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS)[self.name]
             return lambda x: formula(model(x), y)
-        formula = NON_PARAMETRIC_SAMPLERS[self.name]
+        formula, learned = NON_PARAMETRIC_SAMPLERS[self.name], "marginal" in self.name and y is None
         with torch.no_grad():
-            z_plus = None if y is None else model(y)
-        return lambda x: formula(model(x), z_plus, model.temperature)
+            others = model(y) if self.name == "pgd" else y
+
+        def potential(x: Tensor) -> Tensor:
+            z, _, log_p = model(x, details=True) if learned else (model(x), None, None)
+            return formula(z, model.temperature, others, log_p)
+
+        return potential
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.bind()(x)
@@ -595,21 +605,23 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Potential
     P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs" and the attacks "ce", "joint",
     "margin"; y: labels (N,), unused by "langevin".
     NP-CEM, f(x, x') = model(x) · model(x') / τ: "pgd", y: the positives, images (N, C, H, W);
-    "maxent", without y. These couple the images of a batch. The gradient flows through every
-    f(x_i, x_j) of the batch, but not through the positives.
-
-    Raises CEMError for an unknown name, a missing y, or a model of the other kind.
+    "maxent", without y; "neighbour", y: embeddings (N, D) of one image x' each; "marginal" and
+    "maxent-marginal", y: embeddings (M, D) of real images, or None for the learned log p(x). The
+    COUPLED ones compare the images of a batch: the gradient flows through every f(x_i, x_j), but
+    not through the positives. Raises CEMError for an unknown name, a missing y, or a model of the
+    other kind.
     """
-    names = [*PARAMETRIC_SAMPLERS, *PARAMETRIC_ATTACKS, *NON_PARAMETRIC_SAMPLERS]
-    _require_one_of(names, name, "potential")
-    wrong = ParametricCEM if name in NON_PARAMETRIC_SAMPLERS else NonParametricCEM
+    formulas = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS | NON_PARAMETRIC_SAMPLERS
+    _require_one_of(formulas, name, "potential")
+    labelled = name not in NON_PARAMETRIC_SAMPLERS
+    wrong = NonParametricCEM if labelled else ParametricCEM
     fits = not isinstance(model, wrong)
     require(fits, f"potential {name!r} is not defined for a {wrong.__name__}")
-    what = "the positives" if name == "pgd" else "the labels"
-    require(y is not None or name in WITHOUT_Y, f"potential {name!r} needs y, {what}")
-    if y is not None and name not in NON_PARAMETRIC_SAMPLERS:
-        known = isinstance(model, ParametricCEM)
-        _check_labels(y, model.config["num_classes"] if known else math.inf)
+    what = "the labels" if labelled else "the positives" if name == "pgd" else "embeddings"
+    without = name in WITHOUT_Y or "marginal" in name and hasattr(model, "energy")
+    require(y is not None or without, f"potential {name!r} needs y, {what}")
+    if y is not None and labelled:
+        _check_labels(y, getattr(model, "config", {}).get("num_classes", math.inf))
     return Potential(name, model, y)
 
 
@@ -629,27 +641,24 @@ class GaussianSeeds:
 
     Fitted to the images of each class y, and to all images for unconditional sampling, as
     Σ ≈ A Aᵀ + Tᵀ diag(s²) T: the leading eigenvectors and, of what these leave over, the variance
-    in each coefficient of the cosine transform T of the decorrelated channels. At full rank s = 0,
-    and Σ is exact. mean (K + 1, D), factor A (K + 1, D, R), residual s (K + 1, D); the last row is
-    the Gaussian of all images. channels (C, C) rotates the channels. Without these two, as in files
-    of earlier versions, T = I and s = 0.01.
+    in each coefficient of the cosine transform T of the decorrelated channels. At full rank Σ is
+    exact. mean (K + 1, D), factor A (K + 1, D, R), residual s (K + 1, D), by default 0; the last
+    row is the Gaussian of all images. channels (C, C) rotates the channels.
     """
 
     def __init__(self, mean: Tensor, factor: Tensor, shape, residual=None, channels=None):
         self.mean = mean
         self.factor = factor
         self.shape = tuple(shape)
-        self.residual = residual
-        self.channels = channels
+        self.residual = torch.zeros_like(mean) if residual is None else residual
+        self.channels = torch.eye(self.shape[0]).to(mean) if channels is None else channels
         self.num_classes = len(mean) - 1
         fits = len(self.shape) == 3 and all(isinstance(n, int) for n in self.shape)
-        fits = fits and mean.shape == (len(mean), math.prod(self.shape))
+        fits = fits and mean.shape == self.residual.shape == (len(mean), math.prod(self.shape))
         fits = fits and factor.dim() == 3 and factor.shape[:2] == mean.shape
-        fits = fits and (residual is None) == (channels is None)
-        if residual is not None:
-            fits = fits and residual.shape == mean.shape and channels.shape == (self.shape[0],) * 2
+        fits = fits and self.channels.shape == (self.shape[0],) * 2
         require(fits, "mean must be (K + 1, C H W), factor (K + 1, C H W, R), shape (C, H, W)")
-        tensors = [v for v in (mean, factor, residual, channels) if v is not None]
+        tensors = (mean, factor, self.residual, self.channels)
         require(all(v.isfinite().all() for v in tensors), "the seeds must be finite")
 
     @classmethod
@@ -694,29 +703,27 @@ class GaussianSeeds:
         labels = labels.to(self.mean.device)
         dim, rank = self.factor.shape[1:]
         draws = _draw(torch.randn, (len(labels), rank + dim), generator, self.mean)
-        x = draws[:, rank:] * (0.01 if self.residual is None else self.residual[labels])
-        if self.residual is not None:
-            x = _cosine(x.view(-1, *self.shape), self.channels, inverse=True).flatten(1)
-        x += self.mean[labels]
+        x = (draws[:, rank:] * self.residual[labels]).view(-1, *self.shape)
+        x = _cosine(x, self.channels, inverse=True).flatten(1) + self.mean[labels]
         for k in labels.unique():  # one factor per class: one per image would take gigabytes
             x[labels == k] += draws[labels == k, :rank] @ self.factor[k].T
         return x.clamp(0, 1).view(-1, *self.shape)
 
     def state_dict(self, dtype: torch.dtype = torch.float16) -> dict:
         """For a checkpoint: tensors and plain values."""
-        stored = {k: getattr(self, k) for k in ("mean", "factor", "residual", "channels")}
-        tensors = {k: v.to(dtype) for k, v in stored.items() if v is not None}
-        return {"shape": list(self.shape), **tensors}
+        names = ("mean", "factor", "residual", "channels")
+        return {"shape": list(self.shape)} | {k: getattr(self, k).to(dtype) for k in names}
 
     @classmethod
     def from_state_dict(cls, state: dict, device="cpu") -> GaussianSeeds:
-        """The inverse of state_dict; files of earlier versions have no residual."""
+        """The inverse of state_dict."""
         try:
-            tensors = {k: v.to(device) for k, v in state.items() if k != "shape"}
-            require(all(v.is_floating_point() for v in tensors.values()), "seeds must be floats")
-            return cls(shape=state["shape"], **{k: v.float() for k, v in tensors.items()})
+            tensors = [state[k].to(device) for k in ("mean", "factor", "residual", "channels")]
+            require(all(v.is_floating_point() for v in tensors), "seeds must be floats")
+            mean, factor, residual, channels = (v.float() for v in tensors)
+            return cls(mean, factor, state["shape"], residual, channels)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise CEMError("seeds need the tensors mean and factor, and a shape") from error
+            raise CEMError("seeds need mean, factor, residual, channels and shape") from error
 
 
 def _cosine(x: Tensor, channels: Tensor, inverse: bool = False) -> Tensor:
@@ -779,28 +786,22 @@ def write_atomically(path: str | os.PathLike, write: Callable) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save(path: str | os.PathLike, model: nn.Module, *, half: bool = False, **extra) -> None:
+def save(path: str | os.PathLike, model: nn.Module, **extra) -> None:
     """Write the model and `extra` (tensors, plain values, lists, dicts) atomically.
 
-    half: store the weights in half precision. Raises CEMError for a model that `load` could not
-    rebuild from its configuration: a subclass, a folded copy, a changed layer.
+    model.half() takes half the space. Raises CEMError for a model that `load` could not rebuild
+    from its configuration: a subclass, a folded copy, a changed layer.
     """
     kind = type(model).__name__
-    rebuilt = {}
+    state, rebuilt = model.state_dict(), {}
     if type(model) is KINDS.get(kind):
         with torch.device("meta"):
             rebuilt = KINDS[kind](**model.config).state_dict()
-    state = model.state_dict()
     same = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in rebuilt.items()}
     advice = "save a ParametricCEM or NonParametricCEM, or torch.save the state_dict yourself"
     require(same, f"load could not rebuild this {kind} from its config: {advice}")
-    if half:
-        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        finite = all(v.isfinite().all() for v in state.values())
-        require(finite, "the weights overflow half precision: save with half=False")
     _check_plain(extra, "extra")
-    content = {"format": "cem", "kind": kind, "config": model.config, "state": state}
-    content["extra"] = extra
+    content = dict(format="cem", kind=kind, config=model.config, state=state, extra=extra)
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -827,8 +828,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
         whole = zipfile.is_zipfile(path) and not zipfile.ZipFile(path).testzip()
     except Exception as error:  # a damaged or hostile file can fail in any way
         raise CEMError(f"cannot read {path}: it is damaged or {NOT_OURS}") from error
-    ours = isinstance(content, dict) and content.get("format") == "cem"
-    require(ours, f"{path} is {NOT_OURS}")
+    require(isinstance(content, dict) and content.get("format") == "cem", f"{path} is {NOT_OURS}")
     require(whole, f"{path} is damaged: checksum mismatch")
     try:
         with torch.device("meta"):  # sizes that only the configuration claims cost no memory

@@ -8,7 +8,7 @@
 
 Writes samples-<sampler>[-cond].npz (arr_0: uint8 (N, H, W, C), arr_1: int64 labels), .png (one row
 per class) and .json beside the checkpoint. Image i depends on --seed and i alone, up to rounding;
-pgd and maxent couple the images of a batch, so they also depend on --batch-size.
+pgd, maxent and maxent-marginal couple the images of a batch and also depend on --batch-size.
 """
 
 import os
@@ -25,13 +25,15 @@ from torch import Tensor
 import cem
 from lib import cli, data, distributed, files, pictures, sampling
 from lib.cli import option
+from lib.clusters import ClusterSeeds
 from lib.device import PRECISIONS, autocast, pick_device, resolve_precision, try_batch_size
 
 SAMPLERS = [*cem.PARAMETRIC_SAMPLERS, *cem.NON_PARAMETRIC_SAMPLERS, "seeds"]
 SETTINGS_HELP = "default: the checkpoint's, else"
 SAMPLER_HELP = (
     "potential to climb. Classifier: ta log p(y|x), langevin log p(x), cs log p(x|y), "
-    "rcs log p(x|y) + log p(x). Encoder: pgd InfoNCE, maxent the batch's entropy. seeds: no ascent"
+    "rcs log p(x|y) + log p(x). Encoder: pgd InfoNCE, maxent the batch's entropy, marginal "
+    "log p(x), maxent-marginal both, neighbour log p(x|x') of a training image x'. seeds: no ascent"
 )
 
 
@@ -40,7 +42,7 @@ class Options:
     sampler: str = option("rcs", SAMPLER_HELP, "what to draw", choices=SAMPLERS, metavar="NAME")
     cond: bool = option(
         False,
-        "start from the seeds of each class; always on for classifiers",
+        "seeds, and neighbours, of each class; always on for classifiers",
         "what to draw",
     )
     classes: str = option(
@@ -92,7 +94,7 @@ class Options:
         **cli.PATH,
     )  # fmt: skip
     gif: bool = option(False, "show the ascent of up to 10 x 10 images as a GIF", "run")
-    batch_size: int = option(250, "images at a time; pgd and maxent couple these", "run", least=1)
+    batch_size: int = option(250, "images at a time; maxent and pgd couple these", "run", least=1)
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
     quiet: bool = option(False, cli.QUIET, "run")
@@ -101,7 +103,7 @@ class Options:
 def check(opt: Options) -> None:
     new = not opt.png or not os.path.lexists(opt.png)
     cli.require(new, f"--png {opt.png} already exists: name a new folder")
-    couples = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
+    couples = opt.sampler in cem.COUPLED
     enough = opt.batch_size > 1 or not couples
     cli.require(enough, f"--sampler {opt.sampler} compares images: --batch-size must be at least 2")
 
@@ -138,13 +140,16 @@ def draw_batch(
     ]
     if opt.start == "noise":
         x = torch.stack([torch.rand(seeds.shape, generator=g) for g in random])
+    elif "clusters" in model.extra and not conditional:
+        x = ClusterSeeds.from_state_dict(model.extra["clusters"]).sample(size, random)
     else:
         x = seeds.sample(y if conditional else size, random)
     x = x.to(device, memory_format=torch.channels_last)
     if opt.sampler != "seeds":
-        fixed = y.to(device)
         if opt.sampler in cem.NON_PARAMETRIC_SAMPLERS:
-            fixed = None if opt.sampler in cem.WITHOUT_Y else x.clone()  # the positives
+            fixed = sampling.others(model, opt.sampler, x, y if conditional else None, random)
+        else:
+            fixed = y.to(device)
         potential = cem.potential(opt.sampler, model, fixed)
         ascent = dict(steps=opt.steps, step_size=opt.step_size, norm=opt.norm, noise=opt.noise)
         if frames is not None:
@@ -161,7 +166,7 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
     torchrun's processes share the batches; the first one collects them from that folder.
     """
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
-    couples = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
+    couples = opt.sampler in cem.COUPLED
     torch.empty(opt.n, *seeds.shape, dtype=torch.uint8)  # fails now if they do not fit in memory
     starts = range(0, opt.n, opt.batch_size)
     drawn = {}
@@ -188,7 +193,7 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
 def draw_frames(model, opt: Options, device) -> tuple[list[Tensor], Tensor]:
     """The first images again -> uint8 (N, C, H, W) before each step and at the end; labels."""
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
-    couples, frames = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS, []
+    couples, frames = opt.sampler in cem.COUPLED, []
     size = opt.batch_size if couples else min(opt.n, opt.batch_size)
     images, labels = draw_batch(model, seeds, opt, device, 0, size, frames)
     return [frame[: opt.n] for frame in (*frames, images)], labels[: opt.n]

@@ -10,7 +10,6 @@ the checkpoint, sample.py draws images from it.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ from lib.chains import GrowingChains, ReplayBuffer, chain_starts, mixed, with_st
 from lib.cli import option
 from lib.device import autocast, compile_network, pick_device
 from lib.loop import Trainer
+from lib.options import DAT, ENERGY
 
 DIGITS = dict(
     arch="resnet18", width=16, epochs=30, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97,
@@ -30,12 +30,7 @@ DIGITS = dict(
 )  # fmt: skip
 ENERGY_BASED = ("jem", "jeat")
 ENERGY_BASED_DIGITS = dict(epochs=40, lr=0.05, sgld_steps=10, sgld_step_size=0.1, buffer=1000)
-DAT = dict(
-    epochs=3, batch_size=128, lr=0.01, schedule="cosine", ema=0.99, attack_steps=4,
-    attack_step_size=0.2, clip=5.0, likelihood_weight=1.0,
-)  # fmt: skip
 DAT_DIGITS = dict(epochs=10, dat_step_size=0.05)
-ENERGY = "energy terms (jem, jeat and dat; the weight also in mle)"
 
 
 @dataclass
@@ -49,7 +44,6 @@ class Options(options.TrainOptions):
         "optimisation", choices=list(cem.SUPERVISED_LOSSES),
     )  # fmt: skip
     out: str = option("runs/sup", "folder of the run", "run", metavar="PATH")
-    likelihood_weight: float = option(0.1, "lambda, weight of the energy terms", ENERGY, least=0)
     sgld_steps: int = option(20, "SGLD steps on log p(x) per training step", ENERGY, least=1)
     sgld_step_size: float = option(
         0.25, "SGLD step size, times the plain gradient", ENERGY, above=0
@@ -63,20 +57,8 @@ class Options(options.TrainOptions):
         "noise", "where chains start: uniform noise or Gaussian seeds", ENERGY,
         choices=["noise", "gaussian"],
     )  # fmt: skip
-    chain_start: str = option(
-        "gaussian", "where chains of dat start: Gaussian seeds, or a dataset's images", ENERGY,
-        **cli.PATH,
-    )  # fmt: skip
     chain_samplers: str = option(
         "cs,rcs,langevin,ta", "potentials of dat's chains; each draws one of these", ENERGY
-    )
-    dat_max_steps: int = option(14, "steps to which dat's chains grow, from 5", ENERGY, least=1)
-    dat_step_size: float = option(0.25, "l2 length of a step of dat's chains", ENERGY, above=0)
-    keep: float = option(
-        2.0, "weight of KL(p || p(y|x)), p by --init, on dat's images", ENERGY, least=0
-    )
-    max_energy_gap: float = option(
-        100.0, "|E(x_s) - E(x)| above which a run has diverged", ENERGY, above=0
     )
     diagnose: bool = option(
         False, "log energies, likelihood gradients and calibration every epoch", "run"
@@ -99,16 +81,11 @@ def preset(opt: Options) -> dict:
 
 def check(opt: Options) -> None:
     options.check(opt)
-    if opt.loss == "dat" and not opt.init:
-        print("--loss dat expects an adversarially trained classifier as --init: starting without")
     for name in opt.chain_samplers.split(","):
         known = ", ".join(cem.PARAMETRIC_SAMPLERS)
         message = f"--chain-samplers: unknown or twice {name!r}, choose from {known}"
         once = opt.chain_samplers.split(",").count(name) == 1
         cli.require(name in cem.PARAMETRIC_SAMPLERS and once, message)
-    named = opt.chain_start == "gaussian" or opt.chain_start in data.NAMES
-    found = named or Path(opt.chain_start).exists()
-    cli.require(found, f"--chain-start {opt.chain_start} not found: name gaussian or images")
     if opt.loss in ENERGY_BASED:
         positive = opt.likelihood_weight > 0
         cli.require(positive, f"--likelihood-weight must be greater than 0 for {opt.loss}")
@@ -213,7 +190,8 @@ def sgld(opt: Options) -> dict:
 def dual_state(opt: Options, model: nn.Module) -> nn.ModuleDict:
     """The chains of dat and, with --init and --keep, the network that it starts from."""
     state = nn.ModuleDict()
-    state["chains"] = GrowingChains(opt.dat_max_steps, opt.dat_step_size)
+    samplers = cem.PARAMETRIC_SAMPLERS
+    state["chains"] = GrowingChains(opt.dat_max_steps, opt.dat_step_size, samplers)
     if opt.init and opt.keep:
         state["reference"] = cem.folded(model)
     return state

@@ -3,6 +3,7 @@
     python train_unsup.py                    # CIFAR-10, ResNet-18, l2 PGD-5 on InfoNCE, eps 0.5
     python train_unsup.py --arch resnet50    # the paper's larger network
     python train_unsup.py --dataset digits   # a minute on a laptop
+    python train_unsup.py --init runs/unsup/ckpt.pt --loss dat --out runs/unsup-dat # second stage
 
 No label is used in training. Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into
 --out. eval_robust.py measures the checkpoint, sample.py draws images from it.
@@ -11,19 +12,26 @@ No label is used in training. Writes ckpt.pt, log.jsonl, options.json and Tensor
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
 from lib.attack import AttackCopy, ball
+from lib.chains import GrowingChains, chain_starts
 from lib.cli import option
+from lib.clusters import ClusterSeeds
 from lib.device import autocast, compile_network, pick_device
 from lib.loop import Trainer
+from lib.options import DAT, ENERGY
+from lib.run import RunFolder, resumes
 
 DIGITS = dict(
     width=16, epochs=40, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97, attack_steps=3,
     attack_step_size=0.25, eval_every=10, min_crop=0.6,
 )  # fmt: skip
+DAT_DIGITS = dict(epochs=10, dat_step_size=0.05, clusters=16)
+VIEWS = 2 * augment.SIMCLR_DRAWS  # uniform draws of two views
 
 
 @dataclass
@@ -38,12 +46,16 @@ class Options(options.TrainOptions):
     embed_dim: int = option(128, "dimension of the embedding", "model", least=1)
     temperature: float = option(0.3, "temperature tau of the similarities", "model", above=0)
     loss: str = option(
-        "at", "st: NT-Xent of two views; at: one view is attacked", "optimisation",
-        choices=["st", "at"],
+        "at", "st: NT-Xent of two views; at: one view is attacked; dat: learns log p(x) beside it, "
+        "a second stage after at", "optimisation", choices=["st", "at", "dat"],
     )  # fmt: skip
     epochs: int = option(200, "passes over the training images", "optimisation", least=1)
     attack_steps: int = option(5, "PGD steps", "attack", least=1)
     attack_step_size: float = option(0.2, "PGD step size", "attack", above=0)
+    clusters: int = option(
+        32, "k-means clusters of --init's features, at whose seeds chains of dat start", ENERGY,
+        least=1,
+    )  # fmt: skip
     out: str = option("runs/unsup", "folder of the run", "run", metavar="PATH")
     eval_every: int = option(5, "epochs between measurements", "run", least=1)
     n_eval: int = option(
@@ -53,7 +65,11 @@ class Options(options.TrainOptions):
 
 def preset(opt: Options) -> dict:
     stored = options.stored(opt)
-    return (DIGITS if stored.get("dataset", opt.dataset) == "digits" else {}) | stored
+    digits = stored.get("dataset", opt.dataset) == "digits"
+    defaults = dict(DIGITS) if digits else {}
+    if stored.get("loss", opt.loss) == "dat":
+        defaults |= DAT | (DAT_DIGITS if digits else {})
+    return defaults | stored
 
 
 def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tuple[Tensor, Tensor]:
@@ -61,6 +77,17 @@ def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tupl
     settings = dict(scale=(opt.min_crop, 1.0), flip=dataset.flip)
     first, second = u.chunk(2, 1)
     return augment.simclr(x, first, **settings), augment.simclr(x, second, **settings)
+
+
+def attacked(x: Tensor, x_plus: Tensor, network: nn.Module, opt: Options, generator) -> Tensor:
+    """The views x, moved away from their positives x_plus."""
+    attack = cem.potential("pgd", distributed.GatheredEncoder(network), x_plus)
+    return cem.pgd(attack, x, **ball(opt), generator=generator)
+
+
+def gathered_info_nce(z: Tensor, z_plus: Tensor, temperature: float) -> Tensor:
+    z, z_plus = distributed.gather_embeddings(z), distributed.gather_embeddings(z_plus)
+    return cem.info_nce(z, z_plus, temperature)
 
 
 def make_batch_loss(opt: Options, train_set: data.Dataset):
@@ -71,15 +98,74 @@ def make_batch_loss(opt: Options, train_set: data.Dataset):
         x, x_plus = two_views(train_set.pixels(index), draws, train_set, opt)
         with autocast(x.device, opt.precision):
             if opt.loss == "at":
-                encoder = distributed.GatheredEncoder(attack_copy(model))
-                attack = cem.potential("pgd", encoder, x_plus)
-                x = cem.pgd(attack, x, **ball(opt), generator=generator)
+                x = attacked(x, x_plus, attack_copy(model), opt, generator)
             z, z_plus = model(torch.cat([x, x_plus])).chunk(2)
-            z, z_plus = distributed.gather_embeddings(z), distributed.gather_embeddings(z_plus)
-            loss = cem.info_nce(z, z_plus, opt.temperature)
+            loss = gathered_info_nce(z, z_plus, opt.temperature)
         return loss, {}
 
     return batch_loss
+
+
+def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.ModuleDict):
+    """-> batch_loss, as above, of dual adversarial training without labels (ours, after [DAT]).
+
+    InfoNCE of two views, one attacked, λ times the cross-entropy of telling data from samples by
+    the learned log p(x), and `keep` times one minus the cosine of the features with those of
+    dual["reference"], the first stage. start(n, generator) -> images (n, C, H, W) where chains
+    start.
+    """
+    attack_copy, chains = AttackCopy(opt.precision, opt.compile), dual["chains"]
+
+    def batch_loss(model, index, draws, generator):
+        original, network = train_set.pixels(index), attack_copy(model)
+        x, x_plus = two_views(original, draws[:, :VIEWS], train_set, opt)
+        flipped = augment.mirror(original, draws[:, VIEWS:], train_set.flip)
+        x_s = start(len(index), generator)
+        with autocast(x.device, opt.precision):
+            x = attacked(x, x_plus, network, opt, generator)
+            x_s = chains.sample(cem.potential("marginal", network), x_s, generator)
+            z, h, log_p = model(torch.cat([x, x_plus, flipped, x_s]), details=True)
+            log_p, log_p_s = log_p.chunk(4)[2:]
+            loss = gathered_info_nce(*z.chunk(4)[:2], opt.temperature)
+            loss = loss + opt.likelihood_weight * cem.data_or_samples(log_p, log_p_s)
+            if "reference" in dual:
+                before = dual["reference"].features(flipped)
+                kept = F.cosine_similarity(h.chunk(4)[2], before)
+                loss = loss + opt.keep * (1 - kept).mean()
+        log_p, log_p_s = log_p.detach(), log_p_s.detach()
+        return loss, {
+            "energy": -log_p.mean(), "energy_s": -log_p_s.mean(),
+            "energy_gap": (log_p - log_p_s).mean(),
+            "auc": chains.update(log_p, log_p_s), "chain_steps": chains.length.to(x.device),
+        }  # fmt: skip
+
+    return batch_loss
+
+
+def dual_state(opt: Options, model: nn.Module) -> nn.ModuleDict:
+    """The chains of dat and, with --init and --keep, the network that it starts from."""
+    names = ("marginal", "marginal-cond", "maxent-marginal", "maxent-marginal-cond")
+    state = nn.ModuleDict()
+    state["chains"] = GrowingChains(opt.dat_max_steps, opt.dat_step_size, names)
+    if opt.init and opt.keep:
+        state["reference"] = cem.folded(model)
+    return state
+
+
+def fit_clusters(opt: Options, model: nn.Module, train_set: data.Dataset) -> dict:
+    """The state of ClusterSeeds by the model's features of all training images.
+
+    A new learned energy is given their mean and variance.
+    """
+    everything = torch.arange(len(train_set), device=train_set.images.device)
+    features = robustness.features(cem.folded(model), train_set, everything, opt)
+    standardisation, linear = model.energy
+    if not linear.weight.any():
+        standardisation.running_mean.copy_(features.mean(0))
+        standardisation.running_var.copy_(features.var(0))
+    rank = max(opt.seed_rank // 2, 1)
+    clusters = ClusterSeeds.fit(train_set.images, features, opt.clusters, rank, opt.seed)
+    return clusters.state_dict()
 
 
 def alignment(z1: Tensor, z2: Tensor) -> float:
@@ -93,22 +179,27 @@ def uniformity(z: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, train_set, test_set, opt: Options) -> dict[str, float]:
-    """Alignment, uniformity and k-NN accuracy on opt.n_eval test images."""
+def measure(model: nn.Module, train_set, test_set, opt: Options) -> tuple[dict, dict]:
+    """-> alignment, uniformity and k-NN accuracy on opt.n_eval test images; the checkpoint's bank:
+    embeddings of 10 times as many training images, and their labels."""
     model = cem.folded(model)
     query = test_set.evenly_spaced(opt.n_eval)
     bank = train_set.evenly_spaced(10 * opt.n_eval)
     known = robustness.features(model, train_set, bank, opt)
     asked = robustness.features(model, test_set, query, opt)
     labels = train_set.labels[bank], test_set.labels[query]
-    _, u = augment.draws(len(query), 2 * augment.SIMCLR_DRAWS, opt.seed, 0, query.device)
+    _, u = augment.draws(len(query), VIEWS, opt.seed, 0, query.device)
     views = two_views(test_set.pixels(query), u, test_set, opt)
     with autocast(query.device, opt.precision):
         z1, z2 = (torch.cat([model(x) for x in view.split(opt.batch_size)]) for view in views)
-    return {
+    found = {
         "alignment": alignment(z1, z2),
         "uniformity": uniformity(z1),
         "knn_accuracy": robustness.knn_accuracy(known, labels[0], asked, labels[1]),
+    }
+    return found, {
+        "embeddings": F.normalize(model.net.fc(known), dim=1).half(),
+        "labels": labels[0],
     }
 
 
@@ -118,25 +209,46 @@ def train(opt: Options) -> None:
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     head = dict(embed_dim=opt.embed_dim, temperature=opt.temperature)
+    dual = opt.loss == "dat"
+    head |= dict(energy=True) if dual else {}
     model = cem.NonParametricCEM(opt.arch, **head, **shape, **train_set.normalisation())
     init.start(model, opt)
     model = model.to(device, memory_format=torch.channels_last)
     if opt.compile:
         compile_network(model, device)
+    info, state = train_set.checkpoint_info(opt.seed_rank), None
+    kept = RunFolder(opt).load(torch.device("cpu")).extra if resumes(opt) else {}
+    info["bank"] = kept.get("bank", {})
+    batch_loss = make_batch_loss(opt, train_set)
+    if dual:
+        state = dual_state(opt, model)
+        info["settings"] = state["chains"].settings
+        info["clusters"] = kept.get("clusters") or fit_clusters(opt, model, train_set)
+        clusters = ClusterSeeds.from_state_dict(info["clusters"], device)
+        start = clusters.sample
+        if opt.chain_start != "gaussian":
+            start = chain_starts(opt.chain_start, opt.data_dir, clusters.gaussians, device)
+        batch_loss = make_dual_loss(opt, train_set, start, state)
 
     def measure_when_due(model, epoch):
-        due = epoch % opt.eval_every == 0 or epoch == opt.epochs
-        return measure(model, train_set, test_set, opt) if due else {}
+        if epoch % opt.eval_every and epoch != opt.epochs:
+            return {}
+        found, bank = measure(model, train_set, test_set, opt)
+        info["bank"].update(bank)
+        return found
 
-    n, per_image = len(train_set), 2 * augment.SIMCLR_DRAWS
+    n, per_image = len(train_set), VIEWS + 3 * dual
     Trainer(
         opt,
         model,
         n,
         shuffle=lambda epoch: augment.draws(n, per_image, opt.seed, epoch, device),
-        batch_loss=make_batch_loss(opt, train_set),
+        batch_loss=batch_loss,
         measure=measure_when_due,
-        **train_set.checkpoint_info(opt.seed_rank),
+        chains=state,
+        bounds={"energy_gap": opt.max_energy_gap},
+        freeze_batch_norm=dual,
+        **info,
     ).fit()
 
 

@@ -64,8 +64,8 @@ def mixed(names: Sequence[str], network: nn.Module, y: Tensor, which: Tensor) ->
 
 
 def chain_starts(where: str, data_dir: str, seeds: cem.GaussianSeeds, device) -> Callable:
-    """-> start(labels (N,), generator) -> images (N, C, H, W): seeds of these classes if `where` is
-    "gaussian", else images of this dataset, folder or npz file, drawn with replacement."""
+    """-> start(labels (N,) or N, generator) -> images (N, C, H, W): GaussianSeeds.sample if `where`
+    is "gaussian", else images of this dataset, folder or npz file, drawn with replacement."""
     if where == "gaussian":
         return seeds.sample
     if where in data.NAMES:
@@ -76,8 +76,9 @@ def chain_starts(where: str, data_dir: str, seeds: cem.GaussianSeeds, device) ->
     cem.require(shape == wanted, f"--chain-start has images of {shape}, the dataset of {wanted}")
     images = images.to(device)
 
-    def start(labels: Tensor, generator) -> Tensor:
-        drawn = generator.draw(torch.rand, labels.shape, seeds.mean)
+    def start(labels: int | Tensor, generator) -> Tensor:
+        n = labels if isinstance(labels, int) else len(labels)
+        drawn = generator.draw(torch.rand, (n,), seeds.mean)
         return images[(drawn * len(images)).long()].float().div(255)
 
     return start
@@ -114,11 +115,12 @@ class GrowingChains(nn.Module):
     the first step.
     """
 
-    def __init__(self, longest: int, step_size: float):
+    def __init__(self, longest: int, step_size: float, samplers: Sequence[str] = ()):
         super().__init__()
         self.longest = longest
+        self.samplers = tuple(samplers)
         self.step_size = step_size
-        self.settings = {}  # of the samplers, for the checkpoint
+        self.settings = {}  # of `samplers`, for the checkpoint
         self.register_buffer("length", torch.tensor(min(5, longest)))  # T
         self.register_buffer("updates", torch.tensor(0))
         self.register_buffer("auc_sum", torch.tensor(0.0))  # since T was last looked at
@@ -148,5 +150,5 @@ class GrowingChains(nn.Module):
             self.auc_sum.zero_()
         # chains a little longer than those of the training draw best
         ascent = dict(steps=self.length.item() + 4, step_size=self.step_size, noise=0.0, norm="l2")
-        self.settings |= {name: ascent for name in cem.PARAMETRIC_SAMPLERS}
+        self.settings |= {name: ascent for name in self.samplers}
         return auc

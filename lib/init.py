@@ -43,4 +43,5 @@ def start(model: nn.Module, opt) -> None:
         print(f"the last layer of {opt.init} does not fit: starting with a new one")
         stored = {key: stored.get(key, value) for key, value in own.items()}
         stored |= {key: own[key] for key in new_head}
-    model.load_state_dict(stored)
+    energy = {key: value for key, value in own.items() if key.startswith("energy.")}
+    model.load_state_dict({k: v for k, v in (energy | stored).items() if k in own})

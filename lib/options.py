@@ -15,6 +15,13 @@ MOVED = {"--evaluate": "python eval_robust.py --ckpt CKPT measures a checkpoint"
 ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
 
 
+ENERGY = "energy terms"
+DAT = dict(
+    epochs=3, batch_size=128, lr=0.01, schedule="cosine", ema=0.99, attack_steps=4,
+    attack_step_size=0.2, clip=5.0, likelihood_weight=1.0,
+)  # fmt: skip
+
+
 @dataclass
 class TrainOptions:
     """Options of both training scripts; their order is the order of the headings of --help."""
@@ -23,7 +30,8 @@ class TrainOptions:
     data_dir: str = option("data", "folder of the downloaded datasets", "data", **PATH)
     image_size: int = option(0, data.IMAGE_SIZE, "data", least=0)
     arch: str = option("resnet50", ARCH, "model", choices=list(cem.ARCHS), **CHOICE)
-    width: int = option(64, "scales all channels; 64 is standard", "model", least=1)
+    # the least: oneDNN's gradient of narrower layers is wrong on AVX2 CPUs (its issue 6035)
+    width: int = option(64, "scales all channels; 64 is standard", "model", least=8)
     init: str = option(
         "", "begin from this checkpoint, ours or third-party; gives arch, width",
         "model", **PATH,
@@ -55,6 +63,19 @@ class TrainOptions:
     eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
     attack_steps: int = option(7, "PGD steps", "attack", least=1)
     attack_step_size: float = option(0.1, "PGD step size", "attack", above=0)
+    likelihood_weight: float = option(0.1, "lambda, weight of the energy terms", ENERGY, least=0)
+    chain_start: str = option(
+        "gaussian", "where chains of dat start: Gaussian seeds, or a dataset's images", ENERGY,
+        **PATH,
+    )  # fmt: skip
+    dat_max_steps: int = option(14, "steps to which dat's chains grow, from 5", ENERGY, least=1)
+    dat_step_size: float = option(0.25, "l2 length of a step of dat's chains", ENERGY, above=0)
+    keep: float = option(
+        2.0, "weight of the distance from --init's outputs on dat's images", ENERGY, least=0
+    )
+    max_energy_gap: float = option(
+        100.0, "|E(x_s) - E(x)| above which a run has diverged", ENERGY, above=0
+    )
     out: str = option("", "folder of the run", "run", **PATH)
     resume: bool = option(False, "continue the run in --out, or start it", "run")
     max_minutes: float = option(
@@ -106,4 +127,9 @@ def check(opt: TrainOptions) -> None:
     cli.require(opt.batch_size % n == 0, f"--batch-size must be a multiple of {n}, the processes")
     given = opt.init or not (opt.mean or opt.std)
     cli.require(given, "--mean and --std are for the third-party checkpoint of --init")
+    named = opt.chain_start == "gaussian" or opt.chain_start in data.NAMES
+    found = named or Path(opt.chain_start).exists()
+    cli.require(found, f"--chain-start {opt.chain_start} not found: name gaussian or images")
+    if opt.loss == "dat" and not opt.init:
+        print("--loss dat expects an adversarially trained model as --init: starting without")
     claim(Path(opt.out))

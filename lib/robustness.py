@@ -167,7 +167,7 @@ def diagnose(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, x_s: Tensor)
     """
     parameters = list(model.parameters())
     logits, logits_adv, logits_s = model(x), model(x_adv), model(x_s)
-    halves = cem.consistency(logits, logits_adv, y).mean(), cem.contrastive(logits_adv, y).mean()
+    halves = cem.consistency(logits, logits_adv, y).mean(), cem.log_posterior(logits_adv, y).mean()
     vectors = []
     for half in halves:
         gradients = torch.autograd.grad(half, parameters, retain_graph=True)

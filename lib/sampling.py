@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import cem
 from lib import cli, data, interop, metrics
@@ -49,6 +50,29 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
     complete = {"seeds", "classes", "dataset"} <= model.extra.keys()
     cli.require(complete, f"{path} has no seeds or class names: a training script stores them")
     return cem.folded(model).to(memory_format=torch.channels_last)
+
+
+def others(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, random: list):
+    """What an encoder's sampler compares the seeds x with; y, of their classes, for --cond only.
+
+    pgd: the seeds; neighbour: per image one embedding from the checkpoint's bank; marginal and
+    maxent-marginal: the whole bank, unless log p(x) is learned.
+    """
+    if sampler == "pgd":
+        return x.clone()
+    if sampler == "maxent" or sampler != "neighbour" and hasattr(model, "energy"):
+        return None
+    bank = model.extra.get("bank")
+    cli.require(
+        bool(bank), f"--sampler {sampler} needs a bank: train_unsup.py stores one at its end"
+    )
+    z, labels = bank["embeddings"].float(), bank["labels"]
+    if sampler == "neighbour":
+        wanted = torch.ones(len(x), len(z)) if y is None else (labels == y[:, None]).float()
+        cli.require(bool(wanted.any(1).all()), "the checkpoint's bank has no images of some class")
+        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(wanted, random)]
+        z = z[torch.cat(drawn)]
+    return z.to(x.device)
 
 
 def use_settings(opt, model: torch.nn.Module) -> None:

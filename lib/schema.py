@@ -6,12 +6,15 @@ image_shape    [C, H, W]
 seeds          cem.GaussianSeeds.state_dict(), one Gaussian per class and one of all images
 settings       {sampler, with "-cond" for class-wise seeds of an encoder: {steps, step_size, noise,
                norm}}, of the ascent, tuned for these weights
+bank           of an encoder: embeddings (M, D) of training images, and their labels (M,)
+clusters       of an encoder's second stage: clusters.ClusterSeeds.state_dict()
 options        of the training script, by name
 training       what --resume needs (loop.Trainer.save)
 """
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 import cem
@@ -26,6 +29,8 @@ def load(path: str | Path, device="cpu") -> nn.Module:
     extra = model.extra
     try:
         _check_data(model, extra)
+        _check_bank(model, extra)
+        _check_clusters(extra)
         _check_settings(extra.get("settings", {}))
         _require(isinstance(extra.get("options", {}), dict), "options must be a dict")
         if "training" in extra:
@@ -55,6 +60,31 @@ def _check_data(model: nn.Module, extra: dict) -> None:
         _require(fits, f"its seeds have shape {seeds.shape}, not that of its images")
         fits = classes is None or len(classes) == seeds.num_classes
         _require(fits, f"it has seeds of {seeds.num_classes} classes, but not as many classes")
+
+
+def _check_bank(model: nn.Module, extra: dict) -> None:
+    if not extra.get("bank"):  # not measured yet
+        return
+    _require(isinstance(extra["bank"], dict), "its bank must be a dict")
+    z, labels = (extra["bank"].get(name) for name in ("embeddings", "labels"))
+    wanted = "its bank must have embeddings (M, D), finite, and labels (M,) of its classes"
+    fits = _finite(z) and z.is_floating_point() and isinstance(labels, Tensor)
+    fits = fits and z.shape == (len(labels), model.config.get("embed_dim")) and len(z) > 0
+    _require(fits and labels.dtype == torch.int64 and labels.dim() == 1, wanted)
+    _require(0 <= labels.min() and labels.max() < len(extra.get("classes", [])), wanted)
+
+
+def _check_clusters(extra: dict) -> None:
+    if "clusters" not in extra:
+        return
+    clusters = extra["clusters"]
+    found = isinstance(clusters, dict) and clusters.keys() == {"seeds", "shares"}
+    _require(found and isinstance(clusters["seeds"], dict), "its clusters need seeds and shares")
+    seeds, shares = cem.GaussianSeeds.from_state_dict(clusters["seeds"]), clusters["shares"]
+    fits = _finite(shares) and shares.shape == (seeds.num_classes,) and 0 <= shares.min()
+    fits = fits and shares.is_floating_point() and abs(shares.sum() - 1) < 1e-3
+    _require(bool(fits), f"its clusters need {seeds.num_classes} shares that sum to 1")
+    _require(list(seeds.shape) == extra.get("image_shape"), "its clusters have other images' shape")
 
 
 def _check_classes(classes: object, wanted: int | None) -> None:

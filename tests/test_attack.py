@@ -14,7 +14,7 @@ from lib import cli, data, distributed, loop
 from lib.attack import AttackCopy, make_watch
 from lib.device import autocast
 
-SMALL = dict(width=4, in_channels=3)
+SMALL = dict(width=8, in_channels=3)
 
 
 def moved(model, seed):
@@ -82,7 +82,7 @@ def test_a_step_makes_few_operator_calls_and_waits_for_none(monkeypatch, tmp_pat
     monkeypatch.setattr(loop.Trainer, "train_step", counted)
     train_sup.train(
         train_sup.Options(
-            dataset="digits", arch="resnet18", width=4, batch_size=64, epochs=1, n_eval=10,
+            dataset="digits", arch="resnet18", width=8, batch_size=64, epochs=1, n_eval=10,
             precision="bfloat16", seed_rank=4, out=str(tmp_path),
         )
     )  # fmt: skip
@@ -136,7 +136,7 @@ def test_a_run_that_overfits_continues_from_its_last_checkpoint(monkeypatch, tmp
         return watch
 
     monkeypatch.setattr(train_sup, "make_watch", make_watch)
-    options = dict(dataset="digits", arch="resnet18", width=4, epochs=2, n_eval=10, seed_rank=4)
+    options = dict(dataset="digits", arch="resnet18", width=8, epochs=2, n_eval=10, seed_rank=4)
     options |= dict(attack="fgsm", batch_size=640, on_diverge="restart", out=str(tmp_path))
     train_sup.train(train_sup.Options(**options))
     assert "catastrophic overfitting" in capsys.readouterr().err

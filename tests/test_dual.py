@@ -47,15 +47,15 @@ def test_init_takes_weights_normalisation_and_shape_of_our_checkpoint(digits_run
         assert torch.equal(model.state_dict()[key], value), key
     options = model.extra["options"]
     assert (options["arch"], options["width"]) == ("resnet18", 8)
-    done = script("train_sup.py", *SMALL, "--init", CKPT, "--width", 4, cwd=digits_run)
-    assert_refused(done, "has width 8, not 4")
+    done = script("train_sup.py", *SMALL, "--init", CKPT, "--width", 16, cwd=digits_run)
+    assert_refused(done, "has width 8, not 16")
 
 
 @pytest.mark.parametrize("format", ["torchvision", "robustness"])
 def test_init_takes_third_party_weights_and_another_number_of_classes(format, tmp_path):
     write_folder(tmp_path / "set", size=8)
     torch.manual_seed(0)
-    network = cem.ParametricCEM("resnet18", 7, width=4, mean=0.3, std=0.6)
+    network = cem.ParametricCEM("resnet18", 7, width=8, mean=0.3, std=0.6)
     interop.export(tmp_path / "net.pt", network, format)
     options = "--dataset set --epochs 1 --n-eval 4 --init net.pt".split()
     done = script("train_sup.py", *options, "--max-minutes", 1e-9, "--out", "begun", cwd=tmp_path)
@@ -264,11 +264,11 @@ def test_chains_start_at_images_of_a_folder(digits_run, tmp_path):
 
 
 def test_dat_without_init_says_what_it_expects(tmp_path):
-    done = train(*DAT, "--width", 4, cwd=tmp_path)
-    assert "expects an adversarially trained classifier as --init" in done.stdout
+    done = train(*DAT, "--width", 8, cwd=tmp_path)
+    assert "expects an adversarially trained model as --init" in done.stdout
     # there is no first stage whose posterior it could keep
     assert not [key for key in training_of(tmp_path / CKPT)["chains"] if "reference" in key]
-    cem.save(tmp_path / "seven.pt", cem.ParametricCEM("resnet18", 7, width=4, in_channels=1))
+    cem.save(tmp_path / "seven.pt", cem.ParametricCEM("resnet18", 7, width=8, in_channels=1))
     done = script("train_sup.py", *DAT, "--init", "seven.pt", "--out", "new", cwd=tmp_path)
     assert_refused(done, "does not fit: train a new one with --loss at first")
     done = script("train_sup.py", *DAT, "--chain-samplers", "cs,x", cwd=tmp_path)

@@ -52,9 +52,6 @@ def test_energy_based_losses_equal_their_definitions(name, weight, model64, batc
     loss, logits = cem.supervised_loss(name, model64, x, y, x_adv, weight, x_s)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
     torch.testing.assert_close(logits, f, rtol=0, atol=1e-12)
-    expected = cross_entropy - weight * lse(f).mean()
-    loss, _ = cem.supervised_loss(name, model64, x, y, x_adv, weight)
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_jeat_without_attack_is_jem_to_the_last_bit(model, batch):
@@ -137,7 +134,7 @@ def spy(owner, name):
 def test_a_training_step_pads_and_samples_as_its_loss_needs(name, padding):
     train_set = data.load("digits", "train")
     generator = distributed.RankGenerator(0, torch.device("cpu"))
-    model = cem.ParametricCEM("resnet18", 10, width=4, in_channels=1).train()
+    model = cem.ParametricCEM("resnet18", 10, width=8, in_channels=1).train()
     buffer = None if name == "at" else ReplayBuffer(16, (1, 8, 8))
     opt = train_sup.Options(loss=name, attack_steps=1, sgld_steps=1, precision="float32")
     batch_loss = train_sup.make_batch_loss(opt, train_set, buffer)
@@ -269,7 +266,7 @@ def read_log(folder):
 
 @pytest.mark.parametrize("name, start", [("jem", "noise"), ("jeat", "gaussian")])
 def test_a_resumed_run_continues_its_chains(name, start, tmp_path):
-    options = "--dataset digits --width 4 --epochs 2 --batch-size 250 --n-eval 36 --attack-steps 1"
+    options = "--dataset digits --width 8 --epochs 2 --batch-size 250 --n-eval 36 --attack-steps 1"
     options += f" --loss {name} --sgld-steps 2 --buffer 300 --reinit-from {start} --diagnose"
     options = [*options.split(), "--device", "cpu"]  # on which equality is bit for bit
     done = script("train_sup.py", *options, "--out", "whole", cwd=tmp_path)
@@ -293,7 +290,7 @@ def test_a_resumed_run_continues_its_chains(name, start, tmp_path):
 
 def test_a_diverged_run_stops_with_its_last_good_checkpoint(tmp_path):
     write_folder(tmp_path / "set", size=8)
-    options = "--dataset set --arch resnet18 --width 4 --epochs 1 --loss jem --sgld-steps 2".split()
+    options = "--dataset set --arch resnet18 --width 8 --epochs 1 --loss jem --sgld-steps 2".split()
     options += "--batch-size 3 --buffer 6 --max-energy-gap 1e-6".split()
     done = script("train_sup.py", *options, cwd=tmp_path)
     assert done.returncode == 3, done.stderr
@@ -625,7 +622,7 @@ def synthetic_svhn(folder):
     "name, make, classes", [("cifar100", synthetic_cifar100, 100), ("svhn", synthetic_svhn, 10)]
 )
 def test_torchvision_datasets_train_evaluate_and_sample(name, make, classes, tmp_path):
-    options = "--data-dir sets --arch resnet18 --width 4 --batch-size 20 --epochs 1 --loss jeat"
+    options = "--data-dir sets --arch resnet18 --width 8 --batch-size 20 --epochs 1 --loss jeat"
     options += " --sgld-steps 1 --attack-steps 1 --n-eval 10 --seed-rank 2"
     with make(tmp_path / "sets"):
         done = script("train_sup.py", "--dataset", name, *options.split(), cwd=tmp_path)

@@ -30,7 +30,7 @@ import train_sup
 from lib import cli, data, distributed, loop
 from lib.device import try_batch_size
 
-TINY = "--dataset digits --width 4 --n-eval 36 --epochs 3 --ema 0.9 --seed-rank 4".split()
+TINY = "--dataset digits --width 8 --n-eval 36 --epochs 3 --ema 0.9 --seed-rank 4".split()
 
 # ------------------------------------------------------------------------------------- processes
 

@@ -15,7 +15,7 @@ from lib import cli
 from lib import files as outputs
 
 CKPT = "runs/sup/ckpt.pt"
-SHORT = ["--dataset", "digits", "--width", 4, "--epochs", 1, "--n-eval", 10, "--quiet"]
+SHORT = ["--dataset", "digits", "--width", 8, "--epochs", 1, "--n-eval", 10, "--quiet"]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,346 @@
+"""The second stage of an encoder: learned log p(x), its samplers, clusters and bank."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_refused, drawn_images, perturb, script
+from sklearn.cluster import KMeans
+from test_dual import train, untrained
+from test_survival import assert_same_run, compute_in_float64, launch, training_of
+
+import cem
+import train_unsup
+from lib import augment, data, distributed, sampling, schema
+from lib.chains import GrowingChains
+from lib.clusters import ClusterSeeds
+
+TAU = 0.3
+CKPT = "runs/unsup/ckpt.pt"
+SMALL = "--dataset digits --epochs 1 --n-eval 36 --seed-rank 4".split()
+DAT = [*SMALL, "--loss", "dat", "--attack-steps", 1, "--dat-max-steps", 6, "--clusters", 5]
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    shape = dict(embed_dim=6, temperature=TAU, width=8)
+    model = perturb(cem.NonParametricCEM("resnet18", energy=True, **shape))
+    torch.nn.init.normal_(model.energy[1].weight)
+    return model.double().eval()
+
+
+@pytest.fixture(scope="session")
+def dual_run(unsup_run, tmp_path_factory):
+    """A folder with runs/unsup, the second stage of the small encoder."""
+    folder = tmp_path_factory.mktemp("dual")
+    train(*DAT, "--init", unsup_run / CKPT, cwd=folder, name="train_unsup.py")
+    return folder
+
+
+# ------------------------------------------------------------------------------------ potentials
+
+
+def test_the_learned_density_is_linear_in_standardised_features(encoder, batch):
+    x = batch[0].double()
+    h = encoder.features(x)
+    mean, var = encoder.energy[0].running_mean, encoder.energy[0].running_var
+    weight, bias = encoder.energy[1].weight[0], encoder.energy[1].bias
+    log_p = ((h - mean) / (var + 1e-5).sqrt() * weight).sum(1) + bias
+    torch.testing.assert_close(cem.potential("marginal", encoder)(x), log_p, rtol=1e-9, atol=1e-9)
+    z, features, found = encoder(x, details=True)
+    assert torch.equal(z, encoder(x)) and torch.equal(features, h)
+    torch.testing.assert_close(found, log_p, rtol=1e-9, atol=1e-9)
+    both = cem.potential("maxent", encoder)(x) + log_p
+    torch.testing.assert_close(cem.potential("maxent-marginal", encoder)(x), both)
+
+
+def test_the_density_over_a_bank_and_towards_a_neighbour(encoder, batch):
+    x, z = batch[0].double(), encoder(batch[0].double())
+    generator = torch.Generator().manual_seed(0)
+    bank = F.normalize(torch.randn(9, 6, generator=generator, dtype=torch.float64), dim=1)
+    log_p = cem.potential("marginal", encoder, bank)(x)
+    for i, value in enumerate(log_p.tolist()):
+        terms = [math.exp((z[i] @ other / TAU).item()) for other in bank]
+        assert value == pytest.approx(math.log(sum(terms) / 9), abs=1e-12)
+    both = cem.potential("maxent-marginal", encoder, bank)(x)
+    torch.testing.assert_close(both, cem.potential("maxent", encoder)(x) + log_p)
+    towards = cem.potential("neighbour", encoder, bank[:6])(x)
+    torch.testing.assert_close(towards, torch.stack([a @ b / TAU for a, b in zip(z, bank)]))
+
+
+@pytest.mark.parametrize("name", ["marginal", "maxent-marginal", "neighbour"])
+def test_a_first_stage_needs_embeddings_to_compare_with(name):
+    first = cem.NonParametricCEM("resnet18", embed_dim=6, width=8)
+    with pytest.raises(cem.CEMError, match=f"'{name}' needs y, embeddings"):
+        cem.potential(name, first)
+
+
+@pytest.mark.parametrize("name", cem.NON_PARAMETRIC_SAMPLERS)
+def test_only_coupled_potentials_depend_on_the_other_images(name, encoder, batch):
+    x, z = batch[0].double(), encoder(batch[0].double()).detach()
+    y = {"pgd": x.flip(0), "neighbour": z}
+    whole, part = (
+        cem.potential(name, encoder, y[name][:n] if name in y else None)(x[:n]) for n in (6, 3)
+    )
+    assert (name in cem.COUPLED) != torch.allclose(whole[:3], part, atol=1e-12)
+
+
+# -------------------------------------------------------------------------------------- the loss
+
+
+def test_the_loss_of_a_step_is_its_definition(encoder, batch):
+    """InfoNCE + λ BCE of log p(x) + keep (1 - cosine of the features), without attack (eps 0)."""
+    model = encoder.float()
+    train_set = data.Dataset("set", (batch[0] * 255).byte(), batch[1], list("01234"), flip=True)
+    opt = train_unsup.Options(
+        eps=0.0, attack_steps=1, likelihood_weight=0.7, keep=3.0, temperature=TAU,
+        precision="float32",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    reference = cem.NonParametricCEM("resnet18", embed_dim=6, width=8).eval()
+    chains = GrowingChains(1, 0.25)
+    dual = torch.nn.ModuleDict({"chains": chains, "reference": reference})
+    start = torch.rand(6, 3, 8, 8)
+    batch_loss = train_unsup.make_dual_loss(opt, train_set, lambda n, generator: start[:n], dual)
+    draws = torch.rand(6, train_unsup.VIEWS + 3)
+    generator = distributed.RankGenerator(0, torch.device("cpu"))
+    loss, metrics = batch_loss(model, torch.arange(6), draws, generator)
+    x = train_set.pixels()
+    views = train_unsup.two_views(x, draws[:, : train_unsup.VIEWS], train_set, opt)
+    z = torch.cat([model(view) for view in views])
+    f = (z @ z.T / TAU).fill_diagonal_(-torch.inf)
+    nce = -f.log_softmax(1)[range(12), torch.arange(12).roll(6)].mean()
+    flipped = augment.mirror(x, draws[:, train_unsup.VIEWS :], True)
+    assert not torch.equal(flipped, x)
+    log_p = cem.potential("marginal", model)
+    x_s = cem.ascend(log_p, start, steps=1, step_size=0.25)
+    p, p_s = log_p(flipped), log_p(x_s)
+    bce = (1 + (-p).exp()).log().mean() + (1 + p_s.exp()).log().mean()
+    h, g = model.features(flipped), reference.features(flipped)
+    distance = 1 - ((h * g).sum(1) / h.norm(dim=1) / g.norm(dim=1)).mean()
+    assert loss.item() == pytest.approx((nce + 0.7 * bce + 3 * distance).item(), rel=1e-4)
+    assert metrics["energy_gap"].item() == pytest.approx((p - p_s).mean().item(), abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------- clusters
+
+
+def test_cluster_seeds_are_gaussians_of_the_clusters_drawn_by_their_shares():
+    digits = data.load("digits", "train")
+    features = digits.images.flatten(1).float()
+    seeds = ClusterSeeds.fit(digits.images, features, 6, 8, seed=3)
+    directions = F.normalize(features, dim=1).numpy()
+    labels = torch.from_numpy(KMeans(6, n_init=1, random_state=3).fit(directions).labels_).long()
+    torch.testing.assert_close(seeds.shares, labels.bincount() / len(labels))
+    means = [digits.images[labels == k].float().mean(0).flatten() / 255 for k in range(6)]
+    torch.testing.assert_close(seeds.gaussians.mean[:6], torch.stack(means))
+    random = [torch.Generator().manual_seed(i) for i in range(2000)]
+    x = seeds.sample(2000, random)
+    nearest = torch.cdist(x.flatten(1), torch.stack(means)).argmin(1)
+    assert (nearest.bincount(minlength=6) / 2000 - seeds.shares).abs().max() < 0.05
+    again = ClusterSeeds.from_state_dict(seeds.state_dict())
+    alone = again.sample(1, [torch.Generator().manual_seed(7)])
+    torch.testing.assert_close(alone[0], x[7], atol=2e-3, rtol=0)  # stored in half precision
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def test_a_second_stage_logs_its_curriculum_and_stores_what_samplers_need(unsup_run, dual_run):
+    (line,) = map(json.loads, (dual_run / "runs/unsup/log.jsonl").read_text().splitlines())
+    names = {"auc", "chain_steps", "energy", "energy_s", "energy_gap", "knn_accuracy"}
+    assert names <= line.keys() and 0 <= line["auc"] <= 1
+    first, model = cem.load(unsup_run / CKPT), schema.load(dual_run / CKPT)
+    for key, value in first.state_dict().items():
+        if "running" in key:
+            assert torch.equal(model.state_dict()[key], value), key
+    train_set = data.load("digits", "train")
+    h = first.features(train_set.pixels())
+    torch.testing.assert_close(model.energy[0].running_mean, h.mean(0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.energy[0].running_var, h.var(0), rtol=1e-2, atol=1e-3)
+    assert model.energy[1].weight.any()
+    bank = model.extra["bank"]
+    index = train_set.evenly_spaced(360)
+    assert torch.equal(bank["labels"], train_set.labels[index])
+    z = model(train_set.pixels(index))
+    torch.testing.assert_close(bank["embeddings"].float(), z, rtol=0, atol=2e-3)
+    assert len(model.extra["clusters"]["shares"]) == 5
+    steps = model.extra["training"]["chains"]["chains.length"].item() + 4
+    assert model.extra["settings"]["marginal"]["steps"] == steps
+
+
+@pytest.mark.parametrize("cond", [False, True])
+@pytest.mark.parametrize("sampler", cem.NON_PARAMETRIC_SAMPLERS)
+def test_every_sampler_raises_its_potential(sampler, cond, dual_run):
+    options = ["--n", 40, "--noise", 0, *["--cond"] * cond]
+    (x, labels), (seeds, _) = (
+        drawn_images(dual_run, "--ckpt", CKPT, "--sampler", name, *options)
+        for name in (sampler, "seeds")
+    )
+    assert set(labels.tolist()) == (set(range(10)) if cond else {-1})
+    x, seeds = (torch.from_numpy(v).permute(0, 3, 1, 2).float() / 255 for v in (x, seeds))
+    if not cond:
+        assert not torch.equal(x, seeds)
+    model = cem.load(dual_run / CKPT)
+    if sampler != "neighbour":
+        potential = cem.potential(sampler, model, seeds if sampler == "pgd" else None)
+        assert potential(x).mean() > potential(seeds).mean()
+
+
+@pytest.mark.parametrize("cond", [False, True])
+def test_a_neighbour_is_one_embedding_of_the_bank_per_image(cond, dual_run):
+    model = cem.load(dual_run / CKPT)
+    bank, labels = model.extra["bank"]["embeddings"].float(), model.extra["bank"]["labels"]
+    y, x = torch.arange(60) % 10, torch.rand(60, 1, 8, 8)
+    random = [torch.Generator().manual_seed(i) for i in range(60)]
+    z = sampling.others(model, "neighbour", x, y if cond else None, random)
+    entries = (z[:, None] == bank).all(2)
+    assert entries.any(1).all() and len(entries.float().argmax(1).unique()) > 40
+    own = (entries & (labels == y[:, None])).any(1)
+    assert own.all() if cond else not own.all()
+    again = [torch.Generator().manual_seed(5)]
+    alone = sampling.others(model, "neighbour", x[:1], y[5:6] if cond else None, again)
+    assert torch.equal(alone[0], z[5])
+    potential = cem.potential("neighbour", model, z)
+    assert (potential(cem.ascend(potential, x, steps=5, step_size=0.1)) > potential(x)).all()
+
+
+def relabelled(load):
+    def loaded(*args, **options):
+        dataset = load(*args, **options)
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(9))
+        dataset.labels = dataset.labels[order]
+        return dataset
+
+    return loaded
+
+
+def test_no_label_reaches_training_bank_or_unconditional_samples(dual_run, tmp_path, monkeypatch):
+    """Both stages, trained again with permuted labels: the same bits."""
+    results = []
+    for folder, load in (("true", data.load), ("permuted", relabelled(data.load))):
+        monkeypatch.setattr(data, "load", load)
+        first = [*SMALL, "--width", 8, "--out", f"{folder}/first"]
+        train(*first, cwd=tmp_path, name="train_unsup.py")
+        second = [*DAT, "--init", f"{folder}/first/ckpt.pt", "--out", f"{folder}/dual"]
+        train(*second, cwd=tmp_path, name="train_unsup.py")
+        found = {}
+        for stage in ("first", "dual"):
+            model = cem.load(tmp_path / folder / stage / "ckpt.pt")
+            extra = model.extra
+            found |= {(stage, key): value for key, value in model.state_dict().items()}
+            found |= {(stage, "last", k): v for k, v in extra["training"]["model"].items()}
+            found[stage, "bank"] = extra["bank"]["embeddings"]
+            found[stage, "seeds"] = extra["seeds"]["factor"][-1]
+            for name in cem.NON_PARAMETRIC_SAMPLERS:
+                draw = ["--ckpt", f"{folder}/{stage}/ckpt.pt", "--sampler", name, "--n", 5]
+                found[stage, name] = torch.from_numpy(drawn_images(tmp_path, *draw)[0])
+        results.append((found, extra["bank"]["labels"]))
+    (true, labels), (permuted, others) = results
+    assert not torch.equal(labels, others)
+    assert true.keys() == permuted.keys()
+    assert all(torch.equal(value, permuted[key]) for key, value in true.items())
+
+
+def test_a_resumed_second_stage_does_not_need_the_first(unsup_run, tmp_path):
+    (tmp_path / "first.pt").write_bytes((unsup_run / CKPT).read_bytes())
+    options = [*DAT, "--init", "first.pt", "--device", "cpu"]
+    train(*options, "--out", "whole", cwd=tmp_path, name="train_unsup.py")
+    stop = ["--out", "parts", "--max-minutes", 1e-4]
+    train(*options, *stop, cwd=tmp_path, name="train_unsup.py")
+    (tmp_path / "first.pt").unlink()
+    done = train(*options, "--out", "parts", "--resume", cwd=tmp_path, name="train_unsup.py")
+    assert "resuming" in done.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_processes_train_the_second_stage_as_one_does(unsup_run, tmp_path):
+    options = [*DAT, "--init", unsup_run / CKPT, "--ema", 0, "--batch-size", 478]
+    options += ["--precision", "float32", "--device", "cpu"]
+    for n in (1, 2):
+        out = ["--out", f"out{n}"]
+        done = launch(n, "train_unsup.py", *options, *out, cwd=tmp_path, prepare=compute_in_float64)
+        assert done.returncode == 0, done.stderr
+    one, two = (training_of(tmp_path / f"out{n}/ckpt.pt") for n in (1, 2))
+    assert one["step"] == two["step"] == 3
+    for part in ("model", "chains"):
+        for key, value in one[part].items():
+            torch.testing.assert_close(two[part][key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_a_diverged_second_stage_stops(unsup_run, tmp_path):
+    options = [*DAT, "--init", unsup_run / CKPT, "--max-energy-gap", 1e-6]
+    done = script("train_unsup.py", *options, cwd=tmp_path)
+    assert done.returncode == 3 and "energy gap is" in done.stderr
+
+
+def test_stages_begin_from_each_other(unsup_run, dual_run, tmp_path):
+    model = untrained(tmp_path, *SMALL, "--init", dual_run / CKPT, name="train_unsup.py")
+    assert "energy" not in model.config
+    model = untrained(tmp_path, *DAT, "--init", dual_run / CKPT, name="train_unsup.py")
+    for key, value in cem.load(dual_run / CKPT).state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    done = script(
+        "train_unsup.py", *DAT, "--init", unsup_run / CKPT, "--embed-dim", 7, cwd=tmp_path
+    )
+    assert_refused(done, "does not fit: train a new one with --loss at first")
+
+
+def test_a_checkpoint_without_a_bank_is_named(unsup_run, tmp_path):
+    model = cem.load(unsup_run / CKPT)
+    del model.extra["bank"]
+    cem.save(tmp_path / "bare.pt", model, **model.extra)
+    done = script("sample.py", "--ckpt", "bare.pt", "--sampler", "neighbour", cwd=tmp_path)
+    assert_refused(done, "--sampler neighbour needs a bank")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"embeddings": torch.zeros(3, 5)},
+        {"embeddings": torch.full((360, 128), torch.nan)},
+        {"labels": torch.full((360,), 10)},
+        {"labels": torch.zeros(360)},
+        {"labels": None},
+    ],
+)
+def test_a_damaged_bank_is_refused(change, dual_run, tmp_path):
+    model = cem.load(dual_run / CKPT)
+    model.extra["bank"] |= change
+    cem.save(tmp_path / "bad.pt", model, **model.extra)
+    with pytest.raises(cem.CEMError, match="its bank must have embeddings"):
+        schema.load(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shares": torch.ones(5)},
+        {"shares": torch.full((4,), 0.25)},
+        {"shares": torch.tensor([-1.0, 2, 0, 0, 0])},
+        {"shares": None},
+        {"seeds": {}},
+        {"seeds": None},
+        {"more": 1},
+    ],
+)
+def test_damaged_clusters_are_refused(change, dual_run, tmp_path):
+    model = cem.load(dual_run / CKPT)
+    model.extra["clusters"] |= change
+    cem.save(tmp_path / "bad.pt", model, **model.extra)
+    with pytest.raises(cem.CEMError, match="is a damaged checkpoint: .*(clusters|seeds) "):
+        schema.load(tmp_path / "bad.pt")
+
+
+def test_a_resumed_run_keeps_its_bank(unsup_run, tmp_path):
+    """Also where it stops before the next measurement."""
+    options = [*SMALL, "--width", 8, "--epochs", 2, "--eval-every", 1, "--out", "run"]
+    train(*options, cwd=tmp_path, name="train_unsup.py")
+    before = cem.load(tmp_path / "run/ckpt.pt").extra["bank"]
+    more = ["--resume", "--epochs", 3, "--max-minutes", 1e-9]
+    train(*options, *more, cwd=tmp_path, name="train_unsup.py")
+    after = cem.load(tmp_path / "run/ckpt.pt").extra["bank"]
+    assert torch.equal(before["embeddings"], after["embeddings"])
