@@ -99,6 +99,19 @@ def test_encoder_and_classifier_begin_from_each_other(digits_run, unsup_run):
     assert all(torch.equal(v, again.net.fc.state_dict()[k]) for k, v in head.items())
 
 
+def test_a_share_of_the_labels_is_evenly_spaced(tmp_path):
+    write_folder(tmp_path / "set", size=8, per_class=8)
+    whole = data.load(str(tmp_path / "set"), "train")
+    options = "--dataset set --arch resnet18 --width 8 --epochs 1 --batch-size 2 --n-eval 2".split()
+    train(*options, "--share", 0.5, "--seed-rank", 1, cwd=tmp_path)
+    model = cem.load(tmp_path / CKPT)
+    half = whole.images[torch.arange(len(whole) // 2) * 2]
+    assert model.extra["training"]["step"] == len(half) // 2
+    expected = half.flatten(1).float().mean(0) / 255
+    found = model.extra["seeds"]["mean"][-1].float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
 def test_init_refuses_what_does_not_fit(digits_run, tmp_path):
     write_folder(tmp_path / "set", size=8)
     colour = ["--dataset", "set", "--epochs", 1, "--out", "new"]
