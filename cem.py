@@ -718,10 +718,10 @@ class GaussianSeeds:
     def from_state_dict(cls, state: dict, device="cpu") -> GaussianSeeds:
         """The inverse of state_dict."""
         try:
-            tensors = [state[k].to(device) for k in ("mean", "factor", "residual", "channels")]
-            require(all(v.is_floating_point() for v in tensors), "seeds must be floats")
-            mean, factor, residual, channels = (v.float() for v in tensors)
-            return cls(mean, factor, state["shape"], residual, channels)
+            tensors = {k: v.to(device) for k, v in state.items() if k != "shape"}
+            floats = len(tensors) == 4 and all(v.is_floating_point() for v in tensors.values())
+            require(floats, "seeds need four tensors of floats and a shape")
+            return cls(shape=state["shape"], **{k: v.float() for k, v in tensors.items()})
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise CEMError("seeds need mean, factor, residual, channels and shape") from error
 
