@@ -281,10 +281,8 @@ def consistency(logits: Tensor, logits_hat: Tensor, y: Tensor) -> Tensor:
 
 
 def similarity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
-    """f(x_i, x'_j) = z1_i · z2_j / τ, the logits of an NP-CEM. (N, D), (M, D) -> (N, M).
-
-    The candidates x'_j take the place of the classes in all functions above ([CEM] section 3.2).
-    """
+    """The logits f(x_i, x'_j) = z1_i · z2_j / τ of an NP-CEM. (N, D), (M, D) -> (N, M). The x'_j
+    take the place of the classes in all functions above ([CEM] section 3.2)."""
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 is too coarse for cosine / τ
         return z1 @ z2.T / temperature
 
@@ -561,6 +559,7 @@ def log_density(z: Tensor, temperature: float, bank: Tensor | None, log_p: Tenso
 
 
 WITHOUT_Y = ("langevin", "maxent")
+MARGINAL = ("marginal", "maxent-marginal")  # without y where log p(x) is learned
 COUPLED = ("pgd", "maxent", "maxent-marginal")  # U(x_i) depends on the other images of the batch
 NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), τ, z' = g(x'), log p(x)) -> U(x)
     "pgd": lambda z, temperature, positives, _: info_nce(z, positives, temperature, "none"),
@@ -585,9 +584,10 @@ class Potential:
         if self.name not in NON_PARAMETRIC_SAMPLERS:
             formula = (PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS)[self.name]
             return lambda x: formula(model(x), y)
-        formula, learned = NON_PARAMETRIC_SAMPLERS[self.name], "marginal" in self.name and y is None
-        with torch.no_grad():
-            others = model(y) if self.name == "pgd" else y
+        formula = NON_PARAMETRIC_SAMPLERS[self.name]
+        learned = self.name in MARGINAL and y is None
+        with torch.no_grad():  # a copy, as CUDA graphs write the next output in the same place
+            others = model(y).clone() if self.name == "pgd" else y
 
         def potential(x: Tensor) -> Tensor:
             z, _, log_p = model(x, details=True) if learned else (model(x), None, None)
@@ -618,7 +618,7 @@ def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Potential
     fits = not isinstance(model, wrong)
     require(fits, f"potential {name!r} is not defined for a {wrong.__name__}")
     what = "the labels" if labelled else "the positives" if name == "pgd" else "embeddings"
-    without = name in WITHOUT_Y or "marginal" in name and hasattr(model, "energy")
+    without = name in WITHOUT_Y or name in MARGINAL and hasattr(model, "energy")
     require(y is not None or without, f"potential {name!r} needs y, {what}")
     if y is not None and labelled:
         _check_labels(y, getattr(model, "config", {}).get("num_classes", math.inf))

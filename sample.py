@@ -56,8 +56,8 @@ class Options:
         None, f"steps of the ascent ({SETTINGS_HELP} 8)", "ascent", type=cli.integer, least=1
     )
     step_size: Optional[float] = option(
-        None, f"length of a step ({SETTINGS_HELP} all steps together walk 3, or 24 for pgd and "
-        "maxent, on 3x32x32 images, scaled to other sizes)", "ascent", type=cli.number, above=0,
+        None, f"length of a step ({SETTINGS_HELP} all steps together walk 3, or 24 for an "
+        "encoder, on 3x32x32 images, scaled to other sizes)", "ascent", type=cli.number, above=0,
     )  # fmt: skip
     noise: Optional[float] = option(
         None, f"standard deviation of each step's noise ({SETTINGS_HELP} 0.01)", "ascent",

@@ -9,7 +9,6 @@ Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into --out. eval_
 the checkpoint, sample.py draws images from it.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +44,7 @@ class Options(options.TrainOptions):
         "optimisation", choices=list(cem.SUPERVISED_LOSSES),
     )  # fmt: skip
     share: float = option(
-        1.0, "share of the training images, evenly spaced, that is used", "data", above=0, most=1
+        1.0, "share of each class's training images that is used", "data", above=0, most=1
     )
     out: str = option("runs/sup", "folder of the run", "run", metavar="PATH")
     sgld_steps: int = option(20, "SGLD steps on log p(x) per training step", ENERGY, least=1)
@@ -220,7 +219,7 @@ def train(opt: Options) -> None:
     device = pick_device(opt.device)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
     if opt.share < 1:
-        train_set, _ = train_set.hold_out(math.ceil(opt.share * len(train_set)))
+        train_set = train_set.share(opt.share)
     watch = None
     attack = ball(opt)
     if opt.loss == "at" and attack["steps"] == 1 and attack["step_size"] >= opt.eps:

@@ -53,8 +53,8 @@ class Options(options.TrainOptions):
     attack_steps: int = option(5, "PGD steps", "attack", least=1)
     attack_step_size: float = option(0.2, "PGD step size", "attack", above=0)
     clusters: int = option(
-        32, "k-means clusters of --init's features, at whose seeds chains of dat start", ENERGY,
-        least=1,
+        32, "k-means clusters of --init's features, where chains of dat start: Gaussians of half "
+        "the --seed-rank", ENERGY, least=1,
     )  # fmt: skip
     out: str = option("runs/unsup", "folder of the run", "run", metavar="PATH")
     eval_every: int = option(5, "epochs between measurements", "run", least=1)
@@ -159,6 +159,7 @@ def fit_clusters(opt: Options, model: nn.Module, train_set: data.Dataset) -> dic
     """
     everything = torch.arange(len(train_set), device=train_set.images.device)
     features = robustness.features(cem.folded(model), train_set, everything, opt)
+    features = distributed.mean(features)  # the same bits in all processes, hence clusters
     standardisation, linear = model.energy
     if not linear.weight.any():
         standardisation.running_mean.copy_(features.mean(0))

@@ -1,5 +1,6 @@
 """Datasets as uint8 tensors on the device."""
 
+import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -51,6 +52,16 @@ class Dataset:
         parts = [(self.images[rows], self.labels[rows]) for rows in (held_out, ~held_out)]
         first, second = (replace(self, images=images, labels=labels) for images, labels in parts)
         return first, second
+
+    def share(self, part: float) -> "Dataset":
+        """Evenly spaced images of each class, at least two of it."""
+        index = []
+        for k in range(len(self.classes)):
+            rows = (self.labels == k).nonzero()[:, 0]
+            n = min(max(math.ceil(part * len(rows)), 2), len(rows))
+            index.append(rows[torch.arange(n, device=rows.device) * len(rows) // max(n, 1)])
+        index = torch.cat(index).sort().values
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
     def normalisation(self) -> dict[str, Tensor]:
         """Mean and std of each channel, (C,), for pixels in [0, 1], over up to 10,000 images."""

@@ -128,8 +128,7 @@ class GatheredEncoder(nn.Module):
         self.temperature = model.temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        # a copy: the compiled network's output lies where its next call writes (CUDA graphs)
-        return gather_embeddings(self.model(x).clone())
+        return gather_embeddings(self.model(x))
 
 
 class SyncBatchNormCPU(nn.BatchNorm2d):

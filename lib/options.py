@@ -71,7 +71,7 @@ class TrainOptions:
     dat_max_steps: int = option(14, "steps to which dat's chains grow, from 5", ENERGY, least=1)
     dat_step_size: float = option(0.25, "l2 length of a step of dat's chains", ENERGY, above=0)
     keep: float = option(
-        2.0, "weight of the distance from --init's outputs on dat's images", ENERGY, least=0
+        2.0, "weight in dat of the distance from --init's outputs", ENERGY, least=0
     )
     max_energy_gap: float = option(
         100.0, "|E(x_s) - E(x)| above which a run has diverged", ENERGY, above=0

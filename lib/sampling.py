@@ -13,7 +13,8 @@ import cem
 from lib import cli, data, interop, metrics
 
 SEED_RANK = 48  # of the seeds fitted for a third-party checkpoint
-# the l2 distance that all steps together walk on 3x32x32 images, from results/sweep-*.json
+# the l2 distance that all steps together walk on 3x32x32 images, from results/sweep-*.json; of an
+# encoder, from maxent and pgd
 DISPLACEMENT = dict.fromkeys(cem.PARAMETRIC_SAMPLERS, 3.0)
 DISPLACEMENT |= dict.fromkeys(cem.NON_PARAMETRIC_SAMPLERS, 24.0)
 DISPLACEMENT["seeds"] = 0.0
@@ -29,7 +30,7 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
     cli.require(fits, f"--sampler {opt.sampler} does not apply to {path}, {kind}")
     chosen = opt.cond or not opt.classes
     cli.require(chosen or not encoder, "--classes of an encoder need --cond")
-    noise = encoder and opt.cond and opt.start == "noise"
+    noise = encoder and opt.cond and opt.start == "noise" and opt.sampler != "neighbour"
     cli.require(not noise, "--cond of an encoder chooses seeds: leave out --start noise")
     cli.require(
         "third_party" in model.extra or not opt.dataset,
@@ -42,6 +43,7 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
         stored = "training" in model.extra
         cli.require(stored, f"--raw needs the last weights, but {path} stores the average only")
         model.load_state_dict(model.extra["training"]["model"])
+        model.extra.pop("bank", None)  # of the average
     if "third_party" in model.extra:
         cli.require(opt.dataset, f"{path} has no seeds: name the --dataset to fit them to")
         dataset = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
@@ -60,12 +62,11 @@ def others(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, ra
     """
     if sampler == "pgd":
         return x.clone()
-    if sampler == "maxent" or sampler != "neighbour" and hasattr(model, "energy"):
+    if sampler in cem.WITHOUT_Y or sampler in cem.MARGINAL and hasattr(model, "energy"):
         return None
     bank = model.extra.get("bank")
-    cli.require(
-        bool(bank), f"--sampler {sampler} needs a bank: train_unsup.py stores one at its end"
-    )
+    stores = "train_unsup.py stores one with each measurement, for the averaged weights"
+    cli.require(bool(bank), f"--sampler {sampler} needs a bank: {stores}")
     z, labels = bank["embeddings"].float(), bank["labels"]
     if sampler == "neighbour":
         wanted = torch.ones(len(x), len(z)) if y is None else (labels == y[:, None]).float()

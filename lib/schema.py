@@ -69,9 +69,9 @@ def _check_bank(model: nn.Module, extra: dict) -> None:
     z, labels = (extra["bank"].get(name) for name in ("embeddings", "labels"))
     wanted = "its bank must have embeddings (M, D), finite, and labels (M,) of its classes"
     fits = _finite(z) and z.is_floating_point() and isinstance(labels, Tensor)
-    fits = fits and z.shape == (len(labels), model.config.get("embed_dim")) and len(z) > 0
-    _require(fits and labels.dtype == torch.int64 and labels.dim() == 1, wanted)
-    _require(0 <= labels.min() and labels.max() < len(extra.get("classes", [])), wanted)
+    fits = fits and labels.dtype == torch.int64 and labels.dim() == 1 and len(labels) > 0
+    _require(fits and z.shape == (len(labels), model.config.get("embed_dim")), wanted)
+    _require(0 <= labels.min() and labels.max() < len(extra.get("classes") or []), wanted)
 
 
 def _check_clusters(extra: dict) -> None:
@@ -81,7 +81,8 @@ def _check_clusters(extra: dict) -> None:
     found = isinstance(clusters, dict) and clusters.keys() == {"seeds", "shares"}
     _require(found and isinstance(clusters["seeds"], dict), "its clusters need seeds and shares")
     seeds, shares = cem.GaussianSeeds.from_state_dict(clusters["seeds"]), clusters["shares"]
-    fits = _finite(shares) and shares.shape == (seeds.num_classes,) and 0 <= shares.min()
+    fits = _finite(shares) and shares.shape == (seeds.num_classes,) and len(shares) > 0
+    fits = fits and 0 <= shares.min()
     fits = fits and shares.is_floating_point() and abs(shares.sum() - 1) < 1e-3
     _require(bool(fits), f"its clusters need {seeds.num_classes} shares that sum to 1")
     _require(list(seeds.shape) == extra.get("image_shape"), "its clusters have other images' shape")

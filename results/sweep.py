@@ -148,7 +148,7 @@ def main() -> None:
         model.extra["settings"] = model.extra.get("settings", {}) | found
         weights = [v for v in model.state_dict().values() if v.is_floating_point()]
         half = all(v.equal(v.half().to(v.dtype)) for v in weights)  # as it was stored
-        cem.save(opt.save, model, half=half, **model.extra)
+        cem.save(opt.save, model.half() if half else model, **model.extra)
         print(f"wrote {opt.save}")
 
 

@@ -99,6 +99,20 @@ def test_encoder_and_classifier_begin_from_each_other(digits_run, unsup_run):
     assert all(torch.equal(v, again.net.fc.state_dict()[k]) for k, v in head.items())
 
 
+def test_a_share_has_at_least_two_images_of_each_class():
+    digits = data.load("digits", "train")
+    counts = digits.share(0.001).labels.bincount()
+    assert counts.tolist() == [2] * 10
+    tenth = digits.share(0.1)
+    whole = digits.labels.bincount()
+    assert ((tenth.labels.bincount() - 0.1 * whole) < 1).all()
+    assert (tenth.labels.bincount() >= 0.1 * whole).all()
+    positions = [
+        int((digits.images == image).flatten(1).all(1).nonzero()[0]) for image in tenth.images
+    ]
+    assert positions == sorted(positions) and positions[-1] > 0.8 * len(digits)
+
+
 def test_a_share_of_the_labels_is_evenly_spaced(tmp_path):
     write_folder(tmp_path / "set", size=8, per_class=8)
     whole = data.load(str(tmp_path / "set"), "train")

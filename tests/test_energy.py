@@ -305,6 +305,7 @@ def test_a_checkpoint_without_a_bank_is_named(unsup_run, tmp_path):
         {"labels": torch.full((360,), 10)},
         {"labels": torch.zeros(360)},
         {"labels": None},
+        {"labels": torch.tensor(3)},
     ],
 )
 def test_a_damaged_bank_is_refused(change, dual_run, tmp_path):
@@ -322,6 +323,7 @@ def test_a_damaged_bank_is_refused(change, dual_run, tmp_path):
         {"shares": torch.full((4,), 0.25)},
         {"shares": torch.tensor([-1.0, 2, 0, 0, 0])},
         {"shares": None},
+        {"shares": torch.zeros(0)},
         {"seeds": {}},
         {"seeds": None},
         {"more": 1},
@@ -344,3 +346,19 @@ def test_a_resumed_run_keeps_its_bank(unsup_run, tmp_path):
     train(*options, *more, cwd=tmp_path, name="train_unsup.py")
     after = cem.load(tmp_path / "run/ckpt.pt").extra["bank"]
     assert torch.equal(before["embeddings"], after["embeddings"])
+
+
+def test_raw_weights_have_no_bank(dual_run, tmp_path):
+    draw = ["--ckpt", dual_run / CKPT, "--n", 2, "--sampler", "neighbour", "--out", "."]
+    done = script("sample.py", *draw, "--raw", cwd=tmp_path)
+    assert_refused(done, "needs a bank")
+    done = script("sample.py", *draw, "--cond", "--start", "noise", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_too_many_clusters_are_named(unsup_run, tmp_path):
+    options = [*DAT, "--init", unsup_run / CKPT, "--clusters"]
+    done = script("train_unsup.py", *options, 1000, cwd=tmp_path)
+    assert_refused(done, "--clusters 1000 needs at least 2000 training images")
+    done = script("train_unsup.py", *options, 700, cwd=tmp_path)
+    assert_refused(done, "choose fewer --clusters")

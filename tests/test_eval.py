@@ -560,7 +560,9 @@ def test_sweep_writes_every_point_and_the_settings(second, digits_run, unsup_run
     assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * 5 + ["ta"] * 5
     assert {row["norm"] for row in rows} == {"l2", "linf"}
     assert ("E-FD" in rows[0]) == second
-    settings = cem.load(digits_run / "tuned.pt").extra["settings"]
+    tuned, drawn_from = cem.load(digits_run / "tuned.pt").extra, cem.load(digits_run / CKPT).extra
+    assert tuned.keys() == drawn_from.keys() | {"settings"}
+    settings = tuned["settings"]
     assert settings.keys() == {"cs", "ta"}
     chosen = [
         row for row in rows if row["sampler"] == "cs" and settings["cs"].items() <= row.items()
