@@ -406,9 +406,9 @@ def test_shipped_checkpoints_draw_without_dataset_or_network(sampler, tmp_path):
 
 
 def test_shipped_checkpoints_are_small_and_name_no_machine():
-    for name in ("sup", "sup-at", "unsup", "judge"):
+    for name in ("sup", "sup-at", "unsup", "unsup-at", "judge"):
         path = ROOT / "checkpoints" / f"{name}.pt"
-        assert path.stat().st_size < 13e6
+        assert path.stat().st_size < 18e6
         extra = cem.load(path).extra
         assert "training" not in extra and "/" not in extra["dataset"]
         assert not str(extra["options"]["out"]).startswith("/")
