@@ -264,8 +264,8 @@ def log_marginal(logits: Tensor) -> Tensor:
 def log_posterior(logits: Tensor, y: Tensor) -> Tensor:
     """log p(y | x) = f(x, y) - LSE_k f(x, k). (N, K), (N,) -> (N,).
 
-    ∇_θ at x̂ is ∇f(x̂, y) - E ∇f(x̂, ŷ) over ŷ ~ p(y | x̂): adversarial training follows one half of
-    the gradient of the likelihood ([CEM] eq. 10), `consistency` the other.
+    ∇_θ at x̂ is ∇f(x̂, y) - E ∇f(x̂, ŷ) over ŷ ~ p(y | x̂): adversarial training follows this half
+    of the likelihood's gradient ([CEM] eq. 10), `consistency` is the other.
     """
     return log_joint(logits, y) - log_marginal(logits)
 

@@ -302,18 +302,22 @@ def test_dat_without_init_says_what_it_expects(tmp_path):
     assert_refused(done, "--chain-samplers: unknown or twice 'x'")
 
 
-def test_two_processes_train_dat_as_one_does(digits_run, tmp_path):
-    options = [*DAT, "--init", digits_run / CKPT, "--ema", 0, "--batch-size", 478]
-    options += ["--precision", "float32", "--device", "cpu"]
+def assert_two_processes_train_as_one_does(name, *options, cwd):
+    options += ("--ema", 0, "--batch-size", 478, "--precision", "float32", "--device", "cpu")
     for n in (1, 2):
         out = ["--out", f"out{n}"]
-        done = launch(n, "train_sup.py", *options, *out, cwd=tmp_path, prepare=compute_in_float64)
+        done = launch(n, name, *options, *out, cwd=cwd, prepare=compute_in_float64)
         assert done.returncode == 0, done.stderr
-    one, two = (training_of(tmp_path / f"out{n}/ckpt.pt") for n in (1, 2))
+    one, two = (training_of(cwd / f"out{n}/ckpt.pt") for n in (1, 2))
     assert one["step"] == two["step"] == 3
     for part in ("model", "chains"):
         for key, value in one[part].items():
             torch.testing.assert_close(two[part][key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_two_processes_train_dat_as_one_does(digits_run, tmp_path):
+    options = [*DAT, "--init", digits_run / CKPT]
+    assert_two_processes_train_as_one_does("train_sup.py", *options, cwd=tmp_path)
 
 
 def test_a_diverged_second_stage_stops_or_restarts(digits_run, tmp_path):
