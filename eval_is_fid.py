@@ -29,6 +29,8 @@ from lib.device import PRECISIONS, pick_device
 from lib.metrics import FeatureNetwork
 from lib.reference import Reference
 
+# per feature, from which the distance is extrapolated; 50,000 samples are 24 per Inception feature
+LIMIT_SAMPLES = 20
 INPUT = "samples and reference"
 PATH = dict(metavar="PATH")
 
@@ -116,13 +118,23 @@ def judge(
     row = {"samples": name, "n": len(images)}
     if score:
         row[score], row[f"{score} std"] = metrics.inception_score(logits, opt.splits)
-    row[frechet] = reference.frechet(blocks, network.standardised)
+
+    def distance(index) -> float:
+        return reference.frechet([block[index] for block in blocks], network.standardised)
+
+    row[frechet] = distance(slice(None))
+    if len(images) >= 20:
+        row[f"{frechet} std"] = metrics.jackknife(distance, len(images))
+    if len(images) >= LIMIT_SAMPLES * max(block.shape[1] for block in blocks):
+        row[f"{frechet}∞"] = metrics.extrapolate(distance, len(images))
     if reference.features is not None:
         distance = reference.kernel(blocks, network.standardised, network.device)
         row[kernel], row[f"{kernel} std"] = distance
         row |= reference.manifold(blocks, network.standardised)
     if score == "C-IS" and 0 <= labels.min() and labels.max() < logits.shape[1]:
-        row["wanted"] = (logits.argmax(1) == labels).double().mean().item()
+        hits = logits.argmax(1) == labels
+        row["wanted"] = hits.double().mean().item()
+        row["wanted low"], row["wanted high"] = metrics.interval(hits.sum().item(), len(hits))
     rounded = {key: float(f"{value:.6g}") for key, value in row.items() if isinstance(value, float)}
     return row | rounded
 
@@ -153,12 +165,23 @@ class Neighbours:
         return medians, pictures.grid(torch.cat(rows), torch.full((1,), -1))
 
 
+def cell(row: dict, key: str) -> str:
+    """A figure with its error bar: its standard deviation, or its 95 % interval."""
+    text = row.get(key, "")
+    if isinstance(text, float):
+        text = f"{text:.4f}"
+    if f"{key} std" in row:
+        text += f" ± {row[f'{key} std']:.4f}"
+    if f"{key} low" in row:
+        text += f" ({row[f'{key} low']:.4f} to {row[f'{key} high']:.4f})"
+    return str(text)
+
+
 def markdown(rows: list[dict]) -> str:
     header = list(dict.fromkeys(key for row in rows for key in row))
+    header = [key for key in header if not key.endswith((" std", " low", " high"))]
     lines = [header, ["---"] * len(header)]
-    for row in rows:
-        values = [row.get(key, "") for key in header]
-        lines.append([f"{v:.4f}" if isinstance(v, float) else str(v) for v in values])
+    lines += [[cell(row, key) for key in header] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import cem
-from lib import cli, data, distributed, files, interop, robustness
+from lib import cli, data, distributed, files, interop, metrics, robustness
 from lib.cli import option
 from lib.device import PRECISIONS, pick_device, resolve_precision
 
@@ -126,16 +126,22 @@ def report(name: str, path: Path, folder: Path, test_set, opt: Options, result: 
     """Print the result and write it, with its settings, to the file `name` in `folder`."""
     n = min(opt.n or len(test_set), len(test_set))
     print(f"{path} on {n} test images of {test_set.name}, {opt.norm} eps {opt.eps:g}:")
+    intervals = {}
     for key, value in result.items():
         if isinstance(value, dict):
             shown = ", ".join(f"{k} {v:.3f}" for k, v in value.items())
-        else:
+        elif key == "calibration_error":
             shown = f"{value:.2%}"
+        else:  # a share of the test images
+            trials = len(test_set) if key == "knn_accuracy" else n
+            low, high = intervals[key] = metrics.interval(round(value * trials), trials)
+            shown = f"{value:.2%} ({low:.2%} to {high:.2%})"
         print(f"  {key.replace('_', ' ')}: {shown}")
     record = {"command": cli.command(), "ckpt": str(path), "dataset": test_set.name, "n": n}
     for key in ("norm", "eps", "restarts", "precision", "seed"):
         record[key] = getattr(opt, key)
-    cli.write_text(folder / name, json.dumps(record | result, indent=2) + "\n")
+    record |= result | {"intervals": intervals}
+    cli.write_text(folder / name, json.dumps(record, indent=2) + "\n")
     print(f"wrote {folder / name}")
 
 

@@ -1,6 +1,7 @@
 """Feature networks, and the scores IS, FID and KID of their outputs (used by eval_is_fid.py)."""
 
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +9,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -202,16 +204,57 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(0), features.T.cov()
 
 
-def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
-    """‖μ1 - μ2‖² + tr(Σ1 + Σ2 - 2 (Σ1 Σ2)^½) (Heusel et al., 2017), with μ (D,), Σ (D, D).
+def square_root(sigma: Tensor) -> Tensor:
+    """Of a covariance (D, D), which may be rank-deficient."""
+    values, vectors = torch.linalg.eigh(sigma)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
 
-    The last trace comes from the eigenvalues of the symmetric Σ1^½ Σ2 Σ1^½, so that covariances
-    may be rank-deficient, where a matrix square root of Σ1 Σ2 can fail.
+
+def frechet_distance(
+    features: Tensor, mu: Tensor, sigma: Tensor, root: Tensor | None = None
+) -> float:
+    """‖μ - m‖² + tr(Σ + S - 2 (Σ S)^½) (Heusel et al., 2017) between features (N, D), with mean m
+    and covariance S, and a Gaussian with μ (D,), Σ (D, D), float64; root is Σ^½, if known.
+
+    The last trace is that of the roots of X Xᵀ or Xᵀ X, whichever is smaller, for the centred
+    features times Σ^½, X; it exists for rank-deficient covariances, where a square root of Σ S can
+    fail.
     """
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp_min(0).sqrt().sum()
-    return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
+    root = square_root(sigma) if root is None else root
+    centred = features.double() - features.double().mean(0)
+    centred /= (len(features) - 1) ** 0.5
+    x = centred @ root
+    product = x @ x.T if len(x) < len(x.T) else x.T @ x
+    cross = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum()
+    traces = centred.square().sum() + sigma.trace()
+    return ((features.double().mean(0) - mu).square().sum() + traces - 2 * cross).item()
+
+
+def jackknife(statistic: Callable[[Tensor], float], n: int, folds: int = 10) -> float:
+    """The standard error of a statistic of n samples, which it takes by their indices.
+
+    Each fold is left out in turn: √((k-1)/k Σ (θ_i - mean θ)²). A bootstrap's duplicates would make
+    Fréchet distances of few samples far too uncertain; this overestimates by up to a third.
+    """
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    parts = order.tensor_split(folds)
+    without = [torch.cat([*parts[:i], *parts[i + 1 :]]) for i in range(folds)]
+    return (folds - 1) ** 0.5 * np.std([statistic(index) for index in without]).item()
+
+
+def extrapolate(statistic: Callable[[Tensor], float], n: int) -> float:
+    """A Fréchet distance's limit for infinitely many samples (Chong and Forsyth, 2020): the
+    intercept of a line through its values over 1/m, for 15 subsets of m = n/10 to n samples."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = np.linspace(n / 10, n, 15).astype(int)
+    values = [statistic(torch.randperm(n, generator=generator)[:m]) for m in sizes]
+    return np.polynomial.Polynomial.fit(1 / sizes, values, 1)(0).item()
+
+
+def interval(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion of n independent trials (Wilson, 1927)."""
+    low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def kernel(x: Tensor, y: Tensor) -> Tensor:

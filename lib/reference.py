@@ -9,7 +9,13 @@ from torch import Tensor
 
 import cem
 from lib import cli, data, distributed, manifold, metrics
-from lib.metrics import FeatureNetwork, frechet_distance, kernel_distance, statistics
+from lib.metrics import (
+    FeatureNetwork,
+    frechet_distance,
+    kernel_distance,
+    square_root,
+    statistics,
+)
 
 KERNEL_IMAGES = 10_000  # evenly spaced reference images whose features are kept
 
@@ -28,6 +34,7 @@ class Reference:
         self.moments = moments
         self.features = features
         self.scales = [sigma.diagonal().sqrt().clamp_min(1e-6) for _, sigma in moments]
+        self.roots = {}  # of the covariances, for the distances of many sets of samples
 
     @classmethod
     def from_blocks(cls, blocks: list[Tensor]) -> "Reference":
@@ -37,11 +44,14 @@ class Reference:
     def frechet(self, blocks: list[Tensor], standardised: bool) -> float:
         """The mean Fréchet distance over the blocks, each (N, D)."""
         total = 0.0
-        for block, (mu, sigma), scale in zip(blocks, self.moments, self.scales):
+        for i, (block, (mu, sigma)) in enumerate(zip(blocks, self.moments)):
             if standardised:
-                block = (block - mu) / scale
-                mu, sigma = torch.zeros_like(mu), sigma / scale / scale[:, None]
-            total += frechet_distance(*statistics(block), mu, sigma)
+                block = (block - mu) / self.scales[i]
+                mu, sigma = torch.zeros_like(mu), sigma / self.scales[i] / self.scales[i][:, None]
+            if (i, standardised) not in self.roots:
+                self.roots[i, standardised] = square_root(sigma)
+            root = self.roots[i, standardised]
+            total += frechet_distance(block, mu, sigma, root)
         return total / len(blocks)
 
     def joined(self, blocks: list[Tensor], standardised: bool) -> Tensor:

@@ -66,14 +66,32 @@ def gaussian(d, seed, rank=None):
     return torch.randn(d, generator=generator, dtype=torch.float64), a @ a.T
 
 
-def test_frechet_distance_matches_matrix_square_root():
+def rows_of(mu, sigma, n):
+    """Features (n, D) of exactly this mean and covariance."""
+    x = torch.randn(n, len(mu), generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    white = torch.linalg.qr(x - x.mean(0)).Q * (n - 1) ** 0.5
+    return mu + white @ metrics.square_root(sigma)
+
+
+@pytest.mark.parametrize("n", [14, 200])
+def test_frechet_distance_matches_matrix_square_root(n):
     mu1, sigma1 = gaussian(12, 0)
     mu2, sigma2 = gaussian(12, 1)
     root = scipy.linalg.sqrtm((sigma1 @ sigma2).numpy())
     expected = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace()
     expected = expected.item() - 2 * np.trace(root).real
-    distance = metrics.frechet_distance(mu1, sigma1, mu2, sigma2)
+    distance = metrics.frechet_distance(rows_of(mu1, sigma1, n), mu2, sigma2)
     assert distance == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_fewer_samples_than_features():
+    """Where the smaller product is that of the samples."""
+    mu, sigma = gaussian(12, 1)
+    x = torch.randn(7, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    root = scipy.linalg.sqrtm((x.T.cov() @ sigma).numpy())
+    expected = (x.mean(0) - mu).square().sum() + x.T.cov().trace() + sigma.trace()
+    expected = expected.item() - 2 * np.trace(root).real
+    assert metrics.frechet_distance(x, mu, sigma) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_of_rank_deficient_covariances():
@@ -82,10 +100,46 @@ def test_frechet_distance_of_rank_deficient_covariances():
     b = torch.tensor([9.0, 0.0, 16.0, 0.0], dtype=torch.float64)
     zero = torch.zeros(4, dtype=torch.float64)
     expected = (a.sqrt() - b.sqrt()).square().sum().item()
-    distance = metrics.frechet_distance(zero, a.diag(), zero, b.diag())
+    distance = metrics.frechet_distance(rows_of(zero, a.diag(), 20), zero, b.diag())
     assert distance == pytest.approx(expected, abs=1e-6)  # an eigenvalue's error 1e-16 gives 1e-8
     mu, sigma = gaussian(30, 3, rank=5)
-    assert metrics.frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-5)
+    assert metrics.frechet_distance(rows_of(mu, sigma, 50), mu, sigma) == pytest.approx(0, abs=1e-5)
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    """With one sample a fold, it is exactly σ / √n; with ten folds, so on average."""
+    x = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = (x.std() / 200**0.5).item()
+    mean = metrics.jackknife(lambda index: x[index].mean().item(), 200, folds=200)
+    assert mean == pytest.approx(exact, rel=1e-9)
+    generator, squares = torch.Generator().manual_seed(1), []
+    for _ in range(200):
+        x = torch.randn(203, generator=generator, dtype=torch.float64)
+        squares.append(metrics.jackknife(lambda index, x=x: x[index].mean().item(), 203) ** 2)
+    assert np.mean(squares) == pytest.approx(1 / 203, rel=0.1)
+
+
+def test_error_bar_and_limit_of_a_frechet_distance():
+    """Of 40 independent sets: the bar is their spread (or somewhat more), and the limit is the
+    distance of the Gaussians, which the distance itself exceeds by far."""
+    generator = torch.Generator().manual_seed(0)
+    sigma, other = gaussian(16, 0, rank=64)[1], gaussian(16, 1, rank=64)[1]
+    zero = torch.zeros(16, dtype=torch.float64)
+    true = metrics.frechet_distance(rows_of(zero, sigma, 50), zero, other)
+    values, bars, limits = [], [], []
+    for _ in range(40):
+        x = torch.randn(400, 16, generator=generator, dtype=torch.float64)
+        x = x @ metrics.square_root(sigma)
+
+        def distance(index, x=x):
+            return metrics.frechet_distance(x[index], zero, other)
+
+        values.append(distance(slice(None)))
+        bars.append(metrics.jackknife(distance, 400))
+        limits.append(metrics.extrapolate(distance, 400))
+    assert 0.75 < np.mean(bars) / np.std(values) < 1.5
+    bias, left = np.mean(values) - true, np.mean(limits) - true
+    assert bias > 0 and abs(left) < 0.5 * bias + 2 * np.std(limits) / 40**0.5
 
 
 def test_inception_score_matches_definition():
@@ -183,7 +237,34 @@ def test_standardised_distances_do_not_depend_on_scale():
     assert scaled.kernel([x * scale], True, cpu) == expected
 
 
+def test_interval_is_the_hits_that_are_not_improbable():
+    """The ends of Wilson's interval p satisfy |hits / n - p| = 1.96 √(p (1 - p) / n)."""
+    low, high = metrics.interval(83, 100)
+    for p in (low, high):
+        assert abs(0.83 - p) == pytest.approx(1.959964 * (p * (1 - p) / 100) ** 0.5, rel=1e-5)
+    assert low < 0.83 < high
+    assert metrics.interval(0, 50)[0] == 0 and metrics.interval(50, 50)[1] == 1
+
+
 # ----------------------------------------------------------------------------------- the command
+
+
+def test_the_limit_of_the_distance_needs_many_samples_a_feature(digits_run, monkeypatch):
+    """20 for each of the 2 x 64 of the last stage."""
+    network = metrics.Checkpoint(str(digits_run / CKPT), torch.device("cpu"))
+    images = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8)
+    blocks, _ = metrics.extract(network, images, 100, "reference")
+    against = Reference.from_blocks(blocks)
+    options = eval_is_fid.Options(batch_size=100)
+    labels = torch.full((300,), -1)
+
+    def row(n):
+        return eval_is_fid.judge(network, images[:n], labels[:n], against, options, "noise")
+
+    assert "C-FD∞" not in row(300)
+    monkeypatch.setattr(eval_is_fid, "LIMIT_SAMPLES", 1)
+    assert "C-FD∞" not in row(127)
+    assert row(300)["C-FD∞"] < row(300)["C-FD"]  # here the reference itself
 
 
 def test_digits_are_closer_to_digits_than_noise(digits_run):
@@ -209,6 +290,9 @@ def test_digits_are_closer_to_digits_than_noise(digits_run):
     share = (predicted.numpy() == target).mean()
     assert share > 0.3
     assert rows[0]["wanted"] == pytest.approx(share, abs=1.5 / 300)
+    assert rows[0]["wanted low"] < rows[0]["wanted"] < rows[0]["wanted high"]
+    assert 0 < rows[0]["C-FD std"] < rows[0]["C-FD"]
+    assert f"{rows[0]['C-FD']:.4f} ± {rows[0]['C-FD std']:.4f}" in done.stdout
     assert "wanted" not in rows[1]
     assert not {"IS", "FID"} & rows[0].keys()
     assert "| samples | n | C-IS |" in done.stdout
