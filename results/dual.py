@@ -1,4 +1,4 @@
-"""Ablations of dual adversarial training: results/dual-<name>.json and .md.
+"""Ablations of dual adversarial training: results/dual-<name>.json.
 
     python results/dual.py --dataset PATH --init runs/at16/ckpt.pt --name cifar10 \\
         --judges checkpoints/judge.pt runs/judge/ckpt.pt --options "--epochs 1"
@@ -17,10 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+import tables  # noqa: E402
 from losses import call  # noqa: E402
 
 import cem  # noqa: E402
-from lib import cli  # noqa: E402
+from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
 
 VARIANTS = {  # name -> what differs from the recipe
@@ -90,15 +91,6 @@ def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
     return row
 
 
-def table(rows: list[dict]) -> str:
-    columns = [key for key in rows[0] if key != "command"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for row in rows:
-        cells = [f"{row[k]:.1f}" if isinstance(row[k], float) else str(row[k]) for k in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     variants = dict(VARIANTS)
@@ -110,11 +102,10 @@ def main() -> None:
     for variant in opt.variants or variants:
         for seed in (opt.seeds or range(3)) if variant == "recipe" else [0]:
             rows.append(row_of(variant, variants[variant], seed, opt))
-    out = Path("results") / f"dual-{opt.name}"
+    out = Path("results") / f"dual-{opt.name}.json"
     record = {"command": cli.command(), "judges": opt.judges, "rows": rows}
-    cli.write_text(Path(f"{out}.json"), json.dumps(record, indent=1) + "\n")
-    cli.write_text(Path(f"{out}.md"), table(rows))
-    print(f"{table(rows)}wrote {out}.json and {out}.md")
+    cli.write_text(out, json.dumps(record, indent=1) + "\n")
+    print(f"{markdown.table(tables.dual(record))}wrote {out}")
 
 
 if __name__ == "__main__":

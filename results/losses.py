@@ -1,4 +1,4 @@
-"""Train every supervised loss with several seeds and compare: results/losses-<name>.json and .md.
+"""Train every supervised loss with several seeds and compare: results/losses-<name>.json.
 
     python results/losses.py                             # digits: half an hour on two cores
     python results/losses.py --losses st at jeat --seeds 0 --autoattack
@@ -14,16 +14,17 @@ is trained.
 import json
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+import tables  # noqa: E402
+
 import cem  # noqa: E402
-from lib import cli  # noqa: E402
+from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
 
 ATTACKS = ["--attacks", "pgd-20", "pgd-50", "margin", "--restarts", 5]
@@ -110,7 +111,7 @@ def measure(run: Path, judge: Path, opt: Options) -> tuple[dict, list[str]]:
         commands.append(command)
     accuracy, command = attack(run, opt, *ATTACKS)
     commands.append(command)
-    for key in (*ACCURACIES, "calibration_error"):
+    for key in ("n", *ACCURACIES, "calibration_error"):
         figures[key] = accuracy[key]
     for other in ("noise", "constant"):
         figures[f"auroc_{other}"] = accuracy[f"auroc_{other}"]["log_p_x"]
@@ -138,26 +139,6 @@ def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
     return row
 
 
-def table(rows: dict[str, list[dict]]) -> str:
-    """Markdown: one row per loss, mean ± standard deviation over the runs that did not diverge."""
-    finished = {}
-    for loss, runs in rows.items():
-        finished[loss] = [run for run in runs if "diverged" not in run]
-    columns = dict.fromkeys(key for runs in finished.values() for run in runs for key in run)
-    columns.pop("commands", None)
-    lines = ["| | runs | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for loss, runs in finished.items():
-        cells = [f"`{loss}`", f"{len(runs)} of {len(rows[loss])}"]
-        for key in columns:
-            values = [run[key] for run in runs if key in run]
-            cell = f"{statistics.mean(values):.3f}" if values else "–"
-            if len(values) > 1:
-                cell += f" ± {statistics.stdev(values):.3f}"
-            cells.append(cell)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     losses = opt.losses or cem.SUPERVISED_LOSSES
@@ -166,11 +147,10 @@ def main() -> None:
     if not opt.judge:
         train(judge.parent, "st", 100, opt)
     rows = {loss: [row_of(loss, seed, judge, opt) for seed in seeds] for loss in losses}
-    out = Path("results") / f"losses-{opt.name}"
+    out = Path("results") / f"losses-{opt.name}.json"
     record = {"command": cli.command(), "rows": rows}
-    cli.write_text(Path(f"{out}.json"), json.dumps(record, indent=1) + "\n")
-    cli.write_text(Path(f"{out}.md"), table(rows))
-    print(f"{table(rows)}wrote {out}.json and {out}.md")
+    cli.write_text(out, json.dumps(record, indent=1) + "\n")
+    print(f"{markdown.table(tables.losses(record))}wrote {out}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Markdown: tables of figures, and whether the links of a document lead somewhere."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of a table. Its error decides about bold and, if `shown`, is printed after ±."""
+
+    value: float
+    digits: int = 1
+    error: float | None = None
+    shown: bool = True
+    unit: str = ""
+    least: bool = False  # less is better
+    bold: bool = False
+
+    def __str__(self) -> str:
+        text = rounded(self.value, self.digits)
+        text = f"**{text}**" if self.bold else text
+        if self.shown and self.error is not None:
+            text += f" ± {rounded(self.error, self.digits)}"
+        return text + self.unit
+
+
+def rounded(value: float, digits: int) -> str:
+    """Halves are rounded up. Float32 noise is removed first: 60.1499975 is 60.15, and so 60.2."""
+    return str(Decimal(f"{value:.7g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def table(rows: Iterable[dict]) -> str:
+    """A row maps columns to figures, words and whole numbers.
+
+    Bold: the best figure of a column, if it is ahead of the second best by more than twice the
+    error of their difference. A figure without an error is never bold.
+    """
+    rows = list(rows)
+    columns = {name: _with_bold([row[name] for row in rows]) for name in rows[0]}
+    lines = [list(columns), *zip(*columns.values())]
+    lines = ["".join("| " + f"{cell} ".lstrip() for cell in line) + "|\n" for line in lines]
+    return "".join([lines[0], "|---" * len(columns) + "|\n", *lines[1:]])
+
+
+def _with_bold(column: list) -> list:
+    figures = [cell for cell in column if isinstance(cell, Figure)]
+    ranked = sorted(figures, key=lambda f: f.value if f.least else -f.value)[:2]
+    if len(ranked) < 2 or any(figure.error is None for figure in ranked):
+        return column
+    first, second = ranked
+    ahead = abs(first.value - second.value) > 2 * math.hypot(first.error, second.error)
+    return [replace(cell, bold=ahead) if cell is first else cell for cell in column]
+
+
+def broken_links(document: Path) -> list[str]:
+    """Files and headings that a document links to and scripts that it calls, but that do not exist.
+
+    Scripts are looked up in the working directory, which should be the repository's root.
+    """
+    text = document.read_text()
+    scripts = dict.fromkeys(re.findall(r"\bpython (\S+\.py)\b", text))
+    missing = [name for name in scripts if not Path(name).is_file()]
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        path = document.parent / name if name else document
+        there = path.exists() and (not anchor or anchor in _anchors(path))
+        if not there and not re.match("https?:", link):
+            missing.append(link)
+    return missing
+
+
+def _anchors(document: Path) -> set[str]:
+    """The headings of a document, as GitHub names them."""
+    text = re.sub("^```.*?^```", "", document.read_text(), flags=re.M | re.S)
+    headings = re.findall("^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}

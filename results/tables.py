@@ -1,0 +1,239 @@
+"""Rewrite the tables of README.md, results/README.md and bench/README.md from the JSON files.
+
+    python results/tables.py            # in the repository's root, after a JSON file has changed
+    python results/tables.py --check    # writes nothing; also links, scripts, files in results/
+
+A table stands between <!-- table: NAME --> and <!-- end -->. Bold is the best figure of a column,
+if it is ahead of the second best by more than twice the error of their difference. Errors are those
+printed after ± (over seeds or splits, or "NAME std" beside NAME in the JSON) and, of shares of n
+images, binomial. A figure without an error is never bold.
+"""
+
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cem  # noqa: E402
+from lib import cli, markdown  # noqa: E402
+from lib.markdown import Figure, rounded  # noqa: E402
+
+END = "<!-- end -->"
+LEAST = ("C-FD", "c-fd_cs", "c-fd_rcs", "calibration_error")  # less is better
+SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
+    "classifier, ResNet-18, width 32": "ta cs rcs langevin",
+    "its second stage, `--loss dat`": "seeds ta langevin cs rcs",
+    "encoder, ResNet-18, width 32": "seeds pgd maxent",
+    "its second stage, without labels": "seeds pgd marginal maxent",
+}
+
+
+@dataclass
+class Options:
+    check: bool = cli.option(False, "write nothing; fail if a table differs or a link is broken")
+
+
+# --------------------------------------------------------------------------------------- figures
+
+
+def figure(row: dict, key: str, digits: int = 1) -> Figure:
+    return Figure(row[key], digits, row.get(f"{key} std"), least=key in LEAST)
+
+
+def share(row: dict, key: str, unit: str = " %") -> Figure:
+    """In percent, with the binomial standard error of n images."""
+    p, n = row[key], row.get("n")
+    error = 100 * math.sqrt(p * (1 - p) / n) if n else None
+    return Figure(100 * p, error=error, shown=False, unit=unit)
+
+
+def by_sampler(record: dict) -> dict[str, dict]:
+    return {Path(row["samples"]).stem.removeprefix("samples-"): row for row in record["rows"]}
+
+
+# ---------------------------------------------------------------------------------------- tables
+# A function per table: from the content of its JSON files to its rows.
+
+
+def shipped(*records: dict) -> Iterator[dict]:
+    for (label, samplers), accuracy, scores in zip(SHIPPED.items(), records[::2], records[1::2]):
+        pgd = "pgd-20" if "pgd-20" in accuracy else "adversarial_accuracy"  # its only attack
+        row = {"shipped model": label, "clean": share(accuracy, "clean_accuracy")}
+        row["PGD-20"] = share(accuracy, pgd)
+        found = by_sampler(scores)
+        distances = [f"`{name}` {figure(found[name], 'C-FD')}" for name in samplers.split()]
+        yield row | {"C-FD of 1,000 images": ", ".join(distances)}
+
+
+def sup(first: dict, second: dict) -> Iterator[dict]:
+    for name, scores in by_sampler(second).items():
+        row = {"1,000 images": f"[`{name}`](sup-{name}.png)"}
+        row["C-FD, first stage"] = figure(by_sampler(first)[name], "C-FD")
+        row["C-FD"] = figure(scores, "C-FD")
+        row |= {key: figure(scores, key, 2) for key in ("precision", "recall")}
+        yield row | {"wanted": share(scores, "wanted")}
+
+
+def dual(record: dict) -> Iterator[dict]:
+    for run in record["rows"]:
+        seed = f", seed {run['seed']}" if run["seed"] else ""
+        row = {"variant": run["variant"].replace("lambda", "λ") + seed}
+        row |= {key: figure(run, key) for key in ("clean", "PGD-20")}
+        for name in cem.PARAMETRIC_SAMPLERS:
+            judged = [figure(run, f"{name} {i + 1}") for i in range(len(record["judges"]))]
+            row[f"`{name}`"] = ", ".join(map(str, judged))
+        yield row
+
+
+def unsup(record: dict) -> Iterator[dict]:
+    found = by_sampler(record)
+    for name in ("seeds", "pgd", "maxent"):
+        row = {"": f"[`{name}`](unsup-{name}-cond.png)"}
+        for scores, cond in ((found[name], ""), (found[f"{name}-cond"], ", `--cond`")):
+            row[f"C-FD{cond}"] = figure(scores, "C-FD")
+            row[f"C-IS{cond}"] = figure(scores, "C-IS", 2)
+        yield row | {"wanted, `--cond`": share(scores, "wanted")}
+
+
+def digits(first: dict, second: dict) -> Iterator[dict]:
+    first, second = by_sampler(first), by_sampler(second)
+    for name in ("seeds", "pgd", "maxent", "neighbour", "marginal", "maxent-marginal"):
+        row = {"": f"`{name}`", "one Gaussian": figure(first[name], "C-FD")}
+        row["second stage, clusters"] = figure(second[name], "C-FD")
+        row["class-wise (`--cond`)"] = figure(first[f"{name}-cond"], "C-FD")
+        yield row | {"second stage, class-wise": figure(second[f"{name}-cond"], "C-FD")}
+
+
+LOSSES = {  # column -> kind of figure, key, unit or digits
+    "clean": (share, "clean_accuracy", ""),
+    "PGD-20": (share, "pgd-20", ""),
+    "worst": (share, "adversarial_accuracy", ""),
+    "AutoAttack": (share, "autoattack", ""),
+    "ECE": (figure, "calibration_error", 3),
+    "AUROC noise": (figure, "auroc_noise", 3),
+    "AUROC constant": (figure, "auroc_constant", 3),
+    "C-FD `cs`": (figure, "c-fd_cs", 1),
+    "C-FD `rcs`": (figure, "c-fd_rcs", 1),
+}
+
+
+def losses(record: dict) -> Iterator[dict]:
+    """Mean ± standard deviation over the runs that did not diverge."""
+    measured = {key for runs in record["rows"].values() for run in runs for key in run}
+    for loss, runs in record["rows"].items():
+        finished = [run for run in runs if "diverged" not in run]
+        row = {"": f"`{loss}`", "finished": f"{len(finished)} of {len(runs)}"}
+        for column, (kind, key, form) in LOSSES.items():
+            cells = [kind(run, key, form) for run in finished if key in run]
+            if len(cells) > 1:
+                values = [cell.value for cell in cells]
+                mean, spread = statistics.mean(values), statistics.stdev(values)
+                cells = [replace(cells[0], value=mean, error=spread, shown=True)]
+            if key in measured:
+                row[column] = cells[0] if cells else "–"
+        yield row
+
+
+def bench(record: dict, float32: dict) -> Iterator[dict]:
+    ratios = {row["what"]: figure(row, "ratio", 2) for row in float32["rows"]}
+    for run in record["rows"]:
+        ratio, least, most = (rounded(run[key], 2) for key in ("ratio", "lowest", "highest"))
+        row = {"": re.sub("sampler (.+)", r"sampler `\1`", run["what"])}
+        row["ratio"] = f"{ratio} ({least} to {most})"
+        row["images/s"] = figure(run, "images_per_second")
+        row["textbook"] = figure(run, "textbook")
+        row["GFLOP/s"] = figure(run, "GFLOP_per_second", 0)
+        yield row | {"ratio in float32": ratios.get(run["what"], "–")}
+
+
+def cost(record: dict) -> Iterator[dict]:
+    for run in record["rows"]:
+        row = {"images": run["batch_size"], "steps": run["steps"], "width": run["width"]}
+        row["seconds"] = figure(run, "seconds", 3)
+        row["relative time"] = figure(run, "cost", 2)
+        yield row | {"relative arithmetic": figure(run, "arithmetic", 2)}
+
+
+TABLES = {  # document -> marker -> function and its JSON files
+    "README.md": {"shipped": (shipped, *(f"results/{name}.json" for name in (
+        "sup-at-accuracy", "sup-at", "sup-accuracy", "sup",
+        "unsup-probe", "unsup", "unsup-dat-probe", "unsup-dat")))},
+    "results/README.md": {
+        "sup": (sup, "results/sup-at.json", "results/sup.json"),
+        "dual-cifar10": (dual, "results/dual-cifar10.json"),
+        "unsup": (unsup, "results/unsup.json"),
+        "digits-unsup": (digits, "results/digits-unsup.json", "results/digits-unsup-dat.json"),
+        "losses-digits": (losses, "results/losses-digits.json"),
+        "losses-cifar10": (losses, "results/losses-cifar10.json"),
+    },
+    "bench/README.md": {
+        "bench-cpu": (bench, "bench/bench-cpu.json", "bench/bench-cpu-float32.json"),
+        "cost-cpu": (cost, "bench/cost-cpu.json"),
+    },
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- documents
+
+
+def made(name: str, function, *sources: str) -> str:
+    """The table as its JSON files give it. Raises CEMError if they lack a figure."""
+    try:
+        records = [json.loads(Path(source).read_text()) for source in sources]
+        return markdown.table(function(*records))
+    except (ValueError, KeyError) as error:
+        problem = f"table {name} cannot be made from {', '.join(sources)}"
+        raise cem.CEMError(f"{problem}: {type(error).__name__} {error}") from error
+
+
+def rewritten(document: str) -> tuple[str, list[str]]:
+    """The document's text with new tables, and the names of those that differ."""
+    text, differ = Path(document).read_text(), []
+    for name in re.findall("<!-- table: (.*?) -->", text):
+        cli.require(name in TABLES[document], f"{document}: unknown table {name}")
+    for name, source in TABLES[document].items():
+        start = f"<!-- table: {name} -->"
+        cli.require(text.count(start) == 1, f"{document}: table {name} needs one marker {start}")
+        before, rest = text.split(start)
+        old, end, after = rest.partition(END)
+        closed = end != "" and "<!-- table:" not in old
+        cli.require(closed, f"{document}: table {name} is not closed by {END}")
+        new = f"\n\n{made(name, *source)}\n"
+        if new != old:
+            differ.append(name)
+        text = before + start + new + end + after
+    return text, differ
+
+
+def orphans() -> list[str]:
+    """Files in results/ that its README names neither in backticks, as a glob, nor in a link."""
+    found = re.findall(r"`([^`\s]+)`|\]\(([^)\s]+)\)", Path("results/README.md").read_text())
+    names = {"README.md", "*.py"} | {name or link for name, link in found}
+    files = sorted(path.name for path in Path("results").iterdir() if path.is_file())
+    return [file for file in files if not any(fnmatchcase(file, name) for name in names)]
+
+
+def main() -> None:
+    opt = cli.parse(Options, __doc__)
+    problems = []
+    for document, (text, differ) in [(name, rewritten(name)) for name in TABLES]:
+        if differ and not opt.check:
+            cli.write_text(Path(document), text)
+            print(f"{document}: rewrote {', '.join(differ)}")
+        problems += [f"{document}: table {name} differs from its JSON" for name in differ]
+    if opt.check:
+        documents = [*TABLES, "checkpoints/README.md", *sorted(Path("docs").glob("*.md"))]
+        for document in map(Path, documents):
+            problems += [f"{document}: no {name}" for name in markdown.broken_links(document)]
+        problems += [f"results/README.md does not mention {name}" for name in orphans()]
+        cli.require(not problems, "; ".join(problems))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,226 @@
+"""results/tables.py: tables are what their JSON files say; links and files in results/."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tables
+from conftest import ROOT, assert_refused, script
+
+from lib.markdown import Figure, rounded, table
+
+
+def tables_of(folder: Path, *options):
+    return script("results/tables.py", *options, cwd=folder)
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A copy of the documents and JSON files, with empty pictures and scripts."""
+
+    def copy(source, target):
+        if Path(source).suffix in (".md", ".json"):
+            shutil.copy(source, target)
+        else:
+            Path(target).touch()
+
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("results", "bench", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, copy_function=copy, ignore=ignored)
+    (tmp_path / "checkpoints").mkdir()
+    others = [*ROOT.glob("*.py"), *ROOT.glob("*.md"), ROOT / "LICENSE"]
+    for path in [*others, ROOT / "checkpoints/README.md"]:
+        copy(path, tmp_path / path.relative_to(ROOT))
+    return tmp_path
+
+
+def test_the_documents_agree_with_the_json_files():
+    done = tables_of(ROOT, "--check")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+# ---------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize(
+    "file, old, new, named",
+    [
+        ("results/sup.json", "9.25194", "9.35194", ["README.md: table shipped", "table sup "]),
+        ("results/sup-accuracy.json", "0.79369", "0.79469", ["README.md: table shipped"]),
+        ("results/unsup.json", "0.198506", "0.298506", ["results/README.md: table unsup"]),
+        ("results/dual-cifar10.json", "36.9035", "36.8", ["table dual-cifar10"]),
+        ("results/digits-unsup-dat.json", "2.08676", "2.4", ["table digits-unsup"]),
+        ("results/losses-digits.json", "5.13217", "9.13217", ["table losses-digits"]),
+        ("results/losses-cifar10.json", "40.2346", "41", ["table losses-cifar10"]),
+        ("bench/bench-cpu-float32.json", "1.984", "1.884", ["bench/README.md: table bench-cpu"]),
+        ("bench/cost-cpu.json", "0.6678", "0.6", ["bench/README.md: table cost-cpu"]),
+        ("results/README.md", "| 9.3 |", "| 9.2 |", ["results/README.md: table sup"]),
+    ],
+)
+def test_a_changed_figure_is_named_and_rewritten(file, old, new, named, repository):
+    change(repository / file, old, new)
+    done = tables_of(repository, "--check")
+    assert_refused(done, *named)
+    assert done.stderr.count(" differs ") == len(named)
+    assert tables_of(repository).returncode == 0
+    assert tables_of(repository, "--check").returncode == 0
+
+
+def test_rewriting_is_idempotent(repository):
+    change(repository / "results/sup.json", "9.25194", "9.35194")
+    assert "results/README.md: rewrote sup" in tables_of(repository).stdout
+    documents = [repository / name for name in tables.TABLES]
+    before = [(path.read_text(), path.stat().st_mtime_ns) for path in documents]
+    assert tables_of(repository).stdout == ""
+    assert [(path.read_text(), path.stat().st_mtime_ns) for path in documents] == before
+
+
+START = "<!-- table: sup -->"
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (START, "", f"table sup needs one marker {START}"),
+        (START, f"{START}\n{START}", f"table sup needs one marker {START}"),
+        (START, f"<!-- table: mine -->\n<!-- end -->\n{START}", "unknown table mine"),
+        ("<!-- end -->", "", "table sup is not closed by <!-- end -->"),
+    ],
+)
+def test_markers_that_are_missing_or_unclosed(old, new, message, repository):
+    change(repository / "results/README.md", old, new)
+    for options in ([], ["--check"]):
+        assert_refused(tables_of(repository, *options), f"results/README.md: {message}")
+
+
+@pytest.mark.parametrize("new", ['"C-FD of old"', "C-FD"])
+def test_a_json_file_without_a_figure(new, repository):
+    change(repository / "results/sup-at.json", '"C-FD"', new)
+    assert_refused(tables_of(repository), "table shipped", "results/sup-at.json")
+
+
+# ------------------------------------------------------------------------------- figures and bold
+
+
+def test_figures_are_rounded_half_up_after_removing_float32_noise():
+    assert rounded(100 * 0.6014999747276306, 1) == "60.2"
+    assert [rounded(x, 2) for x in (2.985, 0.565, 1e-9, 4)] == ["2.99", "0.57", "0.00", "4.00"]
+
+
+@pytest.mark.parametrize(
+    "first, second, bold",
+    [
+        (Figure(9.0, error=0.3), Figure(8.0, error=0.3), True),  # 1 > 2 x 0.42
+        (Figure(9.0, error=0.4), Figure(8.0, error=0.4), False),  # 1 < 2 x 0.57
+        (Figure(9.0, error=0.0), Figure(9.0, error=0.0), False),
+        (Figure(9.0), Figure(1.0, error=0.1), False),
+        (Figure(9.0, error=0.1), Figure(1.0), False),
+        (Figure(9.0, error=0.1), "–", False),
+    ],
+)
+def test_bold_is_the_best_only_outside_the_errors(first, second, bold):
+    for column in ([first, second], [second, first, Figure(-9.0, error=9.0)]):
+        assert ("**9.0**" in table({"": cell} for cell in column)) == bold
+        assert table({"": cell} for cell in column).count("**") == 2 * bold
+
+
+def test_less_is_better_of_distances():
+    rows = [{"C-FD": 9.25, "C-FD std": 0.2}, {"C-FD": 3.2, "C-FD std": 0.1}]
+    lines = table({"": "x", "C-FD": tables.figure(row, "C-FD")} for row in rows).splitlines()
+    assert lines == ["| | C-FD |", "|---|---|", "| x | 9.3 ± 0.2 |", "| x | **3.2** ± 0.1 |"]
+
+
+def test_shares_of_n_images_have_the_binomial_error(repository):
+    """99.5 against 95.8 % of 1,000 images differ, of 40 they do not."""
+    for n, bold in ((1000, "| **99.5** % |"), (40, "| 99.5 % |")):
+        change(repository / "results/sup.json", '"n": 1000', f'"n": {n}')
+        tables_of(repository)
+        assert bold in (repository / "results/README.md").read_text()
+
+
+def test_errors_are_printed_once_the_json_files_have_them(repository):
+    change(repository / "results/sup.json", '"C-FD": 3.20689', '"C-FD std": 0.2, "C-FD": 3.20689')
+    change(repository / "results/dual-cifar10.json", '"ta 1"', '"ta 1 std": 0.3, "ta 1"')
+    tables_of(repository)
+    assert "`cs` 3.2 ± 0.2, `rcs` 3.9 |" in (repository / "README.md").read_text()
+    text = (repository / "results/README.md").read_text()
+    assert "| 44.9 | 3.2 ± 0.2 |" in text and "| 36.5 ± 0.3, 23.8 |" in text
+
+
+@pytest.mark.parametrize("name", ["losses-digits", "dual-cifar10"])
+def test_losses_and_dual_print_the_table_and_write_the_json_file(name, tmp_path):
+    """From the rows of runs that have ended, which are not repeated."""
+    source = ROOT / f"results/{name}.json"
+    rows = json.loads(source.read_text())["rows"]
+    if name == "losses-digits":
+        runs = {f"{loss}-{i}": run for loss, many in rows.items() for i, run in enumerate(many)}
+        options = ["--judge", "judge.pt", "--losses", *rows]
+    else:
+        runs = {f"{row['variant'].replace(' ', '-')}-{row['seed']}": row for row in rows}
+        options = ["--judges", "judge.pt", "other.pt", "--other-start", "images"]
+    script_name, kind = name.split("-")
+    for run, row in runs.items():
+        folder = tmp_path / f"runs/{script_name}/{kind}-{run}"
+        folder.mkdir(parents=True)
+        (folder / "row.json").write_text(json.dumps(row))
+    done = script(f"results/{script_name}.py", *options, "--name", kind, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed, _, wrote = done.stdout.rpartition("wrote ")
+    assert wrote.strip() == f"results/{name}.json"
+    assert printed in (ROOT / "results/README.md").read_text()
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [f"{name}.json"]
+    assert json.loads((tmp_path / f"results/{name}.json").read_text())["rows"] == rows
+
+
+# ------------------------------------------------------------------------------ links and orphans
+
+
+@pytest.mark.parametrize(
+    "file, old, new, message",
+    [
+        ("README.md", "(results/sup-rcs.png)", "(sup-rcs.png)", "README.md: no sup-rcs.png"),
+        ("results/README.md", "(entropy.png)", "(entropie.png)", "no entropie.png"),
+        ("results/README.md", "(#bfloat16)", "(#float16)", "results/README.md: no #float16"),
+        ("results/README.md", "#the-papers-runs-on-a-gpu", "#x", "no ../README.md#x"),
+        ("README.md", "## The paper's runs", "## Runs", "no ../README.md#the-papers-runs-on-a-gpu"),
+        ("docs/running.md", "(checkpoints.md)", "(none.md)", "docs/running.md: no none.md"),
+        ("docs/checkpoints.md", "python sample.py", "python draw.py", "no draw.py"),
+        ("checkpoints/README.md", "(../results/README.md)", "(../results/x)", "no ../results/x"),
+        (
+            "bench/README.md",
+            "python bench/soak.py",
+            "python soak.py",
+            "bench/README.md: no soak.py",
+        ),
+    ],
+)
+def test_a_broken_link_is_named(file, old, new, message, repository):
+    change(repository / file, old, new)
+    assert_refused(tables_of(repository, "--check"), message)
+
+
+def test_a_missing_picture_is_named(repository):
+    (repository / "results/entropy.png").unlink()
+    assert_refused(tables_of(repository, "--check"), "results/README.md: no entropy.png")
+
+
+def test_comments_in_code_are_no_headings(repository):
+    readme = repository / "README.md"
+    readme.write_text(f"{readme.read_text()}\n[x](#mine)\n\n```\n# mine\n```\n")
+    assert_refused(tables_of(repository, "--check"), "README.md: no #mine")
+
+
+def test_an_orphan_in_results_is_named(repository):
+    (repository / "results/sup-other.png").touch()  # sup-*.png
+    (repository / "results/other.py").touch()
+    assert tables_of(repository, "--check").returncode == 0
+    (repository / "results/losses-digits.md").touch()
+    assert_refused(tables_of(repository, "--check"), "does not mention losses-digits.md")
