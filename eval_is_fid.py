@@ -1,6 +1,7 @@
 """Inception Score, Fréchet distance and kernel distance of samples.
 
     python eval_is_fid.py --samples a.npz b.npz --ref cifar10            # IS, FID and KID
+    python eval_is_fid.py --features dinov2 --weights PATH               # FD- and KD-DINOv2
     python eval_is_fid.py --ref digits --features runs/judge/ckpt.pt     # C-IS, C-FD and C-KD
     python eval_is_fid.py --ref digits --neighbours                      # are they memorised?
     python eval_is_fid.py --ref cifar10 --save-stats cifar10.npz         # for pytorch-fid
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 import cem
-from lib import cli, data, distributed, files, manifold, metrics, pictures, reference
+from lib import cli, data, dinov2, distributed, files, manifold, metrics, pictures, reference
 from lib.cli import option
 from lib.device import PRECISIONS, pick_device
 from lib.metrics import FeatureNetwork
@@ -47,8 +48,10 @@ class Options:
     neighbours: bool = option(
         False, "show the closest training images beside samples; their distance", INPUT
     )
-    features: str = option("inception", "inception, or a checkpoint", "features")
-    weights: str = option("", "FID Inception's weights (default: downloaded)", "features", **PATH)
+    features: str = option("inception", "inception, dinov2, or a checkpoint", "features")
+    weights: str = option(
+        "", "weights of inception (default: downloaded) or dinov2", "features", **PATH
+    )
     preprocess: str = option(
         "torch", "as pytorch-fid; tf1: as torch-fidelity", "features", choices=["torch", "tf1"]
     )
@@ -100,7 +103,8 @@ def warn_about(path: Path, images: Tensor, labels: Tensor, network, opt: Options
     if network.names[0] and labels.unique().numel() > 1 and bool((labels.diff() >= 0).all()):
         score = f"{network.names[0]}, averaged over {opt.splits} consecutive parts"
         cli.warn(f"{path} is sorted by class: {score}, will be too low")
-    needed = 500 if network.standardised else 2048
+    # about the number of features
+    needed = {"FID": 2048, "FD-DINOv2": 1024}.get(network.names[1], 500)
     if len(images) < needed:
         biased = f"below {needed:,}, {network.names[1]} is biased upwards"
         cli.warn(f"{path} has {len(images)} images: {biased}; {network.names[2]} is not")
@@ -252,6 +256,8 @@ def main() -> None:
     check_outputs(samples, opt)
     if opt.features == "inception":
         network = metrics.Inception(opt.weights, device, opt.preprocess, opt.precision)
+    elif opt.features == "dinov2":
+        network = dinov2.DINOv2(opt.weights, device, opt.precision)
     else:
         network = metrics.Checkpoint(opt.features, device, opt.precision)
     against = reference.load_images(opt, network.key)

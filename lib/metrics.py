@@ -21,7 +21,7 @@ from lib.device import autocast, resolve_precision
 
 
 class FeatureNetwork(Protocol):
-    """The interface of Inception and Checkpoint.
+    """The interface of Inception, Checkpoint and dinov2.DINOv2.
 
     names: of its Inception Score, Fréchet distance and kernel distance; "" for none.
     standardised: whether distances divide features by the reference's standard deviations.
@@ -136,7 +136,7 @@ class Checkpoint:
     standardised = True
 
     def __init__(self, path: str, device: torch.device, precision: str = "float32"):
-        wanted = "--features must be inception or a checkpoint"
+        wanted = "--features must be inception, dinov2 or a checkpoint"
         cli.require(Path(path).is_file(), f"{wanted}: {path} not found")
         model = cem.load(path, device)
         encoder = isinstance(model, cem.NonParametricCEM)

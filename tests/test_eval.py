@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -12,12 +13,13 @@ import scipy.linalg
 import sweep
 import torch
 import torch.nn.functional as F
+import torchvision.transforms as T
 from conftest import assert_refused, files, script
 from PIL import Image
 
 import cem
 import eval_is_fid
-from lib import data, manifold, metrics, reference
+from lib import data, dinov2, manifold, metrics, reference
 from lib.reference import Reference
 
 CKPT = "runs/sup/ckpt.pt"
@@ -362,7 +364,7 @@ def test_damaged_files(digits_run, tmp_path):
         assert files(tmp_path) == before
     done = evaluate(tmp_path, "--samples", "good.npz", "--features", "incepton")
     assert done.returncode == 2
-    assert "--features must be inception or a checkpoint" in done.stderr
+    assert "--features must be inception, dinov2 or a checkpoint" in done.stderr
 
 
 # ------------------------------------------------------------------ Inception, on random weights
@@ -505,6 +507,89 @@ def test_weights_of_another_network(inception):
     done = evaluate(inception, "--samples", "a.npz", *options)
     assert done.returncode == 2
     assert "other.pth is not an FID Inception" in done.stderr
+
+
+# --------------------------------------------------------------------- DINOv2, on random weights
+
+
+@pytest.fixture
+def dinov2_folder(tmp_path, monkeypatch):
+    """A folder with images and weights.pth, in the published format but of two narrow layers. timm
+    then builds these in place of its ViT-L/14."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    from timm.models import vision_transformer
+
+    narrow = dict(embed_dim=32, depth=2, num_heads=2, init_values=1.0)
+    build = partial(vision_transformer.vit_large_patch14_dinov2, **narrow)
+    monkeypatch.setattr(vision_transformer, "vit_large_patch14_dinov2", build)
+    torch.manual_seed(0)
+    state = build(img_size=518).state_dict() | {"mask_token": torch.zeros(1, 32)}
+    torch.nn.init.normal_(state["pos_embed"])
+    torch.save(state, tmp_path / "weights.pth")
+    np.savez(tmp_path / "a.npz", arr_0=noise_images(channels=3))
+    np.savez(tmp_path / "b.npz", arr_0=noise_images(40, channels=3) // 2)
+    return tmp_path
+
+
+def test_dinov2_command(dinov2_folder):
+    """The scores are those of the class tokens of images that torchvision resizes."""
+    from timm.models.vision_transformer import vit_large_patch14_dinov2
+
+    state = torch.load(dinov2_folder / "weights.pth", weights_only=True)
+    del state["mask_token"]
+    network = vit_large_patch14_dinov2(img_size=224).eval()
+    network.load_state_dict(state | {"pos_embed": dinov2.resampled(state["pos_embed"])})
+    bicubic = T.Resize((224, 224), T.InterpolationMode.BICUBIC)
+    normalise = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    transform = T.Compose([Image.fromarray, bicubic, T.ToTensor(), normalise])
+    features = []
+    for pixels in (noise_images(channels=3), noise_images(40, channels=3) // 2):
+        with torch.no_grad():
+            tokens = network.forward_features(torch.stack([transform(x) for x in pixels]))
+        features.append(tokens[:, 0].double())
+    options = ["--features", "dinov2", "--weights", "weights.pth", "--batch-size", 16]
+    done = evaluate(dinov2_folder, "--samples", "a.npz", "--ref", "b.npz", *options)
+    (row,) = read_rows(done, dinov2_folder / "metrics.json")
+    assert row["FD-DINOv2"] == pytest.approx(fid(*map(np.asarray, features)), rel=1e-3)
+    kernel, _ = metrics.kernel_distance(*features)
+    assert row["KD-DINOv2"] == pytest.approx(kernel, rel=1e-3)
+    assert list(row)[2:5] == ["FD-DINOv2", "KD-DINOv2", "KD-DINOv2 std"]
+    assert "30 images: below 1,024, FD-DINOv2 is biased" in done.stderr
+
+
+def test_dinov2_positions_lie_at_multiples_of_37_by_16_1():
+    positions = torch.randn(1, 1 + 37**2, 5, generator=torch.Generator().manual_seed(0))
+    centres = 2 * (torch.arange(16) + 0.5) / 16.1 - 1  # of 16.1 patches on [-1, 1]
+    points = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), 2)[None]
+    patches = positions[:, 1:].mT.reshape(1, 5, 37, 37)
+    options = dict(mode="bicubic", padding_mode="border", align_corners=False)
+    expected = F.grid_sample(patches, points, **options).reshape(1, 5, 256).mT
+    resampled = dinov2.resampled(positions)
+    torch.testing.assert_close(resampled[:, 1:], expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(resampled[:, :1], positions[:, :1])
+
+
+def test_dinov2_without_weights_or_timm(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=noise_images())
+    options = ["--samples", "a.npz", "--ref", "a.npz", "--features", "dinov2"]
+    for weights, message in [
+        ([], "--features dinov2 needs --weights PATH, the file of https://"),
+        (["--weights", "missing.pth"], "missing.pth not found: "),
+    ]:
+        assert_refused(evaluate(tmp_path, *options, *weights), message)
+    with mock.patch.dict("sys.modules", {"timm": None, "timm.models": None}):
+        done = evaluate(tmp_path, *options, "--weights", "a.npz")
+    assert_refused(done, "--features dinov2 needs: pip install timm")
+    assert files(tmp_path) == ["a.npz"]
+
+
+def test_dinov2_weights_of_another_network(dinov2_folder):
+    torch.save({"pos_embed": torch.zeros(1, 1370, 8)}, dinov2_folder / "other.pth")
+    (dinov2_folder / "text.pth").write_text("hello")
+    options = ["--samples", "a.npz", "--ref", "b.npz", "--features", "dinov2"]
+    for weights in ("text.pth", "other.pth"):
+        done = evaluate(dinov2_folder, *options, "--weights", weights)
+        assert_refused(done, f"{weights} is not DINOv2's ViT-L/14 (")
 
 
 # --------------------------------------------------------------------------- reference statistics
