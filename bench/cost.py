@@ -1,6 +1,6 @@
 """Seconds of an adversarial training step as a function of batch size, attack steps and width.
 
-    python bench/cost.py                # -> bench/cost-cpu.json and .md, a few minutes on two cores
+    python bench/cost.py                # -> bench/cost-cpu.json, a few minutes on two cores
     torchrun --nproc-per-node 2 bench/cost.py --out bench/cost-2.json    # the batch over processes
 
 Each quantity is halved and doubled while the others stay. Every round times all settings once, so
@@ -34,7 +34,7 @@ BASE = dict(batch_size=64, steps=10, width=32)
 @dataclass
 class Options:
     rounds: int = option(3, "timed rounds, after one for warm-up", least=1)
-    out: str = option("bench/cost-cpu.json", "JSON file; the .md is written beside it", **cli.PATH)
+    out: str = option("bench/cost-cpu.json", "JSON file", **cli.PATH)
     device: str = option("auto", cli.DEVICE)
     precision: str = option("auto", "arithmetic", choices=PRECISIONS)
 
@@ -81,9 +81,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    is_ours = files.json_with("command", "rows")
-    files.check_output(Path(opt.out), is_ours)
-    files.check_output(Path(opt.out).with_suffix(".md"), lambda _: is_ours(Path(opt.out)))
+    files.check_output(Path(opt.out), files.json_with("command", "rows"))
     device = pick_device(opt.device)
     steps = [training_step(setting, opt.precision, device) for setting in settings()]
     rounds = []
@@ -103,8 +101,7 @@ def main() -> None:
         return
     out = Path(opt.out)
     cli.write_text(out, json.dumps(record | {"rows": rows}, indent=1) + "\n")
-    cli.write_text(out.with_suffix(".md"), markdown(rows))
-    print(f"{markdown(rows)}wrote {out} and {out.with_suffix('.md')}")
+    print(f"{markdown(rows)}wrote {out}")
 
 
 if __name__ == "__main__":
