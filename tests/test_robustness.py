@@ -560,6 +560,46 @@ def test_a_third_party_source_is_normalised_as_its_dataset(digits_run, tmp_path)
     assert result["transfer-pgd-10"] == pytest.approx(result["pgd-10"], abs=2 / 60)
 
 
+# ----------------------------------------------------------------------------- results/epsilon.py
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_accuracy_falls_to_zero_with_the_radius_unless_gradients_are_masked(
+    masked, digits_run, tmp_path
+):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / ("masked.pt" if masked else "ckpt.pt"))
+    options = "--attack pgd-10 --n 60 --out curve --ckpt".split()
+    with mock.patch.object(interop, "load", load_masked):
+        done = script("results/epsilon.py", *options, *files(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "curve.json").read_text())
+    accuracy = result["accuracy"]
+    assert accuracy[0] > 0.5 and all(value > 0 for value in accuracy[:-1])
+    assert ("may be masked" in done.stderr) == masked == (accuracy[-1] > 0)
+    if masked:  # 8 is the diagonal of the cube of 64 pixels
+        assert result["radii"] == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 4, 8]
+    else:
+        assert all(b <= a + 0.05 for a, b in zip(accuracy, accuracy[1:]))
+    for value, (low, high) in zip(accuracy, result["interval"], strict=True):
+        assert 0 <= low <= value <= high <= low + 0.27
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert min(picture.size) > 400
+
+
+def test_an_encoder_or_a_figure_of_someone_else_is_refused(digits_run, unsup_run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / "sup.pt")
+    shutil.copy(unsup_run / "runs/unsup/ckpt.pt", tmp_path / "unsup.pt")
+    (tmp_path / "mine.png").write_text("mine")
+    before = files(tmp_path)
+    done = script("results/epsilon.py", "--ckpt", "sup.pt", "--out", "mine", cwd=tmp_path)
+    assert_refused(done, "mine.png exists")
+    done = script("results/epsilon.py", "--ckpt", "unsup.pt", "--out", "curve", cwd=tmp_path)
+    assert_refused(done, "unsup.pt is not a classifier")
+    assert files(tmp_path) == before
+
+
 # ------------------------------------------- calibration, out-of-distribution scores, likelihood
 
 
