@@ -4,6 +4,7 @@
     python eval_robust.py --attacks pgd-50 margin autoattack --restarts 5 --n 1000 --ood svhn
     python eval_robust.py --ckpt runs/unsup/ckpt.pt        # an encoder, through a linear probe
     python eval_robust.py --ckpt Carmon2019.pt --mean 0 --std 1 --norm linf --eps 8/255
+    python eval_robust.py --transfer runs/other/ckpt.pt    # also attacked through another network
 
 Writes accuracy.json, or probe.json for an encoder, beside the checkpoint. Figures are computed in
 float32 on all test images by default.
@@ -46,6 +47,10 @@ class Options:
     restarts: int = option(1, "random starts of each PGD attack", "attack", least=1)
     norm: str = option("l2", "norm of the ball", "attack", choices=["l2", "linf"])
     eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
+    transfer: str = option(
+        "", "attack through this classifier as well, a test for masked gradients",
+        "attack", metavar="PATH",
+    )  # fmt: skip
     ood: list[str] = cli.options(
         str, "out-of-distribution datasets or folders, besides noise and constant", "run"
     )
@@ -57,8 +62,11 @@ class Options:
 
 
 def check(opt: Options) -> None:
+    opt.attacks = opt.attacks or ["pgd-20"]
     for name in opt.attacks:
         cli.require(name in KNOWN, f"--attacks: unknown {name!r}, choose from {', '.join(KNOWN)}")
+    pgd = set(opt.attacks) - {robustness.AUTOATTACK}
+    cli.require(pgd or not opt.transfer, "--transfer needs a PGD attack, such as pgd-20")
 
 
 def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
@@ -75,27 +83,49 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def check_size(model: nn.Module, test_set: data.Dataset) -> None:
+def load_source(opt: Options, model: nn.Module, device: torch.device) -> nn.Module | None:
+    """The classifier of --transfer; None without it."""
+    if not opt.transfer:
+        return None
+    source = interop.load(opt.transfer, device)
+    encoder = any(isinstance(network, cem.NonParametricCEM) for network in (model, source))
+    cli.require(not encoder, "--transfer needs two classifiers, and one of these is an encoder")
+    return source.to(memory_format=torch.channels_last)
+
+
+def check_size(path, model: nn.Module, test_set: data.Dataset) -> None:
     own, given = model.extra.get("image_shape"), list(test_set.images.shape[1:])
-    differs = f"the checkpoint is for images of {own}, {test_set.name} has {given}"
+    differs = f"{path} is for images of {own}, {test_set.name} has {given}"
     cli.require(own in (None, given), f"{differs}: name its --dataset and --image-size")
 
 
-def evaluate_classifier(model: cem.ParametricCEM, test_set: data.Dataset, opt: Options) -> dict:
+def logits_of(path, model: cem.ParametricCEM, test_set: data.Dataset, opt: Options) -> torch.Tensor:
+    """f(x, ·) (N, K) on the chosen images. Raises CEMError if the classifier does not fit them."""
     own = (model.config["in_channels"], model.config["num_classes"])
     given = (test_set.images.shape[1], len(test_set.classes))
-    message = "the checkpoint has {} channels and {} classes".format(*own)
+    message = "{} has {} channels and {} classes".format(path, *own)
     cli.require(own == given, f"{message}, but {test_set.name} has {given[0]} and {given[1]}")
-    others = {}  # loaded first: a misspelt name should not cost an attack
-    for name in ("noise", "constant", *opt.ood):
-        others[name] = robustness.ood_dataset(name, test_set, opt.data_dir, opt.seed)
     chosen = test_set.evenly_spaced(opt.n or len(test_set))
     batches = (test_set.pixels(index) for index in chosen.split(opt.batch_size))
     logits = robustness.logits_of(model, batches, opt.precision)
-    cli.require(bool(logits.isfinite().all()), "the checkpoint's logits are not finite")
-    attacks = opt.attacks or ["pgd-20"]
-    result = robustness.accuracy(model, test_set, attacks, opt, opt.n, opt.restarts)
-    result["calibration_error"] = robustness.calibration_error(logits, test_set.labels[chosen])
+    cli.require(bool(logits.isfinite().all()), f"the logits of {path} are not finite")
+    return logits
+
+
+def evaluate_classifier(path, model, source, test_set: data.Dataset, opt: Options) -> dict:
+    """What accuracy.json contains. source: the classifier of --transfer, or None."""
+    if source is not None:
+        logits_of(opt.transfer, source, test_set, opt)
+    logits = logits_of(path, model, test_set, opt)
+    others = {}  # loaded first: a misspelt name should not cost an attack
+    for name in ("noise", "constant", *opt.ood):
+        others[name] = robustness.ood_dataset(name, test_set, opt.data_dir, opt.seed)
+    result = robustness.accuracy(model, test_set, opt.attacks, opt, opt.n, opt.restarts, source)
+    names = ", ".join(robustness.stronger_transferred(result, len(logits)))
+    if names:
+        cli.warn(f"stronger if transferred: {names}; the gradients of {path} may be masked")
+    labels = test_set.labels[test_set.evenly_spaced(len(logits))]
+    result["calibration_error"] = robustness.calibration_error(logits, labels)
     for name, other in others.items():
         result[f"auroc_{name}"] = robustness.ood_scores(model, logits, other, opt)
     return result
@@ -117,8 +147,7 @@ def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt
     cli.require(finite, "the checkpoint's features are not finite")
     knn = robustness.knn_accuracy(known, train_set.labels, asked, test_set.labels)
     probe = robustness.fit_probe(model, known, train_set.labels)
-    attacks = opt.attacks or ["pgd-20"]
-    result = robustness.accuracy(probe, test_set, attacks, opt, opt.n, opt.restarts)
+    result = robustness.accuracy(probe, test_set, opt.attacks, opt, opt.n, opt.restarts)
     return {"knn_accuracy": knn} | result
 
 
@@ -140,6 +169,8 @@ def report(name: str, path: Path, folder: Path, test_set, opt: Options, result: 
     record = {"command": cli.command(), "ckpt": str(path), "dataset": test_set.name, "n": n}
     for key in ("norm", "eps", "restarts", "precision", "seed"):
         record[key] = getattr(opt, key)
+    if opt.transfer:
+        record["transfer"] = opt.transfer
     record |= result | {"intervals": intervals}
     cli.write_text(folder / name, json.dumps(record, indent=2) + "\n")
     print(f"wrote {folder / name}")
@@ -154,6 +185,7 @@ def main() -> None:
     opt.precision = resolve_precision(device, opt.precision)
     path = Path(opt.ckpt) if opt.ckpt else cli.default_checkpoint("sup")
     model = load(opt, path, device)
+    source = load_source(opt, model, device)
     third_party = "third_party" in model.extra
     folder = cli.output_folder(path, third_party)
     encoder = isinstance(model, cem.NonParametricCEM)
@@ -161,16 +193,19 @@ def main() -> None:
     files.check_output(folder / name, files.json_with("command", "ckpt", "eps"))
     if encoder:
         train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
-        check_size(model, test_set)
+        check_size(path, model, test_set)
         result = evaluate_encoder(model, train_set, test_set, opt)
         report(name, path, folder, test_set, opt, result)
         return
     test_set = data.load(opt.dataset, "test", opt.data_dir, opt.image_size).to(device)
-    check_size(model, test_set)
-    if third_party:
-        train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
-        interop.check_third_party(model, path, train_set)
-    result = evaluate_classifier(model, test_set, opt)
+    for where, network in ((path, model), (opt.transfer, source)):
+        if network is None:
+            continue
+        check_size(where, network, test_set)
+        if "third_party" in network.extra:
+            train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
+            interop.check_third_party(network, where, train_set)
+    result = evaluate_classifier(path, model, source, test_set, opt)
     report(name, path, folder, test_set, opt, result)
 
 

@@ -45,14 +45,17 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, opt) -> Tensor:
     return model(x_adv).argmax(1) == y
 
 
-def withstands(name, model, x: Tensor, y: Tensor, opt, restarts: int, generator) -> Tensor:
-    """Whether each image is still classified correctly after all random restarts -> bool (N,)."""
+def withstands(name, model, x: Tensor, y: Tensor, opt, restarts, generator, source) -> Tensor:
+    """Whether each image is still classified correctly after all random restarts -> bool (N,).
+
+    source: the network whose gradients the attack follows.
+    """
     attack, steps = ATTACKS[name]
     correct = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for _ in range(restarts):
         left = correct.nonzero().squeeze(1)
         if len(left):
-            potential = cem.potential(attack, model, y[left])
+            potential = cem.potential(attack, source, y[left])
             ball = dict(eps=opt.eps, norm=opt.norm, steps=steps)
             x_adv = cem.pgd(potential, x[left], **ball, generator=generator)
             correct[left] = model(x_adv).argmax(1) == y[left]
@@ -61,17 +64,26 @@ def withstands(name, model, x: Tensor, y: Tensor, opt, restarts: int, generator)
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, dataset: data.Dataset, attacks: Sequence[str], opt, n: int = 0, restarts=1
-) -> dict[str, float]:
+    model: nn.Module, dataset: data.Dataset, attacks: Sequence[str], opt, n: int = 0, restarts=1,
+    source: nn.Module | None = None
+) -> dict[str, float]:  # fmt: skip
     """Clean accuracy, accuracy under each attack, and under the worst of them for each image.
 
     Keys: clean_accuracy, the attacks' names, adversarial_accuracy. On n evenly spaced images; 0:
     on all. opt has norm, eps, batch_size, precision and seed.
+    source: another classifier. Each PGD attack is also made with its gradients, under the key
+    transfer-<attack>. Such an image is an adversarial example too: the worst case includes it.
     """
     model = cem.folded(model)
     device = dataset.images.device
-    generator = torch.Generator(device).manual_seed(opt.seed)
-    correct = {name: [] for name in ("clean_accuracy", *attacks)}
+    attempts = {name: (name, model) for name in attacks}  # key -> attack, network of its gradients
+    if source is not None:
+        source = cem.folded(source)
+        pgd = [name for name in attacks if name != AUTOATTACK]
+        attempts |= {f"transfer-{name}": (name, source) for name in pgd}
+    # one each, so that a source changes no other figure
+    generators = {net: torch.Generator(device).manual_seed(opt.seed) for net in (model, source)}
+    correct = {name: [] for name in ("clean_accuracy", *attempts)}
     batches = dataset.evenly_spaced(n or len(dataset)).split(opt.batch_size)
     for index in cli.progress(batches, "evaluating"):
         x, y = dataset.pixels(index), dataset.labels[index]
@@ -79,18 +91,34 @@ def accuracy(
             clean = model(x).argmax(1) == y
             correct["clean_accuracy"].append(clean)
             left = clean.nonzero().squeeze(1)
-            for name in attacks:
+            for key, (name, network) in attempts.items():
                 survived = clean.clone()
                 if len(left) and name == AUTOATTACK:
                     survived[left] = autoattack(model, x[left], y[left], opt)
                 elif len(left):
                     survived[left] = withstands(
-                        name, model, x[left], y[left], opt, restarts, generator
+                        name, model, x[left], y[left], opt, restarts, generators[network], network
                     )
-                correct[name].append(survived)
+                correct[key].append(survived)
     flags = {name: torch.cat(parts) for name, parts in correct.items()}
-    flags["adversarial_accuracy"] = torch.stack([flags[name] for name in attacks]).all(0)
+    flags["adversarial_accuracy"] = torch.stack([flags[name] for name in attempts]).all(0)
     return {name: flag.float().mean().item() for name, flag in flags.items()}
+
+
+def stronger_transferred(result: dict[str, float], n: int) -> list[str]:
+    """The attacks of accuracy(source=...) on n images that are stronger through the source.
+
+    Stronger by two standard errors of the difference between binomial proportions of equal mean.
+    The network's own gradients then hide its adversarial examples (Athalye et al., 2018).
+    """
+    found = []
+    for name in ATTACKS:
+        if f"transfer-{name}" in result:
+            white_box, transferred = result[name], result[f"transfer-{name}"]
+            mean = (white_box + transferred) / 2
+            if white_box - transferred > 2 * math.sqrt(2 * mean * (1 - mean) / n):
+                found.append(name)
+    return found
 
 
 # ------------------------------------------------------ calibration and out-of-distribution scores

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -23,7 +24,7 @@ from test_data import write_folder
 
 import cem
 import train_sup
-from lib import augment, cli, data, distributed, loop, options, robustness
+from lib import augment, cli, data, distributed, interop, loop, options, robustness
 from lib.chains import ReplayBuffer
 
 # ---------------------------------------------------------------------------------------- losses
@@ -457,6 +458,146 @@ def test_the_worst_case_is_taken_image_by_image(model, batch):
         result = robustness.accuracy(model, six, ["pgd-10", "margin"], settings())
     counts = {name: round(6 * value) for name, value in result.items()}
     assert counts == {"clean_accuracy": 6, "pgd-10": 4, "margin": 3, "adversarial_accuracy": 2}
+
+
+@pytest.mark.parametrize("attack, restarts", [("pgd-10", 1), ("margin", 2)])
+def test_transfer_from_the_network_itself_is_the_white_box_attack(attack, restarts, robust_model):
+    test_set = data.load("digits", "test")
+    alone, both = (
+        robustness.accuracy(robust_model, test_set, [attack], settings(), 100, restarts, source)
+        for source in (None, robust_model)
+    )
+    assert both == alone | {f"transfer-{attack}": alone[attack]}
+    assert robustness.stronger_transferred(both, 100) == []
+
+
+def test_attacks_of_an_untrained_network_transfer_badly(robust_model):
+    torch.manual_seed(0)
+    source = cem.ParametricCEM("resnet18", 10, width=8, in_channels=1)
+    test_set, attacks = data.load("digits", "test"), ["pgd-10", "pgd-20"]
+    result = robustness.accuracy(robust_model, test_set, attacks, settings(), 100, source=source)
+    for name in attacks:
+        assert result[f"transfer-{name}"] > result[name] + 0.2
+    least = min(result[name] for name in attacks)
+    assert result["adversarial_accuracy"] <= least
+    assert robustness.stronger_transferred(result, 100) == []
+
+
+@pytest.mark.parametrize("n, found", [(2, []), (50, []), (100, ["margin"])])
+def test_stronger_means_two_standard_errors(n, found):
+    """At a mean of 0.5 and n = 50, two of them are 0.2."""
+    result = {"margin": 0.595, "transfer-margin": 0.405, "pgd-10": 0.4, "transfer-pgd-10": 0.9}
+    assert robustness.stronger_transferred(result, n) == found
+
+
+class Quantised(cem.ParametricCEM):
+    """The same function of the digits, whose pixels have 17 values, but its gradient is 0."""
+
+    def forward(self, x):
+        return super().forward((16 * x).round() / 16)
+
+
+def load_masked(path, *args):
+    """interop.load, with a gradient of 0 for masked.pt."""
+    network = cem.load(path)
+    if Path(path).name == "masked.pt":
+        network.__class__ = Quantised
+    return network
+
+
+def test_masked_gradients_are_reported(digits_run, tmp_path):
+    for name in ("masked.pt", "plain.pt"):
+        shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / name)
+
+    def evaluate(ckpt, source):
+        options = ["--attacks", "pgd-10", "margin", "--n", 100, "--transfer", source]
+        with mock.patch.object(interop, "load", load_masked):
+            done = script("eval_robust.py", "--ckpt", ckpt, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done, json.loads((tmp_path / "accuracy.json").read_text())
+
+    assert evaluate("plain.pt", "masked.pt")[0].stderr == ""
+    done, result = evaluate("masked.pt", "plain.pt")
+    warning = "stronger if transferred: pgd-10, margin; the gradients of masked.pt may be masked"
+    assert done.stderr == f"warning: {warning}\n"
+    assert result["transfer"] == "plain.pt"
+    worst = min(result["transfer-pgd-10"], result["transfer-margin"])
+    assert result["adversarial_accuracy"] <= worst < result["pgd-10"] - 0.2
+    assert f"transfer-pgd-10: {result['transfer-pgd-10']:.2%}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        ("--transfer nowhere.pt", ["nowhere.pt not found"]),
+        ("--transfer other.pt", ["other.pt has 3 channels and 10 classes", "digits has 1 and 10"]),
+        ("--transfer few.pt", ["few.pt has 4 classes and 1 channels", "digits"]),
+        ("--transfer unsup.pt", ["--transfer", "encoder"]),
+        ("--ckpt unsup.pt --transfer sup.pt", ["--transfer", "encoder"]),
+        ("--transfer sup.pt --attacks autoattack", ["--transfer", "PGD"]),
+    ],
+)
+def test_sources_that_do_not_fit_are_refused(arguments, parts, digits_run, unsup_run, tmp_path):
+    shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / "sup.pt")
+    shutil.copy(unsup_run / "runs/unsup/ckpt.pt", tmp_path / "unsup.pt")
+    cem.save(tmp_path / "other.pt", cem.ParametricCEM("resnet18", 10, width=4))
+    few = cem.ParametricCEM("resnet18", 4, width=4, in_channels=1)
+    interop.export(tmp_path / "few.pt", few)  # a third-party checkpoint
+    before = files(tmp_path)
+    options = ["--dataset", "digits", "--ckpt", "sup.pt", *arguments.split()]
+    assert_refused(script("eval_robust.py", *options, cwd=tmp_path), *parts)
+    assert files(tmp_path) == before
+
+
+def test_a_third_party_source_is_normalised_as_its_dataset(digits_run, tmp_path):
+    shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / "sup.pt")
+    interop.export(tmp_path / "plain.pt", cem.load(tmp_path / "sup.pt"))
+    options = "--ckpt sup.pt --transfer plain.pt --attacks pgd-10 --n 60".split()
+    done = script("eval_robust.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "plain.pt has no pixel normalisation" in done.stdout
+    result = json.loads((tmp_path / "accuracy.json").read_text())
+    assert result["transfer-pgd-10"] == pytest.approx(result["pgd-10"], abs=2 / 60)
+
+
+# ----------------------------------------------------------------------------- results/epsilon.py
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_accuracy_falls_to_zero_with_the_radius_unless_gradients_are_masked(
+    masked, digits_run, tmp_path
+):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / ("masked.pt" if masked else "ckpt.pt"))
+    options = "--attack pgd-10 --n 60 --out curve --ckpt".split()
+    with mock.patch.object(interop, "load", load_masked):
+        done = script("results/epsilon.py", *options, *files(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "curve.json").read_text())
+    accuracy = result["accuracy"]
+    assert accuracy[0] > 0.5 and all(value > 0 for value in accuracy[:-1])
+    assert ("may be masked" in done.stderr) == masked == (accuracy[-1] > 0)
+    if masked:  # 8 is the diagonal of the cube of 64 pixels
+        assert result["radii"] == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 4, 8]
+    else:
+        assert all(b <= a + 0.05 for a, b in zip(accuracy, accuracy[1:]))
+    for value, (low, high) in zip(accuracy, result["interval"], strict=True):
+        assert 0 <= low <= value <= high <= low + 0.27
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert min(picture.size) > 400
+
+
+def test_an_encoder_or_a_figure_of_someone_else_is_refused(digits_run, unsup_run, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / "sup.pt")
+    shutil.copy(unsup_run / "runs/unsup/ckpt.pt", tmp_path / "unsup.pt")
+    (tmp_path / "mine.png").write_text("mine")
+    before = files(tmp_path)
+    done = script("results/epsilon.py", "--ckpt", "sup.pt", "--out", "mine", cwd=tmp_path)
+    assert_refused(done, "mine.png exists")
+    done = script("results/epsilon.py", "--ckpt", "unsup.pt", "--out", "curve", cwd=tmp_path)
+    assert_refused(done, "unsup.pt is not a classifier")
+    assert files(tmp_path) == before
 
 
 # ------------------------------------------- calibration, out-of-distribution scores, likelihood

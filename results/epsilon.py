@@ -1,0 +1,114 @@
+"""Plot accuracy under attack over the radius of the ball: results/epsilon.png and .json.
+
+    python results/epsilon.py --ckpt checkpoints/sup.pt --dataset PATH      # needs matplotlib
+
+A large ball contains an adversarial example of every image. The accuracy under an attack that finds
+them falls to 0; where gradients are masked, it stays above or rises (Carlini et al., 2019). Radii
+grow by eps / 2 up to 4 eps and double from there, until the accuracy is 0 or the ball contains all
+images. The band is Wilson's 95 % interval.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from scipy.stats import binomtest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cem  # noqa: E402
+import eval_robust  # noqa: E402
+from lib import cli, data, files, robustness  # noqa: E402
+from lib.device import pick_device  # noqa: E402
+
+
+@dataclass
+class Options:
+    ckpt: str = cli.option("", "classifier checkpoint (default: eval_robust.py's)", **cli.PATH)
+    dataset: str = cli.option("", f"{data.HELP} (default: the checkpoint's)")
+    data_dir: str = cli.option("data", "folder of the downloaded datasets", **cli.PATH)
+    norm: str = cli.option("l2", "norm of the ball", choices=["l2", "linf"])
+    eps: float = cli.option(0.5, "radius of the training; the curve's step is half of it", above=0)
+    attack: str = cli.option("pgd-50", "attack", choices=list(robustness.ATTACKS))
+    n: int = cli.option(1000, "test images, evenly spaced", least=1)
+    out: str = cli.option(
+        "results/epsilon", "PNG and JSON file to write, without suffix", **cli.PATH
+    )
+    device: str = cli.option("auto", cli.DEVICE)
+
+
+def growing(eps: float, most: float) -> Iterator[float]:
+    """Radii from 0 to `most`."""
+    radius = 0.0
+    while radius < most:
+        yield radius
+        radius = radius + eps / 2 if radius < 4 * eps else 2 * radius
+    yield most
+
+
+def curve(model: cem.ParametricCEM, test_set: data.Dataset, opt: Options, settings) -> dict:
+    """Keys: radii, accuracy under the attack and its interval [low, high], in [0, 1]."""
+    pixels = math.prod(test_set.images.shape[1:])
+    n = min(opt.n, len(test_set))
+    rows = {"radii": [], "accuracy": [], "interval": []}
+    for radius in growing(opt.eps, math.sqrt(pixels) if opt.norm == "l2" else 1.0):
+        ball = replace(settings, eps=radius)
+        accuracy = robustness.accuracy(model, test_set, [opt.attack], ball, n)[opt.attack]
+        count = round(accuracy * n)
+        interval = binomtest(count, n).proportion_ci(method="wilson")
+        print(f"{opt.norm} radius {radius:g}: {count / n:.2%}", flush=True)
+        rows["radii"].append(radius)
+        rows["accuracy"].append(count / n)
+        rows["interval"].append([round(bound, 4) for bound in interval])
+        if count == 0:
+            return rows
+    cli.warn("accuracy does not fall to 0, so gradients may be masked")
+    return rows
+
+
+def draw(axes, record: dict, classes: int) -> None:
+    low, high = zip(*record["interval"])
+    axes.fill_between(record["radii"], low, high, alpha=0.3, label="95 % interval")
+    axes.plot(record["radii"], record["accuracy"], marker=".", label=record["attack"])
+    axes.axhline(1 / classes, color="grey", linestyle="--", label="chance")
+    axes.set_xlabel(f"{record['norm']} radius, for pixels in [0, 1]")
+    axes.set_ylabel(f"accuracy on {record['n']} test images")
+    axes.legend()
+
+
+def main() -> None:
+    opt = cli.parse(Options, __doc__)
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
+    device = pick_device(opt.device)
+    png, path = Path(f"{opt.out}.png"), Path(f"{opt.out}.json")
+    is_ours = files.json_with("command", "radii", "accuracy")
+    files.check_output(path, is_ours)
+    files.check_output(png, lambda _: is_ours(path))
+    ckpt = Path(opt.ckpt or cli.default_checkpoint("sup"))
+    settings = eval_robust.Options(dataset=opt.dataset, norm=opt.norm, n=opt.n)
+    model = eval_robust.load(settings, ckpt, device)
+    ours = isinstance(model, cem.ParametricCEM) and "third_party" not in model.extra
+    cli.require(ours, f"{ckpt} is not a classifier of this project")
+    test_set = data.load(settings.dataset, "test", opt.data_dir, settings.image_size).to(device)
+    eval_robust.check_size(ckpt, model, test_set)
+    eval_robust.logits_of(ckpt, model, test_set, settings)
+    record = {"command": cli.command(), "ckpt": str(ckpt), "dataset": test_set.name}
+    record |= {"norm": opt.norm, "attack": opt.attack, "n": min(opt.n, len(test_set))}
+    record |= curve(model, test_set, opt, settings)
+    cli.write_text(path, json.dumps(record) + "\n")
+    figure, axes = plt.subplots()
+    draw(axes, record, len(test_set.classes))
+    cem.write_atomically(
+        png, lambda file: figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    )
+    plt.close(figure)
+    print(f"wrote {png} and {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
