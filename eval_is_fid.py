@@ -128,7 +128,7 @@ def judge(
 
     row[frechet] = distance(slice(None))
     if len(images) >= 20:
-        row[f"{frechet} std"] = metrics.jackknife(distance, len(images))
+        row[f"{frechet} std"] = metrics.jackknife(distance, labels)
     if len(images) >= LIMIT_SAMPLES * max(block.shape[1] for block in blocks):
         row[f"{frechet}∞"] = metrics.extrapolate(distance, len(images))
     if reference.features is not None:

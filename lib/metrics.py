@@ -230,16 +230,18 @@ def frechet_distance(
     return ((features.double().mean(0) - mu).square().sum() + traces - 2 * cross).item()
 
 
-def jackknife(statistic: Callable[[Tensor], float], n: int, folds: int = 10) -> float:
-    """The standard error of a statistic of n samples, which it takes by their indices.
+def jackknife(statistic: Callable[[Tensor], float], labels: Tensor, folds: int = 10) -> float:
+    """The standard error of a statistic of samples, which it takes by their indices.
 
-    Each fold is left out in turn: √((k-1)/k Σ (θ_i - mean θ)²). A bootstrap's duplicates would make
-    Fréchet distances of few samples far too uncertain; this overestimates by up to a third.
+    Each fold is left out in turn: √((k-1)/k Σ (θ_i - mean θ)²). Classes, by the labels (N,), are
+    shared evenly among the folds. A bootstrap's duplicates would make Fréchet distances of few
+    samples far too uncertain; this overestimates by up to a third.
     """
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    parts = order.tensor_split(folds)
-    without = [torch.cat([*parts[:i], *parts[i + 1 :]]) for i in range(folds)]
-    return (folds - 1) ** 0.5 * np.std([statistic(index) for index in without]).item()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = order[labels[order].argsort(stable=True)]
+    fold = torch.arange(len(labels)) % folds
+    without = [statistic(order[fold != i]) for i in range(folds)]
+    return (folds - 1) ** 0.5 * np.std(without).item()
 
 
 def extrapolate(statistic: Callable[[Tensor], float], n: int) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
+from PIL import Image, ImageDraw
 from PIL.Image import Dither
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -70,6 +71,23 @@ def write_grid(path: Path, picture: Tensor) -> None:
     """Write a picture uint8 (C, H, W) as PNG."""
     image = to_pil_image(picture)
     cem.write_atomically(path, lambda file: image.save(file, "PNG"))
+
+
+def write_overview(path: Path, grids: dict[str, Path], columns: int = 4) -> None:
+    """Write several grids as one PNG, each in half its size under its name."""
+    tiles = []
+    for name, file in grids.items():
+        picture = Image.open(file).convert("RGB").reduce(2)
+        tile = Image.new("RGB", (picture.width, picture.height + 16), "white")
+        ImageDraw.Draw(tile).text((2, 2), name, "black")
+        tile.paste(picture, (0, 16))
+        tiles.append(tile)
+    width, height = (max(size) for size in zip(*(tile.size for tile in tiles)))
+    rows = math.ceil(len(tiles) / columns)
+    whole = Image.new("RGB", (width * min(columns, len(tiles)), height * rows), "white")
+    for i, tile in enumerate(tiles):
+        whole.paste(tile, (i % columns * width, i // columns * height))
+    cem.write_atomically(path, lambda file: whole.save(file, "PNG"))
 
 
 FRAMES, COLOURS = 16, 64  # of a GIF: 10 x 10 images of 32 x 32 pixels take less than 2 MB

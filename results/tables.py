@@ -1,4 +1,4 @@
-"""Rewrite the tables of README.md, results/README.md and bench/README.md from the JSON files.
+"""Rewrite the tables of the README files from the JSON files.
 
     python results/tables.py            # in the repository's root, after a JSON file has changed
     python results/tables.py --check    # writes nothing; also links, scripts, files in results/
@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
-from lib import cli, markdown  # noqa: E402
+from lib import cli, markdown, metrics  # noqa: E402
 from lib.markdown import Figure, rounded  # noqa: E402
 
 END = "<!-- end -->"
@@ -32,6 +32,8 @@ SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
     "encoder, ResNet-18, width 32": "seeds pgd maxent",
     "its second stage, without labels": "seeds pgd marginal maxent",
 }
+
+CARDS = ("sup-at.pt", "sup.pt", "unsup-at.pt", "unsup.pt")
 
 
 @dataclass
@@ -69,6 +71,18 @@ def shipped(*records: dict) -> Iterator[dict]:
         found = by_sampler(scores)
         distances = [f"`{name}` {figure(found[name], 'C-FD')}" for name in samplers.split()]
         yield row | {"C-FD of 1,000 images": ", ".join(distances)}
+
+
+def cards(*records: dict) -> Iterator[dict]:
+    """Accuracies with their 95 % intervals, of the checkpoints in CARDS."""
+    for file, found in zip(CARDS, records):
+        pgd = "pgd-20" if "pgd-20" in found else "adversarial_accuracy"
+        row = {"file": f"`{file}`"}
+        for name, key in (("clean", "clean_accuracy"), ("PGD-20", pgd)):
+            ends = metrics.interval(round(found[key] * found["n"]), found["n"])
+            value, low, high = (rounded(100 * p, 1) for p in (found[key], *ends))
+            row[f"{name}, %"] = f"{value} ({low} to {high})"
+        yield row | {"test images": f"{found['n']:,}", "precision": found["precision"]}
 
 
 def sup(first: dict, second: dict) -> Iterator[dict]:
@@ -172,6 +186,8 @@ TABLES = {  # document -> marker -> function and its JSON files
         "losses-digits": (losses, "results/losses-digits.json"),
         "losses-cifar10": (losses, "results/losses-cifar10.json"),
     },
+    "checkpoints/README.md": {"cards": (cards, *(f"results/{name}.json" for name in (
+        "sup-at-accuracy", "sup-accuracy", "unsup-probe", "unsup-dat-probe")))},
     "bench/README.md": {
         "bench-cpu": (bench, "bench/bench-cpu.json", "bench/bench-cpu-float32.json"),
         "cost-cpu": (cost, "bench/cost-cpu.json"),
@@ -228,7 +244,7 @@ def main() -> None:
             print(f"{document}: rewrote {', '.join(differ)}")
         problems += [f"{document}: table {name} differs from its JSON" for name in differ]
     if opt.check:
-        documents = [*TABLES, "checkpoints/README.md", *sorted(Path("docs").glob("*.md"))]
+        documents = [*TABLES, *sorted(Path("docs").glob("*.md"))]
         for document in map(Path, documents):
             problems += [f"{document}: no {name}" for name in markdown.broken_links(document)]
         problems += [f"results/README.md does not mention {name}" for name in orphans()]

@@ -11,6 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, with a core for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

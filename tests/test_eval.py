@@ -112,13 +112,24 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     """With one sample a fold, it is exactly σ / √n; with ten folds, so on average."""
     x = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = (x.std() / 200**0.5).item()
-    mean = metrics.jackknife(lambda index: x[index].mean().item(), 200, folds=200)
+    one = torch.zeros(203)
+    mean = metrics.jackknife(lambda index: x[index].mean().item(), one[:200], folds=200)
     assert mean == pytest.approx(exact, rel=1e-9)
     generator, squares = torch.Generator().manual_seed(1), []
     for _ in range(200):
         x = torch.randn(203, generator=generator, dtype=torch.float64)
-        squares.append(metrics.jackknife(lambda index, x=x: x[index].mean().item(), 203) ** 2)
+        squares.append(metrics.jackknife(lambda index, x=x: x[index].mean().item(), one) ** 2)
     assert np.mean(squares) == pytest.approx(1 / 203, rel=0.1)
+
+
+def test_jackknife_keeps_the_shares_of_classes():
+    """Samples of each class in equal numbers: the error of the mean is that within classes."""
+    generator, y = torch.Generator().manual_seed(0), torch.arange(500) % 5
+    squares = []
+    for _ in range(100):
+        x = 100 * y + torch.randn(500, generator=generator, dtype=torch.float64)
+        squares.append(metrics.jackknife(lambda index, x=x: x[index].mean().item(), y) ** 2)
+    assert np.mean(squares) == pytest.approx(1 / 500, rel=0.15)
 
 
 def test_error_bar_and_limit_of_a_frechet_distance():
@@ -137,7 +148,7 @@ def test_error_bar_and_limit_of_a_frechet_distance():
             return metrics.frechet_distance(x[index], zero, other)
 
         values.append(distance(slice(None)))
-        bars.append(metrics.jackknife(distance, 400))
+        bars.append(metrics.jackknife(distance, torch.zeros(400)))
         limits.append(metrics.extrapolate(distance, 400))
     assert 0.75 < np.mean(bars) / np.std(values) < 1.5
     bias, left = np.mean(values) - true, np.mean(limits) - true

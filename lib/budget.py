@@ -1,0 +1,97 @@
+"""What reproduce.py trains and draws in a given time: a plan from a measured minute of each."""
+
+import re
+import time
+from pathlib import Path
+
+import torch
+
+import cem
+from lib import cli, data, distributed, files
+from lib.parts import call
+
+JUDGE = "--arch resnet18 --width 16 --lr 0.2 --schedule onecycle --ema 0.99"
+FAST = (
+    "--arch resnet18 --width {} --attack fgsm --optimizer muon --lr 0.2 --weight-decay 0.002 "
+    "--schedule onecycle --ema 0.995"
+)
+FAST_UNSUP = (
+    "--arch resnet18 --width {} --batch-size 128 --lr 0.1 --schedule onecycle --ema 0.998 "
+    "--temperature 0.2 --attack-steps 2 --attack-step-size 0.3"
+)
+WIDTHS = (16, 32, 64)
+# of classifier and encoder, from small to large; the last are the paper's
+NETWORKS = [(FAST.format(width), FAST_UNSUP.format(width)) for width in WIDTHS] + [("", "")]
+LEAST_EPOCHS = 10  # of a classifier; where the time is too short for them, it is a smaller one
+# of the time, for each training, and its epochs at most; what is left is for samples and scores
+SHARES = {"judge": 0.06, "sup": 0.34, "dat": 0.16, "unsup": 0.26}
+EPOCHS = {"judge": 8, "sup": 150, "dat": 3, "unsup": 200}
+GROWTH = {"dat": 1.5}  # its chains lengthen after the measured minute
+MARGIN = 0.85  # of its share, what a training is planned to take
+
+
+def seconds(budget: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd])", budget)
+    cli.require(found and float(found[1]) > 0, f"--budget {budget!r} is no time: 90m, 6h or 2d")
+    return float(found[1]) * {"m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def agreed(value: float) -> float:
+    """The mean over torchrun's processes, which have to decide alike."""
+    return distributed.mean(torch.tensor(value, dtype=torch.float64)).item()
+
+
+def measured(job, model: str, options: str, minutes: float, first_stage=None):
+    """Train for a few minutes -> the checkpoint and the training images per second."""
+    words = job.training(model, options, first_stage)
+    run = job.folder / "measured" / f"{model}-{len(list(job.folder.glob('measured/*')))}"
+    distributed.barrier()  # all have counted
+    call(*words, "--out", run, "--max-minutes", minutes, *job.parts.common)
+    extra = cem.load(run / "ckpt.pt").extra
+    training, batch = extra["training"], extra["options"]["batch_size"]
+    rate = agreed(training["step"] * batch / training["seconds"])
+    return run / "ckpt.pt", rate / GROWTH.get(model, 1)
+
+
+def sampling_rate(job, ckpt: Path) -> float:
+    """Images per second of the longest ascent."""
+    words = ["--ckpt", ckpt, "--sampler", "rcs", "--steps", 20, "--out", ckpt.parent]
+    call("sample.py", *words, *job.parts.common)
+    distributed.barrier()  # the first process has written them
+    return files.read_json(ckpt.with_name("samples-rcs.json"))["images_per_second"]
+
+
+def shortened(job, rows: int) -> dict:
+    """The plan that fits --budget, with so many rows of samples.
+
+    Of the NETWORKS, the largest classifier that can be trained for LEAST_EPOCHS.
+    """
+    begin, total = time.monotonic(), seconds(job.opt.budget)
+    images = len(data.load(job.opt.dataset, "train", job.opt.data_dir))
+    minutes = min(total / 3600, 1)
+    options, rates = {"judge": JUDGE, "dat": ""}, {}
+    for sup, unsup in NETWORKS:
+        trial, rate = measured(job, "sup", sup, minutes)
+        enough = SHARES["sup"] * total * rate / images >= LEAST_EPOCHS
+        if enough or not rates:
+            first_stage, rates["sup"] = trial, rate
+            options |= {"sup": sup, "unsup": unsup}
+        if not enough:
+            break
+    second_stage, rates["dat"] = measured(job, "dat", "", minutes, first_stage)
+    for model in ("judge", "unsup"):
+        _, rates[model] = measured(job, model, options[model], minutes)
+    drawn = agreed(sampling_rate(job, second_stage))
+    left = agreed(total - (time.monotonic() - begin))
+    plan = {"options": {}, "minutes": {}}
+    for model, rate in rates.items():
+        epochs = min(MARGIN * SHARES[model] * left * rate / images, EPOCHS[model])
+        whole = max(int(epochs), 1)
+        share = f" --share {epochs:.3f}" if epochs < 1 else ""
+        short = f"--budget {job.opt.budget} is too short for an epoch of the encoder"
+        cli.require(model != "unsup" or epochs >= 1, short)
+        plan["options"][model] = f"{options[model]} --epochs {whole}{share}".strip()
+        plan["minutes"][model] = round(min(epochs, whole) * images / rate / 60, 1)
+    n = (1 - sum(SHARES.values())) / 2 * left / rows * drawn  # the other half is for scores
+    n = min(max(int(n) // 100 * 100, 100), 50_000)
+    return plan | {"n": n, "n_eval": 0 if n >= 10_000 else 1000}

@@ -1,0 +1,68 @@
+"""The paper's table, and ours beside it (used by reproduce.py and results/tables.py)."""
+
+import itertools
+import math
+
+from lib.markdown import Figure
+
+FIGURES = {  # row -> IS and FID on CIFAR-10, 50,000 samples
+    "sup-ta": (9.26, 56.72),
+    "sup-langevin": (9.65, 63.34),
+    "sup-cs": (9.77, 56.26),
+    "sup-rcs": (9.80, 55.91),
+    "unsup-pgd": (5.35, 74.27),
+    "unsup-maxent": (8.24, 41.80),
+    "unsup-pgd-cond": (5.85, 68.54),
+    "unsup-maxent-cond": (8.68, 36.44),
+    "unsup50-pgd": (5.24, 141.54),
+    "unsup50-maxent": (9.57, 44.86),
+    "unsup50-pgd-cond": (5.37, 137.68),
+    "unsup50-maxent-cond": (9.61, 40.25),
+}
+PUBLISHED = "inception-6726825d"  # with these weights IS and FID are called so
+
+
+def split(row: str) -> tuple[str, str, bool]:
+    """A row's model and sampler, and whether its seeds are those of classes."""
+    model, _, sampler = row.partition("-")
+    return model, sampler.removesuffix("-cond"), sampler.endswith("-cond")
+
+
+def order(figures: dict[str, dict], distance: str) -> str:
+    """Whether the samplers of a model have the paper's order, in pairs with the same seeds. A gap
+    below twice its standard error decides nothing."""
+    counts = {"agree": 0, "disagree": 0, "are within the error bars": 0}
+    for a, b in itertools.combinations([row for row in figures if row in FIGURES], 2):
+        if split(a)[::2] != split(b)[::2]:
+            continue
+        gap = figures[a][distance] - figures[b][distance]
+        bar = 2 * math.hypot(figures[a][f"{distance} std"], figures[b][f"{distance} std"])
+        same = gap * (FIGURES[a][1] - FIGURES[b][1]) > 0
+        decided = "agree" if same else "disagree"
+        counts[decided if abs(gap) > bar else "are within the error bars"] += 1
+    listed = ", ".join(f"{n} {what}" for what, n in counts.items())
+    return f"Order of the samplers by {distance}, pairs against the paper's order by FID: {listed}."
+
+
+def cells(row: str, found: dict) -> dict:
+    """A line of the table, from the figures of eval_is_fid.py and, for IS, the `network` of it."""
+    line = {"row": f"`{row}`"}
+    paper = FIGURES.get(row)
+    if "FID" in found:
+        published = found["network"].startswith(PUBLISHED)
+        by = "" if published else f" by {found['network']}"
+        line[f"IS{by}"] = Figure(found["IS"], 2, found["IS std"])
+        line[f"FID{by}"] = Figure(found["FID"], 2, found["FID std"], least=True)
+        if published:
+            line["FID - paper's"] = f"{found['FID'] - paper[1]:+.2f}" if paper else "–"
+    for name, figure in zip(("paper's IS", "paper's FID"), paper or (None, None)):
+        line[name] = f"{figure:.2f}" if figure else "–"
+    line["C-IS"] = Figure(found["C-IS"], 2, found["C-IS std"])
+    line["C-FD"] = Figure(found["C-FD"], 1, found["C-FD std"], least=True)
+    for name in ("precision", "recall"):
+        line[name] = Figure(found[name], 2)
+    line["wanted, %"] = "–"
+    if "wanted" in found:
+        shares = [100 * found[f"wanted{end}"] for end in ("", " low", " high")]
+        line["wanted, %"] = "{:.1f} ({:.1f} to {:.1f})".format(*shares)
+    return line

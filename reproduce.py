@@ -1,0 +1,262 @@
+"""The paper's table from one command: trains what is missing, draws images, scores them.
+
+    python reproduce.py                                     # digits, minutes on a laptop
+    python reproduce.py --dataset cifar10 --budget 6h       # shortened to fit; 90m, 2d
+    python reproduce.py --dataset cifar10 --full            # the paper's recipe, on GPUs
+    python reproduce.py --rows sup-cs,unsup-maxent-cond     # a part of it
+
+Writes table.md, table.json and grids.png into --out. Killed at any moment, the same command goes
+on; finished parts are reused where their options agree.
+"""
+
+import json
+import shlex
+import shutil
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import cem
+from lib import budget, cli, data, distributed, files, metrics, paper, pictures
+from lib.cli import option
+from lib.device import pick_device
+from lib.markdown import table
+from lib.parts import Parts
+
+SAMPLERS = {  # of each model: a classifier, its second stage, an encoder, a larger encoder
+    "sup": ["seeds", *cem.PARAMETRIC_SAMPLERS],
+    "dat": list(cem.PARAMETRIC_SAMPLERS),
+    "unsup": ["seeds", *cem.NON_PARAMETRIC_SAMPLERS, "pgd-cond", "maxent-cond"],
+    "unsup50": ["pgd", "maxent", "pgd-cond", "maxent-cond"],  # with --full only
+}
+RECIPES = {  # what each training adds to its script's defaults
+    "judge": "--loss st --seed 100", "sup": "", "dat": "--loss dat", "unsup": "",
+    "unsup50": "--arch resnet50",
+}  # fmt: skip
+ROWS = [f"{model}-{sampler}" for model in SAMPLERS for sampler in SAMPLERS[model]]
+
+
+@dataclass
+class Options:
+    dataset: str = option("digits", data.HELP)
+    data_dir: str = option("data", "folder of the downloaded datasets", **cli.PATH)
+    budget: str = option("", "time for all of it, such as 90m, 6h or 2d")
+    full: bool = option(False, "the paper's recipe")
+    rows: str = option("", "rows of the table, such as sup-cs,unsup-maxent-cond (default: all)")
+    weights: str = option("", "FID Inception's weights (default: downloaded on a GPU)", **cli.PATH)
+    out: str = option("runs/reproduce", "folder of runs, samples and table", "run", **cli.PATH)
+    device: str = option("auto", cli.DEVICE, "run")
+    quiet: bool = option(False, cli.QUIET, "run")
+
+
+def wanted_rows(opt: Options) -> list[str]:
+    known = [row for row in ROWS if opt.full or not row.startswith("unsup50")]
+    rows = [name.strip() for name in opt.rows.split(",") if name.strip()]
+    for row in rows:
+        cli.require(row in known, f"--rows: unknown {row!r}, choose from {', '.join(known)}")
+    return [row for row in known if row in (rows or known)]
+
+
+# ----------------------------------------------------------------------------------------- parts
+
+
+def digest(words: list) -> str:
+    return sha256(shlex.join(map(str, words)).encode()).hexdigest()[:8]
+
+
+class Reproduction:
+    """The trainings, samples and scores for the rows of the table.
+
+    plan: the further options of each training, the number n of samples of a row, n_eval of test
+    images under attack (0: all), and whether Inception scores them.
+    """
+
+    def __init__(self, opt: Options, plan: dict):
+        self.opt, self.plan, self.folder = opt, plan, Path(opt.out)
+        common = ["--device", opt.device] + ["--quiet"] * opt.quiet
+        self.parts = Parts(self.folder / "done.json", common)
+        self.data = ["--dataset", opt.dataset, "--data-dir", opt.data_dir]
+
+    def training(self, model: str, options=None, first_stage: Path | None = None) -> list[str]:
+        """The script that trains a model and its options (default: the plan's), without --out."""
+        script = "train_unsup.py" if model.startswith("unsup") else "train_sup.py"
+        options = self.plan["options"].get(model, "") if options is None else options
+        words = [script, *self.data, *shlex.split(f"{RECIPES[model]} {options}")]
+        if model == "dat":
+            words += ["--init", str(first_stage or self.train("sup"))]
+        return words
+
+    def train(self, model: str) -> Path:
+        """The model's checkpoint, in a folder of its own for each choice of options."""
+        words = self.training(model)
+        run = self.folder / f"{model}-{digest(words)}"
+        return self.parts.run(run / "ckpt.pt", *words, "--out", run, "--resume")
+
+    def accuracy(self, model: str) -> dict:
+        ckpt = self.train(model)
+        product = ckpt.with_name("probe.json" if model.startswith("unsup") else "accuracy.json")
+        words = ["--ckpt", ckpt, *self.data, "--n", self.plan["n_eval"]]
+        return json.loads(self.parts.run(product, "eval_robust.py", *words, alone=True).read_text())
+
+    def draw(self, row: str) -> Path:
+        """The samples of a row, .npz."""
+        model, sampler, cond = paper.split(row)
+        ckpt, n = self.train(model), self.plan["n"]
+        folder = ckpt.with_name(f"samples-{n}")
+        words = ["--ckpt", ckpt, "--sampler", sampler, *["--cond"] * cond]
+        words += ["--n", n, "--out", folder]
+        product = folder / f"samples-{sampler}{'-cond' * cond}.npz"
+        return self.parts.run(product, "sample.py", *words)
+
+    def scores(self, rows: list[str]) -> dict[str, dict]:
+        """Row -> its figures by the judge and, if the plan has it, by Inception."""
+        figures = {row: {} for row in rows}
+        words = ["--samples", *map(self.draw, rows), "--ref", self.opt.dataset]
+        words += ["--data-dir", self.opt.data_dir, "--features"]
+        networks = [[self.train("judge")]]
+        if self.plan["inception"]:
+            weights = ["--weights", self.opt.weights] if self.opt.weights else []
+            networks.append(["inception", *weights])
+        for network in networks:
+            out = self.folder / f"scores-{digest(words + network)}.json"
+            self.parts.run(out, "eval_is_fid.py", *words, *network, "--out", out)
+            found = json.loads(out.read_text())
+            for row, scores in zip(rows, found["rows"]):
+                figures[row] |= scores | {"network": found["network"]}
+        return figures
+
+
+# ------------------------------------------------------------------------------------------ plan
+
+
+def make_plan(job: Reproduction) -> dict:
+    """The plan of these options: that of an earlier call, or a new one."""
+    opt, path = job.opt, job.folder / "plan.json"
+    wanted = {"dataset": opt.dataset, "budget": opt.budget, "full": opt.full}
+    wanted |= {"processes": distributed.world_size(), "weights": opt.weights}
+    stored = files.read_json(path)
+    if isinstance(stored, dict) and stored.get("for") == wanted:
+        return stored
+    first = distributed.rank() == 0
+    inception = use_inception(opt)
+    if opt.budget:
+        if first:
+            shutil.rmtree(job.folder / "measured", ignore_errors=True)
+        distributed.barrier()
+        plan = budget.shortened(job, sum(not row.startswith("unsup50") for row in ROWS))
+    else:
+        judge = f"{budget.JUDGE} --epochs 8" if opt.full else ""
+        plan = {"options": {"judge": judge}, "n": 50_000 if opt.full else 1000, "n_eval": 0}
+    plan |= {"for": wanted, "inception": inception}
+    if first:
+        shutil.rmtree(job.folder / "measured", ignore_errors=True)
+        cli.write_text(path, json.dumps(plan, indent=1) + "\n")
+    distributed.barrier()
+    return files.read_json(path)
+
+
+def use_inception(opt: Options) -> bool:
+    """Whether IS and FID are computed: with --weights or --full, else on a GPU if they download."""
+    if opt.dataset == "digits" and not opt.weights:
+        return False
+    on_gpu = pick_device(opt.device).type == "cuda"
+    try:
+        if opt.weights or opt.full or on_gpu:
+            metrics.inception_weights(opt.weights)
+            return True
+    except cem.CEMError as error:
+        if opt.weights or opt.full:
+            raise
+        cli.warn(f"{error}: C-IS and C-FD only")
+    return False
+
+
+def announce(job: Reproduction, models: list[str]) -> None:
+    plan = job.plan
+    for model in ["judge", *models]:
+        minutes = plan.get("minutes", {}).get(model)
+        taking = "" if minutes is None else f", {minutes:g} minutes"
+        options = " ".join([RECIPES[model], plan["options"].get(model, "")]).strip()
+        print(f"{model}: {options or 'defaults'}{taking}")
+    networks = "Inception and the judge" if plan["inception"] else "the judge"
+    print(f"samples: {plan['n']:,} a row, scored by {networks}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------- table
+
+
+def text(job: Reproduction, accuracies: dict, figures: dict) -> str:
+    """table.md."""
+    lines = [f"# {job.opt.dataset}, {job.plan['n']:,} samples a row", ""]
+    for model, found in accuracies.items():
+        shown = []
+        for name in ("knn_accuracy", "clean_accuracy", "pgd-20"):
+            if name in found:
+                percent = [100 * p for p in (found[name], *found["intervals"][name])]
+                name = name.removesuffix("_accuracy")
+                shown.append("{} {:.1f} % ({:.1f} to {:.1f})".format(name, *percent))
+        lines.append(f"- `{model}`, {found['n']:,} test images: {', '.join(shown)}.")
+        lines.append(f"  `python {shlex.join(job.training(model))}`")
+    lines += ["", table(paper.cells(row, found) for row, found in figures.items())]
+    for distance in ("FID", "C-FD"):
+        if all(distance in found for found in figures.values()):
+            lines += [paper.order(figures, distance), ""]
+    if not job.opt.full:
+        cut = f"the options of each training above and {job.plan['n']:,} of 50,000 samples a row"
+        lines.append(f"What differs from the paper's recipe on CIFAR-10 (`--full`): {cut}.")
+    return "\n".join(lines) + "\n"
+
+
+def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
+    """table.md, table.json and grids.png; -> the content of the first."""
+    content = {"command": cli.command(), "plan": job.plan, "seconds": job.parts.seconds}
+    content |= {"accuracies": accuracies, "rows": figures}
+    shown = text(job, accuracies, figures)
+    grids = {row: job.draw(row).with_suffix(".png") for row in figures}
+    if distributed.rank() == 0:
+        cli.write_text(job.folder / "table.json", json.dumps(content, indent=1) + "\n")
+        cli.write_text(job.folder / "table.md", shown)
+        pictures.write_overview(job.folder / "grids.png", grids)
+    return shown
+
+
+def check(opt: Options) -> None:
+    digits = opt.dataset == "digits"
+    cli.require(not (opt.budget and opt.full), "--budget shortens what --full runs: choose one")
+    cli.require(
+        not digits or not (opt.budget or opt.full), "digits take minutes: leave out --budget"
+    )
+    named = digits or opt.budget or opt.full
+    cli.require(named, f"--dataset {opt.dataset} needs a --budget such as 6h, or --full")
+    if opt.budget:
+        budget.seconds(opt.budget)
+    folder = Path(opt.out)
+    files.make_folder(folder)
+    files.lock(folder, f"another process is at work in {folder}: name another --out")
+    is_ours = files.json_with("command", "plan", "rows")
+    files.check_output(folder / "done.json", files.json_with("seconds"))
+    files.check_output(folder / "plan.json", files.json_with("for", "options"))
+    files.check_output(folder / "table.json", is_ours)
+    for name in ("table.md", "grids.png"):
+        files.check_output(folder / name, lambda _: is_ours(folder / "table.json"))
+
+
+def main() -> None:
+    opt = cli.parse(Options, __doc__)
+    rows = wanted_rows(opt)
+    check(opt)
+    pick_device(opt.device)
+    job = Reproduction(opt, {})
+    job.plan = make_plan(job)
+    models = list(dict.fromkeys(paper.split(row)[0] for row in rows))
+    announce(job, models)
+    accuracies, figures = {}, {}
+    for model in models:
+        accuracies[model] = job.accuracy(model)
+        figures |= job.scores([row for row in rows if paper.split(row)[0] == model])
+        shown = write(job, accuracies, figures)
+    print(f"\n{shown}\nwrote table.md, table.json and grids.png in {job.folder}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,229 @@
+"""The paper's table from one command: its plan, its parts, what it compares."""
+
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import assert_refused, files, script
+from test_scripts import write_folder
+from test_survival import ForkedScript, launch
+
+import cem
+import reproduce
+from lib import budget, paper
+
+SMALL = "--arch resnet18 --width 8 --epochs 1 --ema 0.5 --seed-rank 4"
+COMMAND = "--dataset set --budget 1m --rows sup-cs,unsup-maxent".split()
+OUT = Path("runs/reproduce")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small dataset, and a plan of it."""
+    write_folder(tmp_path / "set", per_class=12)
+    write_plan(tmp_path)
+    return tmp_path
+
+
+def write_plan(folder, processes=1, **options):
+    plan = {"options": dict.fromkeys(("judge", "sup", "unsup"), SMALL) | options, "n": 20}
+    plan |= {"n_eval": 0, "inception": False, "for": {"dataset": "set", "budget": "1m"}}
+    plan["for"] |= {"full": False, "processes": processes, "weights": ""}
+    (folder / OUT).mkdir(parents=True, exist_ok=True)
+    (folder / OUT / "plan.json").write_text(json.dumps(plan))
+
+
+def table_of(folder) -> list:
+    names = [file for file in files(folder / OUT) if file.endswith((".npz", "grids.png"))]
+    return [(folder / OUT / name).read_bytes() for name in ("table.md", *names)]
+
+
+# ---------------------------------------------------------------------------------- the whole thing
+
+
+@pytest.mark.slow
+def test_killed_at_five_moments_it_ends_with_the_same_table(folder, tmp_path_factory):
+    whole = tmp_path_factory.mktemp("whole")
+    write_folder(whole / "set", per_class=12)
+    write_plan(whole)
+    done = ForkedScript("reproduce.py", *COMMAND, cwd=whole).wait()
+    assert done.returncode == 0, done.stderr
+    finished = folder / OUT / "done.json"
+
+    def parts():
+        return len(json.loads(finished.read_text())["seconds"]) if finished.exists() else 0
+
+    moments = [lambda: list(folder.glob(f"{OUT}/sup-*/ckpt.pt"))]
+    moments += [lambda n=n: parts() >= n for n in (1, 3, 5, 8)]
+    for moment in moments:
+        process = ForkedScript("reproduce.py", *COMMAND, cwd=folder)
+        process.wait_for(moment)
+        process.send(signal.SIGKILL)
+        assert process.wait().returncode == -signal.SIGKILL
+    done = ForkedScript("reproduce.py", *COMMAND, cwd=folder).wait()
+    assert done.returncode == 0, done.stderr
+    assert "\npython train_sup.py" not in done.stdout  # finished before
+    assert table_of(folder) == table_of(whole)
+
+
+@pytest.mark.slow
+def test_parts_are_reused_where_their_options_agree(folder):
+    done = script("reproduce.py", *COMMAND, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    first = json.loads((folder / OUT / "table.json").read_text())
+    assert list(first["rows"]) == ["sup-cs", "unsup-maxent"]
+    assert "C-FD" in first["rows"]["sup-cs"] and "FID" not in first["rows"]["sup-cs"]
+    done = script("reproduce.py", *COMMAND, cwd=folder)
+    assert done.returncode == 0 and "\npython " not in done.stdout
+    write_plan(folder, sup=f"{SMALL} --seed 1")
+    done = script("reproduce.py", *COMMAND, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    for name, again in (("train_sup", True), ("sample.py", True), ("train_unsup", False)):
+        assert (f"\npython {name}" in done.stdout) == again
+    second = json.loads((folder / OUT / "table.json").read_text())
+    assert second["rows"]["unsup-maxent"] == first["rows"]["unsup-maxent"]
+    assert second["rows"]["sup-cs"] != first["rows"]["sup-cs"]
+
+
+@pytest.mark.slow
+def test_two_processes(folder):
+    small = f"{SMALL} --batch-size 8"
+    write_plan(folder, processes=2, sup=small, judge=small, unsup=small)
+    done = launch(2, "reproduce.py", *COMMAND, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\npython train_sup.py") == 2  # of the first process: sup and judge
+    assert list(json.loads((folder / OUT / "table.json").read_text())["rows"]) == [
+        "sup-cs", "unsup-maxent",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+
+@pytest.fixture
+def plan(monkeypatch, tmp_path):
+    """plan(budget, speed): the plan on a machine that trains `speed` images of 50,000 a second with
+    width 16, and as slower as networks are wider."""
+    calls = []
+
+    def make(time, speed):
+        def measured(job, model, options, minutes, first_stage=None):
+            calls.append((model, minutes))
+            width = int(options.partition("--width ")[2].split()[0]) if "--width" in options else 64
+            if model == "dat":
+                width = first_stage
+            return width, speed * 16 / width / (1 if options or model == "dat" else 10)
+
+        monkeypatch.setattr(budget, "measured", measured)
+        monkeypatch.setattr(budget, "sampling_rate", lambda job, ckpt: speed / 20)
+        monkeypatch.setattr(budget.data, "load", lambda *_: range(50_000))
+        opt = SimpleNamespace(budget=time, dataset="set", data_dir="data")
+        calls.clear()
+        return budget.shortened(SimpleNamespace(opt=opt, folder=tmp_path), 17), list(calls)
+
+    return make
+
+
+def value_of(options: str, name: str) -> float:
+    return float(options.split(f"--{name} ")[1].split()[0])
+
+
+@pytest.mark.parametrize("time, speed", [("60m", 500), ("60m", 2000), ("6h", 2000), ("25m", 8000)])
+def test_a_plan_fills_the_time_and_no_more(plan, time, speed):
+    made, calls = plan(time, speed)
+    total = budget.seconds(time) / 60
+    assert max(minutes for _, minutes in calls) <= min(total / 60, 1)
+    drawing = 17 * made["n"] / (speed / 20) / 60
+    assert 0.5 * total < sum(made["minutes"].values()) + drawing < 0.95 * total
+    for model, minutes in made["minutes"].items():
+        assert minutes <= budget.SHARES[model] * total
+        assert value_of(made["options"][model], "epochs") <= budget.EPOCHS[model]
+
+
+def test_the_network_grows_with_the_time(plan):
+    def width(time):
+        options = plan(time, 2000)[0]["options"]
+        assert ("--width" in options["sup"]) == ("--width" in options["unsup"])
+        return value_of(options["sup"], "width") if "--width" in options["sup"] else "the paper's"
+
+    assert [width(time) for time in ("20m", "45m", "2h", "2d")] == [16, 32, 64, "the paper's"]
+
+
+def test_less_than_an_epoch_is_a_share_of_the_images(plan):
+    made, _ = plan("20m", 300)
+    assert 0 < value_of(made["options"]["dat"], "share") < 1
+    assert value_of(made["options"]["dat"], "epochs") == 1
+    with pytest.raises(cem.CEMError, match="too short for an epoch of the encoder"):
+        plan("5m", 300)
+
+
+def test_budgets():
+    times = [budget.seconds(text) for text in ("90m", "6h", "1.5d")]
+    assert times == [5400, 21600, 129600]
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    "options, part",
+    [
+        ("--dataset cifar10", "needs a --budget"),
+        ("--budget 6h", "leave out --budget"),
+        ("--dataset cifar10 --budget 6h --full", "choose one"),
+        ("--dataset cifar10 --budget 0h", "90m, 6h or 2d"),
+        ("--dataset cifar10 --budget six", "90m, 6h or 2d"),
+        ("--rows sup-cs,sup-nothing", "unknown 'sup-nothing'"),
+        ("--rows unsup50-pgd", "unknown 'unsup50-pgd'"),  # with --full only
+        ("--weights missing.pth", "missing.pth not found"),
+    ],
+)
+def test_errors(tmp_path, options, part):
+    assert_refused(script("reproduce.py", *options.split(), cwd=tmp_path), part)
+    assert files(tmp_path) == []
+
+
+def test_files_of_the_users_stay(tmp_path):
+    (tmp_path / OUT).mkdir(parents=True)
+    for name in ("table.md", "table.json", "plan.json", "done.json", "grids.png"):
+        path = tmp_path / OUT / name
+        path.write_text("mine")
+        assert_refused(script("reproduce.py", cwd=tmp_path), name)
+        assert path.read_text() == "mine"
+        path.unlink()
+
+
+# ------------------------------------------------------------------------------------------ table
+
+
+def test_every_row_of_the_paper_has_a_sampler():
+    assert set(paper.FIGURES) <= set(reproduce.ROWS)
+    for row in reproduce.ROWS:
+        model, sampler, cond = paper.split(row)
+        kind = cem.NON_PARAMETRIC_SAMPLERS if model.startswith("unsup") else cem.PARAMETRIC_SAMPLERS
+        assert sampler in [*kind, "seeds"] and (not cond or kind is cem.NON_PARAMETRIC_SAMPLERS)
+
+
+def test_order_counts_pairs_of_one_model_beyond_the_error_bars():
+    """The paper: rcs < cs < ta < langevin, of unsup maxent < pgd, with either kind of seeds."""
+    distances = {"sup-rcs": 1, "sup-cs": 1.5, "sup-ta": 9, "sup-langevin": 5, "sup-seeds": 90}
+    distances |= {"unsup-pgd": 20, "unsup-maxent": 9, "unsup-maxent-cond": 30}
+    found = {row: {"FID": value, "FID std": 0.3} for row, value in distances.items()}
+    text = paper.order(found, "FID")
+    # rcs and cs lie within 2 x 0.42; langevin before ta is the wrong way round
+    assert text.endswith("5 agree, 1 disagree, 1 are within the error bars.")
+
+
+FOUND = {"IS": 9.5, "IS std": 0.1, "FID": 50.0, "FID std": 0.5, "C-IS": 9.0, "C-IS std": 0.1}
+FOUND |= {"C-FD": 3.0, "C-FD std": 0.2, "precision": 0.5, "recall": 0.25}
+
+
+def test_only_published_weights_give_a_fid():
+    line = paper.cells("sup-cs", FOUND | {"network": "inception-6726825d-torch-float32"})
+    assert str(line["FID"]) == "50.00 ± 0.50" and line["FID - paper's"] == "-6.26"
+    assert line["paper's FID"] == "56.26"
+    line = paper.cells("sup-cs", FOUND | {"network": "inception-00c0ffee-torch-float32"})
+    assert not {"FID", "IS", "FID - paper's"} & line.keys()
+    assert str(line["FID by inception-00c0ffee-torch-float32"]) == "50.00 ± 0.50"
