@@ -30,7 +30,7 @@ from lib.device import PRECISIONS, pick_device
 from lib.metrics import FeatureNetwork
 from lib.reference import Reference
 
-# per feature, from which the distance is extrapolated; 50,000 samples are 24 per Inception feature
+# samples per feature needed to extrapolate a distance; of Inception's features 41,000
 LIMIT_SAMPLES = 20
 INPUT = "samples and reference"
 PATH = dict(metavar="PATH")
@@ -132,8 +132,8 @@ def judge(
     if len(images) >= LIMIT_SAMPLES * max(block.shape[1] for block in blocks):
         row[f"{frechet}∞"] = metrics.extrapolate(distance, len(images))
     if reference.features is not None:
-        distance = reference.kernel(blocks, network.standardised, network.device)
-        row[kernel], row[f"{kernel} std"] = distance
+        mmd = reference.kernel(blocks, network.standardised, network.device)
+        row[kernel], row[f"{kernel} std"] = mmd
         row |= reference.manifold(blocks, network.standardised)
     if score == "C-IS" and 0 <= labels.min() and labels.max() < logits.shape[1]:
         hits = logits.argmax(1) == labels

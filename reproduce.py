@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import torch
+
 import cem
 from lib import budget, cli, data, distributed, files, metrics, paper, pictures
 from lib.cli import option
@@ -44,6 +46,7 @@ class Options:
     full: bool = option(False, "the paper's recipe")
     rows: str = option("", "rows of the table, such as sup-cs,unsup-maxent-cond (default: all)")
     weights: str = option("", "FID Inception's weights (default: downloaded on a GPU)", **cli.PATH)
+    image_size: int = option(0, data.IMAGE_SIZE, least=0)
     out: str = option("runs/reproduce", "folder of runs, samples and table", "run", **cli.PATH)
     device: str = option("auto", cli.DEVICE, "run")
     quiet: bool = option(False, cli.QUIET, "run")
@@ -60,28 +63,53 @@ def wanted_rows(opt: Options) -> list[str]:
 # ----------------------------------------------------------------------------------------- parts
 
 
-def digest(words: list) -> str:
-    return sha256(shlex.join(map(str, words)).encode()).hexdigest()[:8]
-
-
 class Reproduction:
     """The trainings, samples and scores for the rows of the table.
 
-    plan: the further options of each training, the number n of samples of a row, n_eval of test
-    images under attack (0: all), and whether Inception scores them.
+    plan: the further options of each training, the number n of samples of a row, and n_eval of
+    test images under attack (0: all). inception: whether it scores the samples.
     """
 
-    def __init__(self, opt: Options, plan: dict):
-        self.opt, self.plan, self.folder = opt, plan, Path(opt.out)
+    def __init__(self, opt: Options, inception: bool):
+        self.opt, self.inception, self.folder = opt, inception, Path(opt.out)
         common = ["--device", opt.device] + ["--quiet"] * opt.quiet
         self.parts = Parts(self.folder / "done.json", common)
         self.data = ["--dataset", opt.dataset, "--data-dir", opt.data_dir]
+        self.data += ["--image-size", opt.image_size] * bool(opt.image_size)
+        key = [opt.dataset, opt.image_size, opt.budget, opt.full, distributed.world_size()]
+        self.plan_file = self.folder / f"plan-{self.digest(key)}.json"
+        self.measured = self.folder / f"measured-{self.digest(key)}"
+        self.plan = self.make_plan()
+
+    @staticmethod
+    def digest(words: list) -> str:
+        return sha256(shlex.join(map(str, words)).encode()).hexdigest()[:8]
+
+    def make_plan(self) -> dict:
+        """That of an earlier call with these options, or a new one."""
+        plan = files.read_json(self.plan_file)
+        if not distributed.any_process(plan is None, torch.device("cpu")):
+            return plan
+        if self.opt.budget:
+            if distributed.rank() == 0:
+                shutil.rmtree(self.measured, ignore_errors=True)  # of a call that was killed
+            distributed.barrier()
+            plan = budget.shortened(self, sum(not row.startswith("unsup50") for row in ROWS))
+        else:
+            judge = f"{budget.JUDGE} --epochs 8" if self.opt.full else ""
+            n = 50_000 if self.opt.full else 1000
+            plan = {"options": {"judge": judge}, "n": n, "n_eval": 0}
+        distributed.barrier()
+        if distributed.rank() == 0:
+            shutil.rmtree(self.measured, ignore_errors=True)
+            cli.write_text(self.plan_file, json.dumps(plan, indent=1) + "\n")
+        return plan
 
     def training(self, model: str, options=None, first_stage: Path | None = None) -> list[str]:
         """The script that trains a model and its options (default: the plan's), without --out."""
         script = "train_unsup.py" if model.startswith("unsup") else "train_sup.py"
         options = self.plan["options"].get(model, "") if options is None else options
-        words = [script, *self.data, *shlex.split(f"{RECIPES[model]} {options}")]
+        words = [script, *map(str, self.data), *shlex.split(f"{RECIPES[model]} {options}")]
         if model == "dat":
             words += ["--init", str(first_stage or self.train("sup"))]
         return words
@@ -89,8 +117,9 @@ class Reproduction:
     def train(self, model: str) -> Path:
         """The model's checkpoint, in a folder of its own for each choice of options."""
         words = self.training(model)
-        run = self.folder / f"{model}-{digest(words)}"
-        return self.parts.run(run / "ckpt.pt", *words, "--out", run, "--resume")
+        run = self.folder / f"{model}-{self.digest(words)}"
+        more = ["--out", run, "--resume", "--on-diverge", "restart"]
+        return self.parts.run(run / "ckpt.pt", *words, *more)
 
     def accuracy(self, model: str) -> dict:
         ckpt = self.train(model)
@@ -111,59 +140,30 @@ class Reproduction:
     def scores(self, rows: list[str]) -> dict[str, dict]:
         """Row -> its figures by the judge and, if the plan has it, by Inception."""
         figures = {row: {} for row in rows}
-        words = ["--samples", *map(self.draw, rows), "--ref", self.opt.dataset]
-        words += ["--data-dir", self.opt.data_dir, "--features"]
+        words = ["--samples", *map(self.draw, rows), "--ref", *self.data[1:], "--features"]
         networks = [[self.train("judge")]]
-        if self.plan["inception"]:
+        if self.inception:
             weights = ["--weights", self.opt.weights] if self.opt.weights else []
             networks.append(["inception", *weights])
         for network in networks:
-            out = self.folder / f"scores-{digest(words + network)}.json"
+            out = self.folder / f"scores-{self.digest(words + network)}.json"
             self.parts.run(out, "eval_is_fid.py", *words, *network, "--out", out)
             found = json.loads(out.read_text())
+            name = "judge" if "C-FD" in found["rows"][0] else "inception"
             for row, scores in zip(rows, found["rows"]):
-                figures[row] |= scores | {"network": found["network"]}
+                # precision and recall remain the judge's
+                figures[row] = scores | figures[row] | {name: found["network"]}
         return figures
-
-
-# ------------------------------------------------------------------------------------------ plan
-
-
-def make_plan(job: Reproduction) -> dict:
-    """The plan of these options: that of an earlier call, or a new one."""
-    opt, path = job.opt, job.folder / "plan.json"
-    wanted = {"dataset": opt.dataset, "budget": opt.budget, "full": opt.full}
-    wanted |= {"processes": distributed.world_size(), "weights": opt.weights}
-    stored = files.read_json(path)
-    if isinstance(stored, dict) and stored.get("for") == wanted:
-        return stored
-    first = distributed.rank() == 0
-    inception = use_inception(opt)
-    if opt.budget:
-        if first:
-            shutil.rmtree(job.folder / "measured", ignore_errors=True)
-        distributed.barrier()
-        plan = budget.shortened(job, sum(not row.startswith("unsup50") for row in ROWS))
-    else:
-        judge = f"{budget.JUDGE} --epochs 8" if opt.full else ""
-        plan = {"options": {"judge": judge}, "n": 50_000 if opt.full else 1000, "n_eval": 0}
-    plan |= {"for": wanted, "inception": inception}
-    if first:
-        shutil.rmtree(job.folder / "measured", ignore_errors=True)
-        cli.write_text(path, json.dumps(plan, indent=1) + "\n")
-    distributed.barrier()
-    return files.read_json(path)
 
 
 def use_inception(opt: Options) -> bool:
     """Whether IS and FID are computed: with --weights or --full, else on a GPU if they download."""
-    if opt.dataset == "digits" and not opt.weights:
+    device = pick_device(opt.device)
+    if not (opt.weights or opt.full) and (opt.dataset == "digits" or device.type != "cuda"):
         return False
-    on_gpu = pick_device(opt.device).type == "cuda"
     try:
-        if opt.weights or opt.full or on_gpu:
-            metrics.inception_weights(opt.weights)
-            return True
+        metrics.Inception(opt.weights, device)
+        return True
     except cem.CEMError as error:
         if opt.weights or opt.full:
             raise
@@ -178,7 +178,7 @@ def announce(job: Reproduction, models: list[str]) -> None:
         taking = "" if minutes is None else f", {minutes:g} minutes"
         options = " ".join([RECIPES[model], plan["options"].get(model, "")]).strip()
         print(f"{model}: {options or 'defaults'}{taking}")
-    networks = "Inception and the judge" if plan["inception"] else "the judge"
+    networks = "Inception and the judge" if job.inception else "the judge"
     print(f"samples: {plan['n']:,} a row, scored by {networks}", flush=True)
 
 
@@ -190,18 +190,18 @@ def text(job: Reproduction, accuracies: dict, figures: dict) -> str:
     lines = [f"# {job.opt.dataset}, {job.plan['n']:,} samples a row", ""]
     for model, found in accuracies.items():
         shown = []
-        for name in ("knn_accuracy", "clean_accuracy", "pgd-20"):
-            if name in found:
-                percent = [100 * p for p in (found[name], *found["intervals"][name])]
-                name = name.removesuffix("_accuracy")
-                shown.append("{} {:.1f} % ({:.1f} to {:.1f})".format(name, *percent))
-        lines.append(f"- `{model}`, {found['n']:,} test images: {', '.join(shown)}.")
-        lines.append(f"  `python {shlex.join(job.training(model))}`")
-    lines += ["", table(paper.cells(row, found) for row, found in figures.items())]
+        for key, name in {"clean_accuracy": "clean", "pgd-20": "PGD-20"}.items():
+            percent = [100 * p for p in (found[key], *found["intervals"][key])]
+            shown.append("{} {:.1f} % ({:.1f} to {:.1f})".format(name, *percent))
+        line = f"- `{model}`: {', '.join(shown)} of {found['n']:,} test images"
+        if "knn_accuracy" in found:
+            line += f"; k-NN {100 * found['knn_accuracy']:.1f} % of all"
+        lines += [f"{line}.", f"  `python {shlex.join(job.training(model))}`"]
+    lines += ["", table(paper.cells(row, found, job.opt.dataset) for row, found in figures.items())]
     for distance in ("FID", "C-FD"):
         if all(distance in found for found in figures.values()):
             lines += [paper.order(figures, distance), ""]
-    if not job.opt.full:
+    if job.opt.budget:
         cut = f"the options of each training above and {job.plan['n']:,} of 50,000 samples a row"
         lines.append(f"What differs from the paper's recipe on CIFAR-10 (`--full`): {cut}.")
     return "\n".join(lines) + "\n"
@@ -209,7 +209,7 @@ def text(job: Reproduction, accuracies: dict, figures: dict) -> str:
 
 def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
     """table.md, table.json and grids.png; -> the content of the first."""
-    content = {"command": cli.command(), "plan": job.plan, "seconds": job.parts.seconds}
+    content = {"command": cli.command(), "plan": job.plan, "parts": job.parts.finished}
     content |= {"accuracies": accuracies, "rows": figures}
     shown = text(job, accuracies, figures)
     grids = {row: job.draw(row).with_suffix(".png") for row in figures}
@@ -223,19 +223,22 @@ def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
 def check(opt: Options) -> None:
     digits = opt.dataset == "digits"
     cli.require(not (opt.budget and opt.full), "--budget shortens what --full runs: choose one")
+    shortened = opt.budget or opt.full
+    cli.require(not digits or not shortened, "digits need neither --budget nor --full")
     cli.require(
-        not digits or not (opt.budget or opt.full), "digits take minutes: leave out --budget"
+        digits or shortened, f"--dataset {opt.dataset} needs a --budget such as 6h, or --full"
     )
-    named = digits or opt.budget or opt.full
-    cli.require(named, f"--dataset {opt.dataset} needs a --budget such as 6h, or --full")
     if opt.budget:
         budget.seconds(opt.budget)
+    found = opt.dataset in data.NAMES or Path(opt.dataset, "train").is_dir()
+    cli.require(found, f"--dataset {opt.dataset} not found: see python train_sup.py --help")
+    n = distributed.world_size()
+    cli.require(128 % n == 0, f"{n} processes cannot share batches of 128 images: take 2, 4 or 8")
     folder = Path(opt.out)
     files.make_folder(folder)
     files.lock(folder, f"another process is at work in {folder}: name another --out")
     is_ours = files.json_with("command", "plan", "rows")
-    files.check_output(folder / "done.json", files.json_with("seconds"))
-    files.check_output(folder / "plan.json", files.json_with("for", "options"))
+    files.check_output(folder / "done.json", files.json_with("finished"))
     files.check_output(folder / "table.json", is_ours)
     for name in ("table.md", "grids.png"):
         files.check_output(folder / name, lambda _: is_ours(folder / "table.json"))
@@ -245,9 +248,7 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     rows = wanted_rows(opt)
     check(opt)
-    pick_device(opt.device)
-    job = Reproduction(opt, {})
-    job.plan = make_plan(job)
+    job = Reproduction(opt, use_inception(opt))
     models = list(dict.fromkeys(paper.split(row)[0] for row in rows))
     announce(job, models)
     accuracies, figures = {}, {}

@@ -41,14 +41,13 @@ def agreed(value: float) -> float:
     return distributed.mean(torch.tensor(value, dtype=torch.float64)).item()
 
 
-def measured(job, model: str, options: str, minutes: float, first_stage=None):
+def measured(job, model: str, options: str, minutes: float, images: int, first_stage=None):
     """Train for a few minutes -> the checkpoint and the training images per second."""
     words = job.training(model, options, first_stage)
-    run = job.folder / "measured" / f"{model}-{len(list(job.folder.glob('measured/*')))}"
-    distributed.barrier()  # all have counted
+    run = job.measured / f"{model}-{job.digest(words)}"
     call(*words, "--out", run, "--max-minutes", minutes, *job.parts.common)
     extra = cem.load(run / "ckpt.pt").extra
-    training, batch = extra["training"], extra["options"]["batch_size"]
+    training, batch = extra["training"], min(extra["options"]["batch_size"], images)
     rate = agreed(training["step"] * batch / training["seconds"])
     return run / "ckpt.pt", rate / GROWTH.get(model, 1)
 
@@ -56,6 +55,7 @@ def measured(job, model: str, options: str, minutes: float, first_stage=None):
 def sampling_rate(job, ckpt: Path) -> float:
     """Images per second of the longest ascent."""
     words = ["--ckpt", ckpt, "--sampler", "rcs", "--steps", 20, "--out", ckpt.parent]
+    words += ["--n", 250 * distributed.world_size()]  # a batch for each process
     call("sample.py", *words, *job.parts.common)
     distributed.barrier()  # the first process has written them
     return files.read_json(ckpt.with_name("samples-rcs.json"))["images_per_second"]
@@ -67,20 +67,20 @@ def shortened(job, rows: int) -> dict:
     Of the NETWORKS, the largest classifier that can be trained for LEAST_EPOCHS.
     """
     begin, total = time.monotonic(), seconds(job.opt.budget)
-    images = len(data.load(job.opt.dataset, "train", job.opt.data_dir))
+    images = len(data.load(job.opt.dataset, "train", job.opt.data_dir, job.opt.image_size))
     minutes = min(total / 3600, 1)
     options, rates = {"judge": JUDGE, "dat": ""}, {}
     for sup, unsup in NETWORKS:
-        trial, rate = measured(job, "sup", sup, minutes)
+        trial, rate = measured(job, "sup", sup, minutes, images)
         enough = SHARES["sup"] * total * rate / images >= LEAST_EPOCHS
         if enough or not rates:
             first_stage, rates["sup"] = trial, rate
             options |= {"sup": sup, "unsup": unsup}
         if not enough:
             break
-    second_stage, rates["dat"] = measured(job, "dat", "", minutes, first_stage)
+    second_stage, rates["dat"] = measured(job, "dat", "", minutes, images, first_stage)
     for model in ("judge", "unsup"):
-        _, rates[model] = measured(job, model, options[model], minutes)
+        _, rates[model] = measured(job, model, options[model], minutes, images)
     drawn = agreed(sampling_rate(job, second_stage))
     left = agreed(total - (time.monotonic() - begin))
     plan = {"options": {}, "minutes": {}}

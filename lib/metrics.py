@@ -1,4 +1,4 @@
-"""Feature networks, and the scores IS, FID and KID of their outputs (used by eval_is_fid.py)."""
+"""Feature networks, the scores IS, FID and KID of their outputs, and error bars."""
 
 import hashlib
 from collections.abc import Callable
@@ -216,18 +216,20 @@ def frechet_distance(
     """‖μ - m‖² + tr(Σ + S - 2 (Σ S)^½) (Heusel et al., 2017) between features (N, D), with mean m
     and covariance S, and a Gaussian with μ (D,), Σ (D, D), float64; root is Σ^½, if known.
 
-    The last trace is that of the roots of X Xᵀ or Xᵀ X, whichever is smaller, for the centred
-    features times Σ^½, X; it exists for rank-deficient covariances, where a square root of Σ S can
-    fail.
+    The last trace is the sum of the singular values of X Σ^½ / √(N-1), with X the centred features,
+    which exist where a square root of Σ S can fail, for rank-deficient covariances.
     """
     root = square_root(sigma) if root is None else root
-    centred = features.double() - features.double().mean(0)
-    centred /= (len(features) - 1) ** 0.5
-    x = centred @ root
-    product = x @ x.T if len(x) < len(x.T) else x.T @ x
+    mean = features.double().mean(0)
+    centred = (features.double() - mean) / (len(features) - 1) ** 0.5
+    if len(features) < len(sigma):
+        x = centred @ root
+        product = x @ x.T
+    else:
+        product = root @ (centred.T @ centred) @ root
     cross = torch.linalg.eigvalsh(product).clamp_min(0).sqrt().sum()
     traces = centred.square().sum() + sigma.trace()
-    return ((features.double().mean(0) - mu).square().sum() + traces - 2 * cross).item()
+    return ((mean - mu).square().sum() + traces - 2 * cross).item()
 
 
 def jackknife(statistic: Callable[[Tensor], float], labels: Tensor, folds: int = 10) -> float:

@@ -1,4 +1,4 @@
-"""The paper's table, and ours beside it (used by reproduce.py and results/tables.py)."""
+"""The paper's table, and ours beside it (used by reproduce.py)."""
 
 import itertools
 import math
@@ -44,16 +44,16 @@ def order(figures: dict[str, dict], distance: str) -> str:
     return f"Order of the samplers by {distance}, pairs against the paper's order by FID: {listed}."
 
 
-def cells(row: str, found: dict) -> dict:
-    """A line of the table, from the figures of eval_is_fid.py and, for IS, the `network` of it."""
+def cells(row: str, found: dict, dataset: str) -> dict:
+    """A line of the table, from the figures of eval_is_fid.py and the key of its `inception`."""
     line = {"row": f"`{row}`"}
     paper = FIGURES.get(row)
     if "FID" in found:
-        published = found["network"].startswith(PUBLISHED)
-        by = "" if published else f" by {found['network']}"
+        published = found["inception"].startswith(PUBLISHED)
+        by = "" if published else f" by {found['inception']}"
         line[f"IS{by}"] = Figure(found["IS"], 2, found["IS std"])
         line[f"FID{by}"] = Figure(found["FID"], 2, found["FID std"], least=True)
-        if published:
+        if published and dataset == "cifar10":
             line["FID - paper's"] = f"{found['FID'] - paper[1]:+.2f}" if paper else "–"
     for name, figure in zip(("paper's IS", "paper's FID"), paper or (None, None)):
         line[name] = f"{figure:.2f}" if figure else "–"

@@ -15,21 +15,25 @@ import torch
 from lib import cli, distributed, files
 
 
-def call(script: str, *words) -> None:
-    """Run a script of the project in this process, as a command line does."""
+def call(script: str, *words) -> str:
+    """Run a script of the project in this process -> the command, as a user types it."""
     words = [str(word) for word in words]
-    print(f"\n{shlex.join(['python', script, *words])}", flush=True)
+    command = shlex.join(["python", script, *words])
+    print(f"\n{command}", flush=True)
     argv = [str(cli.SHIPPED.parent / script), *words]
     with (
         contextlib.ExitStack() as at_end,
         mock.patch.object(cli, "AT_END", at_end),  # the locks of the part end with it
         mock.patch.object(sys, "argv", argv),
+        mock.patch.object(torch.backends.cudnn, "benchmark", False),  # training sets it
     ):
         importlib.import_module(script.removesuffix(".py")).main()
+    return command
 
 
 class Parts:
-    """Calls scripts; `seconds` has the finished commands and their time, and is kept in a file.
+    """Calls scripts. `finished` has, for each file that they made, the command and the seconds of
+    the call that finished it; it is kept in a file. common: options that do not change results.
 
     Under torchrun, every process has to make the same calls.
     """
@@ -37,7 +41,7 @@ class Parts:
     def __init__(self, path: Path, common: list[str]):
         self.path, self.common = path, common
         stored = files.read_json(path)
-        self.seconds = stored["seconds"] if isinstance(stored, dict) else {}
+        self.finished = stored["finished"] if isinstance(stored, dict) else {}
 
     def run(self, product: Path, script: str, *words, alone: bool = False) -> Path:
         """Run a script, unless this very command has finished -> its product.
@@ -46,7 +50,8 @@ class Parts:
         """
         words = [str(word) for word in words]
         command = shlex.join(["python", script, *words])
-        missing = command not in self.seconds or not product.exists()
+        made_by = self.finished.get(str(product), {}).get("command")
+        missing = made_by != command or not product.exists()
         if not distributed.any_process(missing, torch.device("cpu")):
             return product
         begin = time.monotonic()
@@ -56,7 +61,8 @@ class Parts:
             with mock.patch.dict(os.environ, WORLD_SIZE="1"):
                 call(script, *words, *self.common)
         distributed.barrier()
-        self.seconds[command] = round(time.monotonic() - begin, 1)
+        seconds = round(time.monotonic() - begin, 1)
+        self.finished[str(product)] = {"command": command, "seconds": seconds}
         if distributed.rank() == 0:
-            cli.write_text(self.path, json.dumps({"seconds": self.seconds}, indent=1) + "\n")
+            cli.write_text(self.path, json.dumps({"finished": self.finished}, indent=1) + "\n")
         return product

@@ -18,11 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import tables  # noqa: E402
-from losses import call  # noqa: E402
 
 import cem  # noqa: E402
 from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
+from lib.parts import call  # noqa: E402
 
 VARIANTS = {  # name -> what differs from the recipe
     "recipe": "",

@@ -15,12 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from scipy.stats import binomtest
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import eval_robust  # noqa: E402
-from lib import cli, data, files, robustness  # noqa: E402
+from lib import cli, data, files, metrics, robustness  # noqa: E402
 from lib.device import pick_device  # noqa: E402
 
 
@@ -57,7 +55,7 @@ def curve(model: cem.ParametricCEM, test_set: data.Dataset, opt: Options, settin
         ball = replace(settings, eps=radius)
         accuracy = robustness.accuracy(model, test_set, [opt.attack], ball, n)[opt.attack]
         count = round(accuracy * n)
-        interval = binomtest(count, n).proportion_ci(method="wilson")
+        interval = metrics.interval(count, n)
         print(f"{opt.norm} radius {radius:g}: {count / n:.2%}", flush=True)
         rows["radii"].append(radius)
         rows["accuracy"].append(count / n)

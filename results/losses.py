@@ -14,7 +14,6 @@ is trained.
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import tables  # noqa: E402
 import cem  # noqa: E402
 from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
+from lib.parts import call  # noqa: E402
 
 ATTACKS = ["--attacks", "pgd-20", "pgd-50", "margin", "--restarts", 5]
 ACCURACIES = ("clean_accuracy", "pgd-20", "pgd-50", "margin", "adversarial_accuracy")
@@ -47,24 +47,6 @@ class Options:
     )  # fmt: skip
     name: str = option("digits", "name of the table", "run")
     out: str = option("runs/losses", "folder of the runs", "run", **cli.PATH)
-
-
-def call(*words) -> str:
-    """Run a script of the project in a process of its own -> the command, as a user types it.
-
-    Raises cli.Diverged for exit status 3 and CEMError for any other failure.
-    """
-    words = [str(word) for word in words]
-    command = shlex.join(["python", *words])
-    print(command, flush=True)
-    process = [sys.executable, str(ROOT / words[0]), *words[1:]]
-    done = subprocess.run(process, stderr=subprocess.PIPE, text=True)
-    lines = done.stderr.replace("\r", "\n").strip().splitlines() or [""]
-    message = lines[-1].removeprefix("error: ")
-    if done.returncode == 3:
-        raise cli.Diverged(message)
-    cli.require(done.returncode == 0, f"{command}: {message}")
-    return command
 
 
 def train(run: Path, loss: str, seed: int, opt: Options, *more) -> str:

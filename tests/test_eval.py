@@ -250,7 +250,7 @@ def test_standardised_distances_do_not_depend_on_scale():
     assert scaled.kernel([x * scale], True, cpu) == expected
 
 
-def test_interval_is_the_hits_that_are_not_improbable():
+def test_interval_satisfies_wilsons_equation():
     """The ends of Wilson's interval p satisfy |hits / n - p| = 1.96 √(p (1 - p) / n)."""
     low, high = metrics.interval(83, 100)
     for p in (low, high):

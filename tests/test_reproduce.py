@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +29,11 @@ def folder(tmp_path):
 
 
 def write_plan(folder, processes=1, **options):
-    plan = {"options": dict.fromkeys(("judge", "sup", "unsup"), SMALL) | options, "n": 20}
-    plan |= {"n_eval": 0, "inception": False, "for": {"dataset": "set", "budget": "1m"}}
-    plan["for"] |= {"full": False, "processes": processes, "weights": ""}
+    options = dict.fromkeys(("judge", "sup", "unsup"), SMALL) | options
+    digest = reproduce.Reproduction.digest(["set", 0, "1m", False, processes])
     (folder / OUT).mkdir(parents=True, exist_ok=True)
-    (folder / OUT / "plan.json").write_text(json.dumps(plan))
+    plan = {"options": options, "n": 20, "n_eval": 0}
+    (folder / OUT / f"plan-{digest}.json").write_text(json.dumps(plan))
 
 
 def table_of(folder) -> list:
@@ -53,7 +54,7 @@ def test_killed_at_five_moments_it_ends_with_the_same_table(folder, tmp_path_fac
     finished = folder / OUT / "done.json"
 
     def parts():
-        return len(json.loads(finished.read_text())["seconds"]) if finished.exists() else 0
+        return len(json.loads(finished.read_text())["finished"]) if finished.exists() else 0
 
     moments = [lambda: list(folder.glob(f"{OUT}/sup-*/ckpt.pt"))]
     moments += [lambda n=n: parts() >= n for n in (1, 3, 5, 8)]
@@ -99,6 +100,24 @@ def test_two_processes(folder):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+def test_a_budget_is_measured_and_kept(tmp_path):
+    write_folder(tmp_path / "set", per_class=12)
+    options = "--dataset set --budget 0.6m --rows dat-cs".split()
+    begin = time.monotonic()
+    done = script("reproduce.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begin < 66  # most of it are the evaluations of so small networks
+    names = files(tmp_path / OUT)
+    assert not [name for name in names if name.startswith("measured")]
+    table = json.loads((tmp_path / OUT / "table.json").read_text())
+    assert table["plan"]["n"] >= 100 and set(table["plan"]["minutes"]) == set(budget.SHARES)
+    assert f"--epochs {budget.EPOCHS['dat']}" in (tmp_path / OUT / "table.md").read_text()
+    done = script("reproduce.py", *options, cwd=tmp_path)
+    assert done.returncode == 0 and "\npython " not in done.stdout
+    assert files(tmp_path / OUT) == names
+
+
 # ------------------------------------------------------------------------------------------- plan
 
 
@@ -108,8 +127,8 @@ def plan(monkeypatch, tmp_path):
     width 16, and as slower as networks are wider."""
     calls = []
 
-    def make(time, speed):
-        def measured(job, model, options, minutes, first_stage=None):
+    def make(limit, speed):
+        def measured(job, model, options, minutes, images, first_stage=None):
             calls.append((model, minutes))
             width = int(options.partition("--width ")[2].split()[0]) if "--width" in options else 64
             if model == "dat":
@@ -119,7 +138,7 @@ def plan(monkeypatch, tmp_path):
         monkeypatch.setattr(budget, "measured", measured)
         monkeypatch.setattr(budget, "sampling_rate", lambda job, ckpt: speed / 20)
         monkeypatch.setattr(budget.data, "load", lambda *_: range(50_000))
-        opt = SimpleNamespace(budget=time, dataset="set", data_dir="data")
+        opt = SimpleNamespace(budget=limit, dataset="set", data_dir="data", image_size=0)
         calls.clear()
         return budget.shortened(SimpleNamespace(opt=opt, folder=tmp_path), 17), list(calls)
 
@@ -130,10 +149,10 @@ def value_of(options: str, name: str) -> float:
     return float(options.split(f"--{name} ")[1].split()[0])
 
 
-@pytest.mark.parametrize("time, speed", [("60m", 500), ("60m", 2000), ("6h", 2000), ("25m", 8000)])
-def test_a_plan_fills_the_time_and_no_more(plan, time, speed):
-    made, calls = plan(time, speed)
-    total = budget.seconds(time) / 60
+@pytest.mark.parametrize("limit, speed", [("60m", 500), ("60m", 2000), ("6h", 2000), ("25m", 8000)])
+def test_a_plan_fills_the_time_and_no_more(plan, limit, speed):
+    made, calls = plan(limit, speed)
+    total = budget.seconds(limit) / 60
     assert max(minutes for _, minutes in calls) <= min(total / 60, 1)
     drawing = 17 * made["n"] / (speed / 20) / 60
     assert 0.5 * total < sum(made["minutes"].values()) + drawing < 0.95 * total
@@ -143,8 +162,8 @@ def test_a_plan_fills_the_time_and_no_more(plan, time, speed):
 
 
 def test_the_network_grows_with_the_time(plan):
-    def width(time):
-        options = plan(time, 2000)[0]["options"]
+    def width(limit):
+        options = plan(limit, 2000)[0]["options"]
         assert ("--width" in options["sup"]) == ("--width" in options["unsup"])
         return value_of(options["sup"], "width") if "--width" in options["sup"] else "the paper's"
 
@@ -171,7 +190,8 @@ def test_budgets():
     "options, part",
     [
         ("--dataset cifar10", "needs a --budget"),
-        ("--budget 6h", "leave out --budget"),
+        ("--budget 6h", "digits need neither --budget nor --full"),
+        ("--dataset nothing --full", "--dataset nothing not found"),
         ("--dataset cifar10 --budget 6h --full", "choose one"),
         ("--dataset cifar10 --budget 0h", "90m, 6h or 2d"),
         ("--dataset cifar10 --budget six", "90m, 6h or 2d"),
@@ -187,7 +207,7 @@ def test_errors(tmp_path, options, part):
 
 def test_files_of_the_users_stay(tmp_path):
     (tmp_path / OUT).mkdir(parents=True)
-    for name in ("table.md", "table.json", "plan.json", "done.json", "grids.png"):
+    for name in ("table.md", "table.json", "done.json", "grids.png"):
         path = tmp_path / OUT / name
         path.write_text("mine")
         assert_refused(script("reproduce.py", cwd=tmp_path), name)
@@ -221,9 +241,11 @@ FOUND |= {"C-FD": 3.0, "C-FD std": 0.2, "precision": 0.5, "recall": 0.25}
 
 
 def test_only_published_weights_give_a_fid():
-    line = paper.cells("sup-cs", FOUND | {"network": "inception-6726825d-torch-float32"})
+    line = paper.cells("sup-cs", FOUND | {"inception": "inception-6726825d-torch"}, "cifar10")
     assert str(line["FID"]) == "50.00 ± 0.50" and line["FID - paper's"] == "-6.26"
     assert line["paper's FID"] == "56.26"
-    line = paper.cells("sup-cs", FOUND | {"network": "inception-00c0ffee-torch-float32"})
+    line = paper.cells("sup-cs", FOUND | {"inception": "inception-6726825d-torch"}, "svhn")
+    assert "FID" in line and "FID - paper's" not in line
+    line = paper.cells("sup-cs", FOUND | {"inception": "inception-00c0ffee-torch"}, "cifar10")
     assert not {"FID", "IS", "FID - paper's"} & line.keys()
-    assert str(line["FID by inception-00c0ffee-torch-float32"]) == "50.00 ± 0.50"
+    assert str(line["FID by inception-00c0ffee-torch"]) == "50.00 ± 0.50"

@@ -34,6 +34,7 @@ from lib.attack import AttackCopy
 from lib.device import resolve_precision
 
 SCRIPTS = "train_sup.py train_unsup.py sample.py eval_is_fid.py eval_robust.py".split()
+SCRIPTS += ["reproduce.py"]
 SCRIPTS += ["results/sweep.py", "results/tables.py", "results/epsilon.py"]
 SCRIPTS += ["bench/bench.py", "bench/cost.py", "bench/soak.py"]
 CKPT = "runs/sup/ckpt.pt"
