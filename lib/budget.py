@@ -45,7 +45,8 @@ def measured(job, model: str, options: str, minutes: float, images: int, first_s
     """Train for a few minutes -> the checkpoint and the training images per second."""
     words = job.training(model, options, first_stage)
     run = job.measured / f"{model}-{job.digest(words)}"
-    call(*words, "--out", run, "--max-minutes", minutes, *job.parts.common)
+    limits = ["--max-minutes", minutes, "--on-diverge", "restart"]
+    call(*words, "--out", run, *limits, *job.parts.common)
     extra = cem.load(run / "ckpt.pt").extra
     training, batch = extra["training"], min(extra["options"]["batch_size"], images)
     rate = agreed(training["step"] * batch / training["seconds"])

@@ -25,8 +25,9 @@ def call(script: str, *words) -> str:
         contextlib.ExitStack() as at_end,
         mock.patch.object(cli, "AT_END", at_end),  # the locks of the part end with it
         mock.patch.object(sys, "argv", argv),
-        mock.patch.object(torch.backends.cudnn, "benchmark", False),  # training sets it
     ):
+        cudnn = torch.backends.cudnn
+        at_end.callback(setattr, cudnn, "benchmark", cudnn.benchmark)  # training sets it
         importlib.import_module(script.removesuffix(".py")).main()
     return command
 

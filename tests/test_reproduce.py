@@ -101,7 +101,10 @@ def test_two_processes(folder):
 
 
 @pytest.mark.slow
-def test_a_budget_is_measured_and_kept(tmp_path):
+def test_a_budget_is_measured_and_kept(tmp_path, monkeypatch):
+    small = "--arch resnet18 --width 8"
+    monkeypatch.setattr(budget, "JUDGE", small)
+    monkeypatch.setattr(budget, "NETWORKS", [(small, small)])
     write_folder(tmp_path / "set", per_class=12)
     options = "--dataset set --budget 0.6m --rows dat-cs".split()
     begin = time.monotonic()
