@@ -24,10 +24,10 @@ WIDTHS = (16, 32, 64)
 NETWORKS = [(FAST.format(width), FAST_UNSUP.format(width)) for width in WIDTHS] + [("", "")]
 LEAST_EPOCHS = 10  # of a classifier; where the time is too short for them, it is a smaller one
 # of the time, for each training, and its epochs at most; what is left is for samples and scores
-SHARES = {"judge": 0.06, "sup": 0.34, "dat": 0.16, "unsup": 0.26}
+SHARES = {"judge": 0.1, "sup": 0.34, "dat": 0.16, "unsup": 0.26}
 EPOCHS = {"judge": 8, "sup": 150, "dat": 3, "unsup": 200}
 GROWTH = {"dat": 1.5}  # its chains lengthen after the measured minute
-MARGIN = 0.85  # of its share, what a training is planned to take
+MARGIN = 0.9  # of its share, what a training is planned to take
 
 
 def seconds(budget: str) -> float:
