@@ -174,7 +174,7 @@ def test_the_network_grows_with_the_time(plan):
 
 
 def test_less_than_an_epoch_is_a_share_of_the_images(plan):
-    made, _ = plan("20m", 300)
+    made, _ = plan("20m", 280)
     assert 0 < value_of(made["options"]["dat"], "share") < 1
     assert value_of(made["options"]["dat"], "epochs") == 1
     with pytest.raises(cem.CEMError, match="too short for an epoch of the encoder"):
