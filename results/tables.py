@@ -115,6 +115,15 @@ def unsup(record: dict) -> Iterator[dict]:
         yield row | {"wanted, `--cond`": share(scores, "wanted")}
 
 
+def unsup_dat(record: dict) -> Iterator[dict]:
+    found = by_sampler(record)
+    for name in ("seeds", "pgd", "maxent", "marginal"):
+        row = {"second stage": f"`{name}`"}
+        for scores, seeds in ((found[name], "clusters"), (found[f"{name}-cond"], "`--cond`")):
+            row[f"C-FD, {seeds}"] = figure(scores, "C-FD")
+        yield row | {"wanted, `--cond`": share(scores, "wanted")}
+
+
 def digits(first: dict, second: dict) -> Iterator[dict]:
     first, second = by_sampler(first), by_sampler(second)
     for name in ("seeds", "pgd", "maxent", "neighbour", "marginal", "maxent-marginal"):
@@ -182,6 +191,7 @@ TABLES = {  # document -> marker -> function and its JSON files
         "sup": (sup, "results/sup-at.json", "results/sup.json"),
         "dual-cifar10": (dual, "results/dual-cifar10.json"),
         "unsup": (unsup, "results/unsup.json"),
+        "unsup-dat": (unsup_dat, "results/unsup-dat.json"),
         "digits-unsup": (digits, "results/digits-unsup.json", "results/digits-unsup-dat.json"),
         "losses-digits": (losses, "results/losses-digits.json"),
         "losses-cifar10": (losses, "results/losses-cifar10.json"),
