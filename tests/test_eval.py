@@ -244,7 +244,10 @@ def test_standardised_distances_do_not_depend_on_scale():
     expected = pytest.approx(plain.frechet([x], True), rel=1e-8)
     assert scaled.frechet([x * scale], True) == expected
     assert both.frechet([x, x * scale], True) == expected
-    assert scaled.frechet([x * scale], False) != pytest.approx(plain.frechet([x], False), rel=0.1)
+    unscaled = plain.frechet([x], False)
+    assert plain.frechet([x], True) == expected
+    assert unscaled == pytest.approx(Reference.from_blocks([y]).frechet([x], False), rel=1e-8)
+    assert scaled.frechet([x * scale], False) != pytest.approx(unscaled, rel=0.1)
     cpu = torch.device("cpu")
     expected = pytest.approx(plain.kernel([x], True, cpu), rel=1e-8)
     assert scaled.kernel([x * scale], True, cpu) == expected
