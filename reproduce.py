@@ -198,9 +198,8 @@ def text(job: Reproduction, accuracies: dict, figures: dict) -> str:
             line += f"; k-NN {100 * found['knn_accuracy']:.1f} % of all"
         lines += [f"{line}.", f"  `python {shlex.join(job.training(model))}`"]
     lines += ["", table(paper.cells(row, found, job.opt.dataset) for row, found in figures.items())]
-    for distance in ("FID", "C-FD"):
-        if all(distance in found for found in figures.values()):
-            lines += [paper.order(figures, distance), ""]
+    distances = ["FID"] * all(map(paper.published, figures.values())) + ["C-FD"]
+    lines += [paper.order(figures, distance) + "\n" for distance in distances]
     if job.opt.budget:
         cut = f"the options of each training above and {job.plan['n']:,} of 50,000 samples a row"
         lines.append(f"What differs from the paper's recipe on CIFAR-10 (`--full`): {cut}.")

@@ -28,6 +28,11 @@ def split(row: str) -> tuple[str, str, bool]:
     return model, sampler.removesuffix("-cond"), sampler.endswith("-cond")
 
 
+def published(found: dict) -> bool:
+    """Whether a row's IS and FID are those of the published weights."""
+    return found.get("inception", "").startswith(PUBLISHED)
+
+
 def order(figures: dict[str, dict], distance: str) -> str:
     """Whether the samplers of a model have the paper's order, in pairs with the same seeds. A gap
     below twice its standard error decides nothing."""
@@ -49,11 +54,10 @@ def cells(row: str, found: dict, dataset: str) -> dict:
     line = {"row": f"`{row}`"}
     paper = FIGURES.get(row)
     if "FID" in found:
-        published = found["inception"].startswith(PUBLISHED)
-        by = "" if published else f" by {found['inception']}"
+        by = "" if published(found) else f" by {found['inception']}"
         line[f"IS{by}"] = Figure(found["IS"], 2, found["IS std"])
         line[f"FID{by}"] = Figure(found["FID"], 2, found["FID std"], least=True)
-        if published and dataset == "cifar10":
+        if published(found) and dataset == "cifar10":
             line["FID - paper's"] = f"{found['FID'] - paper[1]:+.2f}" if paper else "–"
     for name, figure in zip(("paper's IS", "paper's FID"), paper or (None, None)):
         line[name] = f"{figure:.2f}" if figure else "–"

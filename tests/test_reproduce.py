@@ -249,6 +249,14 @@ def test_only_published_weights_give_a_fid():
     assert line["paper's FID"] == "56.26"
     line = paper.cells("sup-cs", FOUND | {"inception": "inception-6726825d-torch"}, "svhn")
     assert "FID" in line and "FID - paper's" not in line
+    assert not paper.published({"C-FD": 3.0})
     line = paper.cells("sup-cs", FOUND | {"inception": "inception-00c0ffee-torch"}, "cifar10")
     assert not {"FID", "IS", "FID - paper's"} & line.keys()
     assert str(line["FID by inception-00c0ffee-torch"]) == "50.00 ± 0.50"
+
+
+@pytest.mark.parametrize("weights, shown", [("6726825d", True), ("00c0ffee", False)])
+def test_the_order_by_fid_is_that_of_the_published_weights(weights, shown):
+    job = SimpleNamespace(opt=SimpleNamespace(dataset="cifar10", budget=""), plan={"n": 1000})
+    text = reproduce.text(job, {}, {"sup-cs": FOUND | {"inception": f"inception-{weights}-torch"}})
+    assert ("samplers by FID" in text) == shown and "samplers by C-FD" in text
