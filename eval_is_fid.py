@@ -25,7 +25,7 @@ from torch import Tensor
 
 import cem
 from lib import cli, data, dinov2, distributed, files, manifold, metrics, pictures, reference
-from lib.cli import option
+from lib.cli import PATH, option
 from lib.device import PRECISIONS, pick_device
 from lib.metrics import FeatureNetwork
 from lib.reference import Reference
@@ -33,7 +33,6 @@ from lib.reference import Reference
 # samples per feature needed to extrapolate a distance; of Inception's features 41,000
 LIMIT_SAMPLES = 20
 INPUT = "samples and reference"
-PATH = dict(metavar="PATH")
 
 
 @dataclass

@@ -20,13 +20,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+import tables  # noqa: E402
 from contenders import Ours  # noqa: E402
 
 import bench  # noqa: E402
 from lib import cli, distributed, files  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import PRECISIONS, pick_device  # noqa: E402
+from lib.markdown import table  # noqa: E402
 
 BASE = dict(batch_size=64, steps=10, width=32)
 
@@ -68,15 +71,9 @@ def slopes(rows: list[dict]) -> dict[str, float]:
 
 
 def markdown(rows: list[dict]) -> str:
-    lines = ["| images | steps | width | seconds | relative time | relative arithmetic |"]
-    lines.append("|---" * 6 + "|")
-    for row in rows:
-        setting = " | ".join(str(row[key]) for key in BASE)
-        cost = f"{row['seconds']:.3f} | {row['cost']:.2f} | {row['arithmetic']:.2f}"
-        lines.append(f"| {setting} | {cost} |")
     images, steps, width = slopes(rows).values()
-    lines.append(f"\nSlopes: {images:.2f} (images), {steps:.2f} (steps), {width:.2f} (width²).")
-    return "\n".join(lines) + "\n"
+    shown = f"Slopes: {images:.2f} (images), {steps:.2f} (steps), {width:.2f} (width²).\n"
+    return f"{table(tables.cost({'rows': rows}))}\n{shown}"
 
 
 def main() -> None:

@@ -236,8 +236,9 @@ def jackknife(statistic: Callable[[Tensor], float], labels: Tensor, folds: int =
     """The standard error of a statistic of samples, which it takes by their indices.
 
     Each fold is left out in turn: √((k-1)/k Σ (θ_i - mean θ)²). Classes, by the labels (N,), are
-    shared evenly among the folds. A bootstrap's duplicates would make Fréchet distances of few
-    samples far too uncertain; this overestimates by up to a third.
+    shared evenly among the folds: their sizes count as fixed, as sample.py's are. A bootstrap's
+    duplicates would make Fréchet distances of few samples far too uncertain. This overestimates by
+    up to a third, and by a factor of two or three for images that were drawn coupled (maxent).
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     order = order[labels[order].argsort(stable=True)]

@@ -1,5 +1,6 @@
 """Samples as files: npz and record, a grid of pictures, one PNG file per image."""
 
+import importlib
 import itertools
 import json
 import math
@@ -71,6 +72,21 @@ def write_grid(path: Path, picture: Tensor) -> None:
     """Write a picture uint8 (C, H, W) as PNG."""
     image = to_pil_image(picture)
     cem.write_atomically(path, lambda file: image.save(file, "PNG"))
+
+
+def pyplot():
+    """matplotlib.pyplot, which is optional."""
+    try:
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
+
+
+def write_figure(path: Path, figure) -> None:
+    """Write a figure of matplotlib as PNG, and close it."""
+    options = dict(format="PNG", dpi=120, bbox_inches="tight")
+    cem.write_atomically(path, lambda file: figure.savefig(file, **options))
+    pyplot().close(figure)
 
 
 def write_overview(path: Path, grids: dict[str, Path], columns: int = 4) -> None:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cem  # noqa: E402
-from lib import cli  # noqa: E402
+from lib import cli, pictures  # noqa: E402
 
 PANELS = {  # title -> keys of log.jsonl and their line styles
     "energy": {"E_x": "-", "E_x_adv": "--", "E_x_s": ":"},
@@ -57,10 +56,7 @@ def draw_panel(axis, title: str, names: list[str], logs: list[list[dict]]) -> No
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
+    plt = pictures.pyplot()
     runs = [Path(run) for run in opt.runs or ["runs/sup"]]
     names, logs = [run.name for run in runs], [read_log(run) for run in runs]
     figure, axes = plt.subplots(2, 2, figsize=(14, 8))
@@ -68,9 +64,7 @@ def main() -> None:
         draw_panel(axis, title, names, logs)
     figure.tight_layout()
     out = Path("results") / f"energies-{opt.name}.png"
-    cem.write_atomically(
-        out, lambda file: figure.savefig(file, format="png", dpi=100, bbox_inches="tight")
-    )
+    pictures.write_figure(out, figure)
     print(f"wrote {out}")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import sample  # noqa: E402
-from lib import cli, files, sampling  # noqa: E402
+from lib import cli, files, pictures, sampling  # noqa: E402
 from lib.device import pick_device  # noqa: E402
 
 
@@ -51,10 +51,7 @@ def curve(sampler: str, model: nn.Module, seeds: Tensor, opt: Options) -> list[f
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
+    plt = pictures.pyplot()
     device = pick_device(opt.device)
     record = Path(f"{opt.out}.json")
     is_ours = files.json_with("maxent, one Gaussian", "pgd, one Gaussian")
@@ -78,9 +75,7 @@ def main() -> None:
     plt.ylabel(f"entropy estimate of {opt.n} images")
     plt.legend()
     png = Path(f"{opt.out}.png")
-    cem.write_atomically(
-        png, lambda file: plt.savefig(file, format="png", dpi=120, bbox_inches="tight")
-    )
+    pictures.write_figure(png, plt.gcf())
     cli.write_text(Path(f"{opt.out}.json"), json.dumps(curves) + "\n")
     print(f"wrote {png} and {opt.out}.json")
 

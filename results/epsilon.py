@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import eval_robust  # noqa: E402
-from lib import cli, data, files, metrics, robustness  # noqa: E402
+from lib import cli, data, files, metrics, pictures, robustness  # noqa: E402
 from lib.device import pick_device  # noqa: E402
 
 
@@ -78,10 +78,7 @@ def draw(axes, record: dict, classes: int) -> None:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise cem.CEMError("the figure needs matplotlib: pip install matplotlib") from error
+    plt = pictures.pyplot()
     device = pick_device(opt.device)
     png, path = Path(f"{opt.out}.png"), Path(f"{opt.out}.json")
     is_ours = files.json_with("command", "radii", "accuracy")
@@ -101,10 +98,7 @@ def main() -> None:
     cli.write_text(path, json.dumps(record) + "\n")
     figure, axes = plt.subplots()
     draw(axes, record, len(test_set.classes))
-    cem.write_atomically(
-        png, lambda file: figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
-    )
-    plt.close(figure)
+    pictures.write_figure(png, figure)
     print(f"wrote {png} and {path}")
 
 

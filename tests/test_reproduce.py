@@ -2,18 +2,22 @@
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from conftest import assert_refused, files, script
+from PIL import Image
 from test_scripts import write_folder
 from test_survival import ForkedScript, launch
 
 import cem
 import reproduce
-from lib import budget, paper
+from lib import budget, cli, paper, parts, pictures
 
 SMALL = "--arch resnet18 --width 8 --epochs 1 --ema 0.5 --seed-rank 4"
 COMMAND = "--dataset set --budget 1m --rows sup-cs,unsup-maxent".split()
@@ -88,16 +92,23 @@ def test_parts_are_reused_where_their_options_agree(folder):
     assert second["rows"]["sup-cs"] != first["rows"]["sup-cs"]
 
 
+def small_networks():
+    budget.JUDGE = small = "--arch resnet18 --width 8 --batch-size 8"
+    budget.NETWORKS = [(small, small)]
+    budget.EPOCHS = dict.fromkeys(budget.EPOCHS, 1)
+
+
 @pytest.mark.slow
-def test_two_processes(folder):
-    small = f"{SMALL} --batch-size 8"
-    write_plan(folder, processes=2, sup=small, judge=small, unsup=small)
-    done = launch(2, "reproduce.py", *COMMAND, cwd=folder)
+def test_two_processes_make_one_plan_and_one_table(tmp_path):
+    write_folder(tmp_path / "set", per_class=80)
+    options = [*COMMAND, "--budget", "4m"]
+    done = launch(2, "reproduce.py", *options, cwd=tmp_path, prepare=small_networks)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\npython train_sup.py") == 2  # of the first process: sup and judge
-    assert list(json.loads((folder / OUT / "table.json").read_text())["rows"]) == [
-        "sup-cs", "unsup-maxent",
-    ]  # fmt: skip
+    # the first process alone prints: three measured, then sup and judge
+    assert done.stdout.count("\npython train_sup.py") == 3 + 2
+    content = json.loads((tmp_path / OUT / "table.json").read_text())
+    assert list(content["rows"]) == ["sup-cs", "unsup-maxent"]
+    assert content["rows"]["sup-cs"]["n"] == content["plan"]["n"]
 
 
 @pytest.mark.slow
@@ -184,6 +195,37 @@ def test_less_than_an_epoch_is_a_share_of_the_images(plan):
 def test_budgets():
     times = [budget.seconds(text) for text in ("90m", "6h", "1.5d")]
     assert times == [5400, 21600, 129600]
+
+
+def test_what_a_training_sets_does_not_reach_the_next_part(monkeypatch):
+    """A measured budget must not change figures: sampling runs without cudnn.benchmark."""
+    seen = []
+
+    def main():
+        seen.append((torch.backends.cudnn.benchmark, sys.argv[1:]))
+        torch.backends.cudnn.benchmark = True
+        cli.AT_END.callback(seen.append, "unlocked")
+
+    monkeypatch.setitem(sys.modules, "part", SimpleNamespace(main=main))
+    before = list(sys.argv)
+    for _ in range(2):
+        assert parts.call("part.py", "--n", 3) == "python part.py --n 3"
+    assert seen == [(False, ["--n", "3"]), "unlocked"] * 2
+    assert sys.argv == before and not torch.backends.cudnn.benchmark
+
+
+def test_overview_shows_every_grid_under_its_name(tmp_path):
+    grids = {}
+    for name, level in (("a", 50), ("b", 100), ("c", 200)):
+        grids[name] = tmp_path / f"{name}.png"
+        pictures.write_grid(grids[name], torch.full((3, 40, 60), level, dtype=torch.uint8))
+    pictures.write_overview(tmp_path / "all.png", grids, columns=2)
+    whole = torch.from_numpy(np.asarray(Image.open(tmp_path / "all.png")).astype(int))
+    assert whole.shape == (2 * (20 + 16), 2 * 30, 3)  # halves, with a line of text
+    for i, level in enumerate((50, 100, 200)):
+        top, left = i // 2 * 36, i % 2 * 30
+        assert bool((whole[top + 16 : top + 36, left : left + 30] == level).all())
+        assert whole[top : top + 16, left : left + 30].min() < 128  # the name
 
 
 # ---------------------------------------------------------------------------------------- options
