@@ -207,6 +207,7 @@ def test_what_a_training_sets_does_not_reach_the_next_part(monkeypatch):
         cli.AT_END.callback(seen.append, "unlocked")
 
     monkeypatch.setitem(sys.modules, "part", SimpleNamespace(main=main))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # whichever test ran before
     before = list(sys.argv)
     for _ in range(2):
         assert parts.call("part.py", "--n", 3) == "python part.py --n 3"
