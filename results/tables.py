@@ -163,6 +163,17 @@ def losses(record: dict) -> Iterator[dict]:
         yield row
 
 
+def finetune(record: dict) -> Iterator[dict]:
+    for start in ("nothing", "encoder"):
+        row = {"": f"from {'the encoder' if start == 'encoder' else start}"}
+        for run in record["rows"]:
+            if run["start"] == start:
+                labels = f"{100 * run['share']:g} %"
+                row[f"{labels}, clean"] = share(run, "clean_accuracy", "")
+                row[f"{labels}, PGD-20"] = share(run, "pgd-20", "")
+        yield row
+
+
 def bench(record: dict, float32: dict) -> Iterator[dict]:
     ratios = {row["what"]: figure(row, "ratio", 2) for row in float32["rows"]}
     for run in record["rows"]:

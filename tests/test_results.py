@@ -180,6 +180,32 @@ def test_losses_and_dual_print_the_table_and_write_the_json_file(name, tmp_path)
     assert json.loads((tmp_path / f"results/{name}.json").read_text())["rows"] == rows
 
 
+def test_finetune_trains_twice_with_each_share_of_the_labels(unsup_run, tmp_path):
+    options = ["--encoder", unsup_run / "runs/unsup/ckpt.pt", "--shares", 0.1, 0.5]
+    options += ["--epochs", 2, 1, "--options", "--width 8 --loss st", "--evaluation", "--n 20"]
+    done = script("results/finetune.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| from the encoder |" in done.stdout
+    record = json.loads((tmp_path / "results/finetune-digits.json").read_text())
+    found = [(row["start"], row["share"]) for row in record["rows"]]
+    assert found == [(s, x) for x in (0.1, 0.5) for s in ("nothing", "encoder")]
+    assert len({(row["clean_accuracy"], row["pgd-20"]) for row in record["rows"]}) > 1
+    for start, share, epochs in (("nothing", 0.1, 2), ("encoder", 0.5, 1)):
+        folder = tmp_path / f"runs/finetune/digits-{start}-{share}"
+        made = json.loads((folder / "options.json").read_text())
+        assert (made["share"], made["epochs"], made["init"] != "") == (
+            share,
+            epochs,
+            start != "nothing",
+        )
+    again = script("results/finetune.py", *options, cwd=tmp_path)
+    assert "python train_sup.py" not in again.stdout  # nothing is repeated
+    assert json.loads((tmp_path / "results/finetune-digits.json").read_text()) == record
+    assert_refused(
+        script("results/finetune.py", *options[:-4], "--epochs", 1, cwd=tmp_path), "many"
+    )
+
+
 # ------------------------------------------------------------------------------ links and orphans
 
 

@@ -101,7 +101,7 @@ def start_together(n: int, *args, cwd: Path) -> list:
     return done
 
 
-@pytest.mark.parametrize("pairs", [3, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pairs", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_of_two_runs_started_together_exactly_one_goes_on(pairs, tmp_path):
     for i in range(pairs):
         options = [*SHORT, "--batch-size", 700, "--seed", i, "--out", f"run{i}"]
@@ -117,7 +117,7 @@ def test_of_two_runs_started_together_exactly_one_goes_on(pairs, tmp_path):
 
 @pytest.mark.slow
 def test_threads_that_sample_and_train_do_not_disturb_each_other():
-    """8 threads of 200 iterations: half draw from their network, half train and attack theirs."""
+    """8 threads of 50 iterations: half draw from their network, half train and attack theirs."""
 
     def network(i: int) -> cem.ParametricCEM:
         torch.manual_seed(i)
@@ -126,7 +126,7 @@ def test_threads_that_sample_and_train_do_not_disturb_each_other():
     def sample_with(model) -> torch.Tensor:
         x, y = torch.full((4, 1, 8, 8), 0.5), torch.arange(4)
         generator = torch.Generator().manual_seed(0)
-        for _ in range(200):
+        for _ in range(50):
             potential = cem.potential("rcs", model, y)
             settings = dict(steps=2, step_size=0.1, noise=0.01, generator=generator)
             x = cem.ascend(potential, x, **settings)
@@ -136,7 +136,7 @@ def test_threads_that_sample_and_train_do_not_disturb_each_other():
         generator = torch.Generator().manual_seed(1)
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
         model.train()
-        for _ in range(200):
+        for _ in range(50):
             x, y = torch.rand(4, 1, 8, 8, generator=generator), torch.arange(4)
             attack = cem.potential("ce", model, y)
             x_adv = cem.pgd(attack, x, eps=0.5, steps=2, generator=generator)

@@ -1,0 +1,69 @@
+"""Fine-tune an encoder adversarially, against training from nothing: results/finetune-<name>.json.
+
+    python results/finetune.py --encoder checkpoints/unsup-at.pt --dataset PATH --name cifar10 \\
+        --shares 0.01 0.1 1 --epochs 130 10 1
+
+With each share of the labels and as many epochs, the same training twice. Calls the scripts as a
+user would; a killed call goes on, and finished parts are not repeated.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+import tables  # noqa: E402
+
+from lib import cli, markdown  # noqa: E402
+from lib.cli import option  # noqa: E402
+from lib.parts import Parts  # noqa: E402
+
+
+@dataclass
+class Options:
+    encoder: str = option("", "encoder checkpoint (default: runs/unsup/ckpt.pt)", **cli.PATH)
+    dataset: str = option("digits", "dataset, as for train_sup.py")
+    shares: list[float] = cli.options(float, "shares of the labels (default: 0.1 1)")
+    epochs: list[int] = cli.options(int, "epochs with each share (default: 300 30)")
+    options: str = option("", "further options of train_sup.py, in one string")
+    evaluation: str = option("", "further options of eval_robust.py, in one string")
+    name: str = option("digits", "name of the table")
+    out: str = option("runs/finetune", "folder of the runs", **cli.PATH)
+
+
+def row_of(start: str, share: float, epochs: int, parts: Parts, opt: Options) -> dict:
+    """Train from the encoder or from nothing, and measure."""
+    run = Path(opt.out) / f"{opt.name}-{start}-{share:g}"
+    words = ["--dataset", opt.dataset, "--share", share, "--epochs", epochs]
+    words += [*shlex.split(opt.options), "--out", run]
+    words += ["--init", opt.encoder or "runs/unsup/ckpt.pt"] if start == "encoder" else []
+    ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--resume")
+    words = ["--dataset", opt.dataset, "--ckpt", ckpt, *shlex.split(opt.evaluation)]
+    found = json.loads(parts.run(run / "accuracy.json", "eval_robust.py", *words).read_text())
+    log = (run / "log.jsonl").read_text().splitlines()
+    row = {"start": start, "share": share, "minutes": json.loads(log[-1])["seconds"] / 60}
+    return row | {key: found[key] for key in ("n", "clean_accuracy", "pgd-20")}
+
+
+def main() -> None:
+    opt = cli.parse(Options, __doc__)
+    shares, epochs = opt.shares or [0.1, 1.0], opt.epochs or [300, 30]
+    cli.require(len(shares) == len(epochs), "--shares and --epochs need as many numbers")
+    parts = Parts(Path(opt.out) / f"{opt.name}-done.json", [])
+    rows = [
+        row_of(start, share, n, parts, opt)
+        for share, n in zip(shares, epochs)
+        for start in ("nothing", "encoder")
+    ]
+    out = Path("results") / f"finetune-{opt.name}.json"
+    commands = [part["command"] for part in parts.finished.values()]
+    record = {"command": cli.command(), "rows": rows, "commands": commands}
+    cli.write_text(out, json.dumps(record, indent=1) + "\n")
+    print(f"{markdown.table(tables.finetune(record))}wrote {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
