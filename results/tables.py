@@ -25,7 +25,7 @@ from lib import cli, markdown, metrics  # noqa: E402
 from lib.markdown import Figure, rounded  # noqa: E402
 
 END = "<!-- end -->"
-LEAST = ("C-FD", "c-fd_cs", "c-fd_rcs", "calibration_error")  # less is better
+LEAST = ("C-FD", "c-fd_cs", "c-fd_rcs", "c-fd_langevin", "calibration_error")  # less is better
 SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
     "classifier, ResNet-18, width 32": "ta cs rcs langevin",
     "its second stage, `--loss dat`": "seeds ta langevin cs rcs",
@@ -50,7 +50,7 @@ def figure(row: dict, key: str, digits: int = 1) -> Figure:
 
 def share(row: dict, key: str, unit: str = " %") -> Figure:
     """In percent, with the binomial standard error of n images."""
-    p, n = row[key], row.get("n")
+    p, n = row[key], row.get(f"{key} n", row.get("n"))
     error = 100 * math.sqrt(p * (1 - p) / n) if n else None
     return Figure(100 * p, error=error, shown=False, unit=unit)
 
@@ -134,6 +134,7 @@ def digits(first: dict, second: dict) -> Iterator[dict]:
 
 
 LOSSES = {  # column -> kind of figure, key, unit or digits
+    "minutes": (figure, "minutes", 1),
     "clean": (share, "clean_accuracy", ""),
     "PGD-20": (share, "pgd-20", ""),
     "worst": (share, "adversarial_accuracy", ""),
@@ -141,8 +142,10 @@ LOSSES = {  # column -> kind of figure, key, unit or digits
     "ECE": (figure, "calibration_error", 3),
     "AUROC noise": (figure, "auroc_noise", 3),
     "AUROC constant": (figure, "auroc_constant", 3),
+    "AUROC held-out": (figure, "auroc_held-out", 3),
     "C-FD `cs`": (figure, "c-fd_cs", 1),
     "C-FD `rcs`": (figure, "c-fd_rcs", 1),
+    "C-FD `langevin`": (figure, "c-fd_langevin", 1),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import tables
 from conftest import ROOT, assert_refused, script
 
+import cem
 from lib.markdown import Figure, rounded, table
 
 
@@ -178,6 +179,26 @@ def test_losses_and_dual_print_the_table_and_write_the_json_file(name, tmp_path)
     assert printed in (ROOT / "results/README.md").read_text()
     assert [path.name for path in (tmp_path / "results").iterdir()] == [f"{name}.json"]
     assert json.loads((tmp_path / f"results/{name}.json").read_text())["rows"] == rows
+
+
+def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path):
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    first = digits_run / "runs/sup/ckpt.pt"
+    options = ["--losses", "dat", "--epochs", 1, "--seeds", 0, "--first-stage", first]
+    options += ["--options", "--width 8", "--evaluation", "--n 10 --ood digits", "--judge", first]
+    options += ["--n-samples", 30, "--autoattack", 1]
+    done = script("results/losses.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "results/losses-digits.json").read_text())["rows"]["dat"]
+    last = tmp_path / "runs/losses/digits-dat-0/ckpt.pt"
+    seconds = sum(cem.load(ckpt).extra["training"]["seconds"] for ckpt in (first, last))
+    assert row["minutes"] == pytest.approx(seconds / 60)
+    assert "--epochs 1" in row["commands"][0] and f"--init {first}" in row["commands"][0]
+    assert (row["n"], row["autoattack n"]) == (10, 1)
+    assert row["autoattack"] in (0, 1) and 0 <= row["auroc_digits"] <= 1
+    assert {"c-fd_cs", "c-fd_rcs", "c-fd_langevin"} <= row.keys()
+    refused = script("results/losses.py", *options, "--epochs", 1, 2, cwd=tmp_path)
+    assert_refused(refused, "--epochs needs 1 numbers, for dat")
 
 
 def test_finetune_trains_twice_with_each_share_of_the_labels(unsup_run, tmp_path):
