@@ -111,7 +111,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet (Zagoruyko and Komodakis, 2016) with the authors' parameter names.
+    """Wide ResNet (Zagoruyko and Komodakis, 2016) with RobustBench's parameter names.
 
     Its four stages are the stem and the three groups of blocks.
     """
@@ -144,8 +144,9 @@ RESNETS = {
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
+# depth, factor
 WIDE_RESNETS = (16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16)
-# name -> (width, in_channels) -> network; of Wide ResNets: depth, factor
+# name -> (width, in_channels) -> network
 ARCHS = {k: functools.partial(ResNet, *shape) for k, shape in RESNETS.items()}
 ARCHS |= {f"{k}-imagenet": functools.partial(ResNet, *v, imagenet=True) for k, v in RESNETS.items()}
 ARCHS |= {f"wrn-{d}-{k}": functools.partial(WideResNet, d, k) for d, k in WIDE_RESNETS}
@@ -154,7 +155,7 @@ ARCHS |= {f"wrn-{d}-{k}": functools.partial(WideResNet, d, k) for d, k in WIDE_R
 class _CEM(nn.Module):
     """What both energy models share: pixel normalisation, network, stages and features."""
 
-    def __init__(self, arch, config, width=64, in_channels=3, mean=0.5, std=0.25):
+    def __init__(self, arch, config, width, in_channels, mean, std):
         super().__init__()
         _require_one_of(ARCHS, arch, "arch")
         self.config = dict(arch=arch, width=width, in_channels=in_channels, **config)
@@ -166,17 +167,18 @@ class _CEM(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for name, value in (("mean", mean), ("std", std)):
-            value = torch.as_tensor(value, dtype=torch.get_default_dtype()).expand(in_channels)
-            valid = value.is_meta or value.isfinite().all() and (name == "mean" or value.min() > 0)
-            require(valid, f"{name} must be finite, and std positive")
-            self.register_buffer(name, value.reshape(-1, 1, 1).clone())
+            value = torch.as_tensor(value, dtype=torch.get_default_dtype()).flatten()
+            valid = len(value) in (1, in_channels) and (value.is_meta or value.isfinite().all())
+            valid = valid and (value.is_meta or name == "mean" or value.min() > 0)
+            require(valid, f"{name} must be finite, one or one per channel, and std positive")
+            self.register_buffer(name, value.expand(in_channels).reshape(-1, 1, 1).clone())
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """x (N, C, H, W) in [0, 1] -> the outputs of the four stages, each (N, C_s, H_s, W_s)."""
         return self.net.stages((x - self.mean) / self.std)
 
     def features(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) in [0, 1] -> g(x) (N, D), the last stage's spatial mean."""
+        """x (N, C, H, W) in [0, 1] -> h(x) (N, D), the last stage's spatial mean."""
         return self.stages(x)[-1].mean((2, 3)).to(x.dtype)
 
 
@@ -184,12 +186,14 @@ class ParametricCEM(_CEM):
     """P-CEM: p(x, y) = exp f(x, y) / Z, where f(x, ·) are a classifier's logits ([CEM] eq. 3).
 
     `model(x)` maps x (N, C, H, W) in [0, 1], H and W at least 8, to f(x, ·) (N, num_classes) in
-    x's dtype, also under autocast. shape: `width` (64) scales all channels, a ResNet's stem has as
-    many; `in_channels` (3); `mean` (0.5) and `std` (0.25) of pixels, one number or one per channel.
+    x's dtype, also under autocast. width: channels of a ResNet's stem; it scales all others, but a
+    Wide ResNet's stem has 16. mean and std of pixels: one number or one per channel.
     """
 
-    def __init__(self, arch="resnet18", num_classes=10, *shape, **named_shape):
-        super().__init__(arch, dict(num_classes=num_classes), *shape, **named_shape)
+    def __init__(
+        self, arch="resnet18", num_classes=10, width=64, in_channels=3, mean=0.5, std=0.25
+    ):
+        super().__init__(arch, dict(num_classes=num_classes), width, in_channels, mean, std)
         self.net.fc = nn.Linear(self.net.out_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -200,17 +204,18 @@ class NonParametricCEM(_CEM):
     """NP-CEM: p(x, x') = exp f(x, x') / Z with f(x, x') = g(x)ᵀ g(x') / τ ([CEM] eq. 4).
 
     `model(x)` maps x (N, C, H, W) in [0, 1] to g(x) (N, embed_dim) of unit length, the output of a
-    two-layer projection head; `features(x)` is the head's input. τ is `temperature`. The other
-    arguments are those of ParametricCEM. energy: with log p(x) + log Z, linear in the standardised
-    features, to be learned in a second stage. `model(x, details=True)` -> g(x), features, log p(x).
+    two-layer projection head, whose input is `features(x)`. τ is `temperature`. energy=True adds a
+    head for log p(x) + log Z, linear in the standardised features and learned in a second stage:
+    `model(x, details=True)` -> g(x), features, log p(x). The rest is as in ParametricCEM.
     """
 
     def __init__(
-        self, arch="resnet18", embed_dim=128, temperature=0.3, *shape, energy=False, **named_shape
-    ):
+        self, arch="resnet18", embed_dim=128, temperature=0.3, width=64, in_channels=3, mean=0.5,
+        std=0.25, energy=False
+    ):  # fmt: skip
         config = dict(embed_dim=embed_dim, temperature=temperature)
-        config |= {"energy": True} if energy else {}
-        super().__init__(arch, config, *shape, **named_shape)
+        config |= {"energy": True} if energy else {}  # absent in earlier checkpoints
+        super().__init__(arch, config, width, in_channels, mean, std)
         self.temperature = temperature
         dim = self.net.out_features
         self.net.fc = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, embed_dim))
@@ -314,7 +319,8 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean"
 
 
 def data_or_samples(log_p: Tensor, log_p_s: Tensor, offset=0.0, weight_s=1.0) -> Tensor:
-    """Cross-entropy of telling data from samples by log p(x) > b ([DAT]). (N,), (M,) -> ()."""
+    """Cross-entropy of telling data from samples by log p(x) > b ([DAT]): the sum of two means.
+    (N,), (M,), weight_s a number or (M,) -> ()."""
     return F.softplus(offset - log_p).mean() + (weight_s * F.softplus(log_p_s - offset)).mean()
 
 
@@ -334,8 +340,8 @@ def supervised_loss(
     dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   b = offset
 
     In training, BatchNorm normalises x_s of jem and jeat by the statistics of the data; with
-    statistics of their own, it would tell samples from data. dat passes x̂, x and x_s through the
-    model in this order, which should be in eval mode.
+    statistics of their own, it would tell samples from data. For dat, the model should be in eval
+    mode; x̂, x and x_s pass through it as one batch, in this order.
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
@@ -429,8 +435,8 @@ def _check_images(x: Tensor, clip: tuple[float, float] | None) -> None:
     if x.device.type == "cpu" and x.numel():
         low, high = (value.item() for value in x.detach().aminmax())
         least, most = clip or (-1e38, 1e38)
-        found = f"[{least:g}, {most:g}], not [{low:.3g}, {high:.3g}]"
-        message = f"x must be finite and in {found}: cem's models normalise images themselves"
+        ranges = f"[{least:g}, {most:g}], not [{low:.3g}, {high:.3g}]"
+        message = f"x must be finite and in {ranges}: cem's models normalise images themselves"
         require(least - 1e-4 <= low and high <= most + 1e-4, message)  # not if NaN
 
 
@@ -507,11 +513,11 @@ def pgd(
     x (N, C, H, W) in [0, 1], in which the iterates stay; eps and step_size in the same units.
     step_size defaults to 2.5 eps / steps; the random start is uniform in the ball of random_start
     times eps, then clipped. If that is larger than the ball, nothing is projected: one step of eps
-    from there is N-FGSM ([FGSM]). The other arguments are those of `ascend`. -> x_adv, detached.
+    from there is N-FGSM ([FGSM]). generator: of that start; model: as in `ascend`. -> x_adv.
     """
     _require_one_of(("l2", "linf"), norm, "norm")
-    at_least = "steps must be at least 1, and random_start finite and at least 0"
-    require(steps >= 1 and 0 <= random_start < math.inf, at_least)
+    at_least = "steps must be at least 1, eps and random_start finite and at least 0"
+    require(steps >= 1 and all(0 <= v < math.inf for v in (eps, random_start)), at_least)
     _check_images(x, (0, 1))
     start = x.detach()
     if random_start and eps > 0:
@@ -552,7 +558,7 @@ def batch_entropy(z: Tensor, temperature: float) -> Tensor:
 
 
 def log_density(z: Tensor, temperature: float, bank: Tensor | None, log_p: Tensor | None) -> Tensor:
-    """log p(x) + log Z: the learned one, or over embeddings (M, D), log 1/M Σ_j exp f(x, x_j)."""
+    """log p(x) + log Z (N,): over a bank (M, D), log 1/M Σ_j exp f(x, x_j); else as learned."""
     if bank is None:
         return log_p
     return log_marginal(similarity(z, bank, temperature)) - math.log(len(bank))
@@ -571,20 +577,37 @@ NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), τ, z' = g(x'), log p(x)) -> U(x)
 
 
 class Potential:
-    """A potential U: x (N, C, H, W) -> (N,), and the `model` that it evaluates."""
+    """The potential of a sampler or an attack, by its name in the tables above ([CEM] section 4):
+    a callable x (N, C, H, W) -> U(x) (N,), which knows its `model`.
 
-    def __init__(self, name: str, model: nn.Module, y: Tensor | None):
-        self.name = name
-        self.model = model
-        self.y = y
+    P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs" and the attacks "ce", "joint",
+    "margin"; y: labels (N,), unused by "langevin".
+    NP-CEM, f(x, x') = model(x) · model(x') / τ: "pgd", y: the positives, images (N, C, H, W);
+    "maxent", without y; "neighbour", y: embeddings (N, D) of one image x' each; "marginal" and
+    "maxent-marginal", y: embeddings (M, D) of real images, or None for the learned log p(x). The
+    COUPLED ones compare the images of a batch: the gradient flows through every f(x_i, x_j), but
+    not through the positives. Raises CEMError if name, model and y do not fit each other.
+    """
+
+    def __init__(self, name: str, model: nn.Module, y: Tensor | None = None):
+        self.name, self.model, self.y = name, model, y
+        formulas = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS | NON_PARAMETRIC_SAMPLERS
+        _require_one_of(formulas, name, "potential")
+        self.formula = formulas[name]
+        self.labelled = name not in NON_PARAMETRIC_SAMPLERS
+        wrong = NonParametricCEM if self.labelled else ParametricCEM
+        require(not isinstance(model, wrong), f"potential {name!r} is not for a {wrong.__name__}")
+        what = "the labels" if self.labelled else "the positives" if name == "pgd" else "embeddings"
+        without = name in WITHOUT_Y or name in MARGINAL and hasattr(model, "energy")
+        require(y is not None or without, f"potential {name!r} needs y, {what}")
+        if y is not None and self.labelled:
+            _check_labels(y, getattr(model, "config", {}).get("num_classes", math.inf))
 
     def bind(self) -> Callable[[Tensor], Tensor]:
         """U with the positives of "pgd" embedded now, once, by the network as it is."""
-        model, y = self.model, self.y
-        if self.name not in NON_PARAMETRIC_SAMPLERS:
-            formula = (PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS)[self.name]
+        model, y, formula = self.model, self.y, self.formula
+        if self.labelled:
             return lambda x: formula(model(x), y)
-        formula = NON_PARAMETRIC_SAMPLERS[self.name]
         learned = self.name in MARGINAL and y is None
         with torch.no_grad():  # a copy, as CUDA graphs write the next output in the same place
             others = model(y).clone() if self.name == "pgd" else y
@@ -599,30 +622,7 @@ class Potential:
         return self.bind()(x)
 
 
-def potential(name: str, model: nn.Module, y: Tensor | None = None) -> Potential:
-    """The potential of a sampler or an attack, by its name in the tables above ([CEM] section 4).
-
-    P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs" and the attacks "ce", "joint",
-    "margin"; y: labels (N,), unused by "langevin".
-    NP-CEM, f(x, x') = model(x) · model(x') / τ: "pgd", y: the positives, images (N, C, H, W);
-    "maxent", without y; "neighbour", y: embeddings (N, D) of one image x' each; "marginal" and
-    "maxent-marginal", y: embeddings (M, D) of real images, or None for the learned log p(x). The
-    COUPLED ones compare the images of a batch: the gradient flows through every f(x_i, x_j), but
-    not through the positives. Raises CEMError for an unknown name, a missing y, or a model of the
-    other kind.
-    """
-    formulas = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS | NON_PARAMETRIC_SAMPLERS
-    _require_one_of(formulas, name, "potential")
-    labelled = name not in NON_PARAMETRIC_SAMPLERS
-    wrong = NonParametricCEM if labelled else ParametricCEM
-    fits = not isinstance(model, wrong)
-    require(fits, f"potential {name!r} is not defined for a {wrong.__name__}")
-    what = "the labels" if labelled else "the positives" if name == "pgd" else "embeddings"
-    without = name in WITHOUT_Y or name in MARGINAL and hasattr(model, "energy")
-    require(y is not None or without, f"potential {name!r} needs y, {what}")
-    if y is not None and labelled:
-        _check_labels(y, getattr(model, "config", {}).get("num_classes", math.inf))
-    return Potential(name, model, y)
+potential = Potential  # reads better where one is made
 
 
 def _check_labels(y: Tensor, num_classes: float) -> None:
@@ -665,8 +665,8 @@ class GaussianSeeds:
     def fit(
         cls, images: Tensor, labels: Tensor, rank=None, num_classes=None, progress=iter
     ) -> GaussianSeeds:
-        """images (N, C, H, W), uint8 or in [0, 1]; labels (N,) in 0..K-1, 2 images per class;
-        progress wraps the loop over the classes, such as tqdm."""
+        """images (N, C, H, W), uint8 or in [0, 1], at least 2 per class; labels (N,) in 0..K-1, K
+        = num_classes; rank None: full; progress wraps the loop over the classes, such as tqdm."""
         scale = 255 if images.dtype == torch.uint8 else 1
         if scale == 1:
             _check_images(images, (0, 1))

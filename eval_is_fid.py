@@ -102,11 +102,6 @@ def warn_about(path: Path, images: Tensor, labels: Tensor, network, opt: Options
     if network.names[0] and labels.unique().numel() > 1 and bool((labels.diff() >= 0).all()):
         score = f"{network.names[0]}, averaged over {opt.splits} consecutive parts"
         cli.warn(f"{path} is sorted by class: {score}, will be too low")
-    # about the number of features
-    needed = {"FID": 2048, "FD-DINOv2": 1024}.get(network.names[1], 500)
-    if len(images) < needed:
-        biased = f"below {needed:,}, {network.names[1]} is biased upwards"
-        cli.warn(f"{path} has {len(images)} images: {biased}; {network.names[2]} is not")
 
 
 # ----------------------------------------------------------------------------------------- table
@@ -123,17 +118,21 @@ def judge(
         row[score], row[f"{score} std"] = metrics.inception_score(logits, opt.splits)
 
     def distance(index) -> float:
-        return reference.frechet([block[index] for block in blocks], network.standardised)
+        return reference.frechet([block[index] for block in blocks])
 
+    dimension = max(block.shape[1] for block in blocks)
+    if len(images) < dimension:
+        few = f"{len(images)} images, fewer than its {dimension:,} features"
+        cli.warn(f"{frechet} of {name} is far too high: {few}; {kernel} is not biased")
     row[frechet] = distance(slice(None))
     if len(images) >= 20:
         row[f"{frechet} std"] = metrics.jackknife(distance, labels)
-    if len(images) >= LIMIT_SAMPLES * max(block.shape[1] for block in blocks):
+    if len(images) >= LIMIT_SAMPLES * dimension:
         row[f"{frechet}∞"] = metrics.extrapolate(distance, len(images))
     if reference.features is not None:
-        mmd = reference.kernel(blocks, network.standardised, network.device)
+        mmd = reference.kernel(blocks, network.device)
         row[kernel], row[f"{kernel} std"] = mmd
-        row |= reference.manifold(blocks, network.standardised)
+        row |= reference.manifold(blocks)
     if score == "C-IS" and 0 <= labels.min() and labels.max() < logits.shape[1]:
         hits = logits.argmax(1) == labels
         row["wanted"] = hits.double().mean().item()
@@ -152,7 +151,7 @@ class Neighbours:
 
     def features(self, images: Tensor, name: str) -> Tensor:
         blocks, _ = metrics.extract(self.network, images, self.batch_size, name)
-        return self.reference.joined(blocks, self.network.standardised)
+        return self.reference.joined(blocks)
 
     def of(self, images: Tensor) -> tuple[dict[str, float], Tensor]:
         """Images uint8 (N, C, H, W) -> their median distance to the closest training image, beside

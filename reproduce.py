@@ -13,7 +13,6 @@ import json
 import shlex
 import shutil
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from lib import budget, cli, data, distributed, files, metrics, paper, pictures
 from lib.cli import option
 from lib.device import pick_device
 from lib.markdown import table
-from lib.parts import Parts
+from lib.parts import Parts, digest
 
 SAMPLERS = {  # of each model: a classifier, its second stage, an encoder, a larger encoder
     "sup": ["seeds", *cem.PARAMETRIC_SAMPLERS],
@@ -77,13 +76,9 @@ class Reproduction:
         self.data = ["--dataset", opt.dataset, "--data-dir", opt.data_dir]
         self.data += ["--image-size", opt.image_size] * bool(opt.image_size)
         key = [opt.dataset, opt.image_size, opt.budget, opt.full, distributed.world_size()]
-        self.plan_file = self.folder / f"plan-{self.digest(key)}.json"
-        self.measured = self.folder / f"measured-{self.digest(key)}"
+        self.plan_file = self.folder / f"plan-{digest(key)}.json"
+        self.measured = self.folder / f"measured-{digest(key)}"
         self.plan = self.make_plan()
-
-    @staticmethod
-    def digest(words: list) -> str:
-        return sha256(shlex.join(map(str, words)).encode()).hexdigest()[:8]
 
     def make_plan(self) -> dict:
         """That of an earlier call with these options, or a new one."""
@@ -117,7 +112,7 @@ class Reproduction:
     def train(self, model: str) -> Path:
         """The model's checkpoint, in a folder of its own for each choice of options."""
         words = self.training(model)
-        run = self.folder / f"{model}-{self.digest(words)}"
+        run = self.folder / f"{model}-{digest(words)}"
         more = ["--out", run, "--resume", "--on-diverge", "restart"]
         return self.parts.run(run / "ckpt.pt", *words, *more)
 
@@ -146,7 +141,7 @@ class Reproduction:
             weights = ["--weights", self.opt.weights] if self.opt.weights else []
             networks.append(["inception", *weights])
         for network in networks:
-            out = self.folder / f"scores-{self.digest(words + network)}.json"
+            out = self.folder / f"scores-{digest(words + network)}.json"
             self.parts.run(out, "eval_is_fid.py", *words, *network, "--out", out)
             found = json.loads(out.read_text())
             name = "judge" if "C-FD" in found["rows"][0] else "inception"
@@ -208,7 +203,7 @@ def text(job: Reproduction, accuracies: dict, figures: dict) -> str:
 
 def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
     """table.md, table.json and grids.png; -> the content of the first."""
-    content = {"command": cli.command(), "plan": job.plan, "parts": job.parts.finished}
+    content = {"command": cli.command(), "plan": job.plan, "parts": job.parts.used}
     content |= {"accuracies": accuracies, "rows": figures}
     shown = text(job, accuracies, figures)
     grids = {row: job.draw(row).with_suffix(".png") for row in figures}

@@ -27,6 +27,7 @@ from lib import cli, data, distributed, files, pictures, sampling
 from lib.cli import option
 from lib.clusters import ClusterSeeds
 from lib.device import PRECISIONS, autocast, pick_device, resolve_precision, try_batch_size
+from lib.sampling import DISPLACEMENT, UNTUNED
 
 SAMPLERS = [*cem.PARAMETRIC_SAMPLERS, *cem.NON_PARAMETRIC_SAMPLERS, "seeds"]
 SETTINGS_HELP = "default: the checkpoint's, else"
@@ -53,19 +54,24 @@ class Options:
     )
     seed: int = option(0, "random seed", "what to draw")
     steps: Optional[int] = option(
-        None, f"steps of the ascent ({SETTINGS_HELP} 8)", "ascent", type=cli.integer, least=1
+        None,
+        f"steps of the ascent ({SETTINGS_HELP} {UNTUNED['steps']})",
+        "ascent",
+        type=cli.integer,
+        least=1,
     )
     step_size: Optional[float] = option(
-        None, f"length of a step ({SETTINGS_HELP} all steps together walk 3, or 24 for an "
-        "encoder, on 3x32x32 images, scaled to other sizes)", "ascent", type=cli.number, above=0,
+        None, f"length of a step ({SETTINGS_HELP} all steps together walk "
+        f"{DISPLACEMENT['ta']:g}, or {DISPLACEMENT['maxent']:g} for an encoder, on 3x32x32 images, "
+        "scaled to other sizes)", "ascent", type=cli.number, above=0,
     )  # fmt: skip
     noise: Optional[float] = option(
-        None, f"standard deviation of each step's noise ({SETTINGS_HELP} 0.01)", "ascent",
-        type=cli.number, least=0,
+        None, f"standard deviation of each step's noise ({SETTINGS_HELP} {UNTUNED['noise']})",
+        "ascent", type=cli.number, least=0,
     )  # fmt: skip
     norm: Optional[str] = option(
         None, "gradient: l2 scaled to unit length, linf its sign, none as it is "
-        f"({SETTINGS_HELP} l2)", "ascent", type=str, choices=list(cem.DIRECTIONS),
+        f"({SETTINGS_HELP} {UNTUNED['norm']})", "ascent", type=str, choices=list(cem.DIRECTIONS),
     )  # fmt: skip
     momentum: float = option(0.0, "heavy-ball momentum", "ascent", least=0, below=1)
     start: str = option(
@@ -106,6 +112,8 @@ def check(opt: Options) -> None:
     couples = opt.sampler in cem.COUPLED
     enough = opt.batch_size > 1 or not couples
     cli.require(enough, f"--sampler {opt.sampler} compares images: --batch-size must be at least 2")
+    sized = opt.dataset or not opt.image_size
+    cli.require(sized, "--image-size needs the --dataset that it applies to")
 
 
 class Trace:
@@ -152,9 +160,9 @@ def draw_batch(
             fixed = y.to(device)
         potential = cem.potential(opt.sampler, model, fixed)
         ascent = dict(steps=opt.steps, step_size=opt.step_size, norm=opt.norm, noise=opt.noise)
-        if frames is not None:
-            potential = Trace(potential, frames)
         with autocast(device, opt.precision):
+            if frames is not None:
+                potential = Trace(potential, frames)
             x = cem.ascend(potential, x, momentum=opt.momentum, generator=random, **ascent)
         cli.require(bool(x.isfinite().all()), "the images are not finite: the network overflows")
     return to_bytes(x), y if conditional else torch.full_like(y, -1)

@@ -18,14 +18,14 @@ from torch import nn
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
 from lib.attack import AttackCopy, ball, make_watch
-from lib.chains import GrowingChains, ReplayBuffer, chain_starts, mixed, with_statistics_of
+from lib.chains import ReplayBuffer, chain_starts, dual_state, mixed, with_statistics_of
 from lib.cli import option
 from lib.device import autocast, compile_network, pick_device
 from lib.loop import Trainer
 from lib.options import DAT, ENERGY
 
 DIGITS = dict(
-    arch="resnet18", width=16, epochs=30, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97,
+    arch="resnet18", width=16, epochs=30, batch_size=128, schedule="onecycle", ema=0.97,
     attack_steps=3, attack_step_size=0.3, n_eval=100,
 )  # fmt: skip
 ENERGY_BASED = ("jem", "jeat")
@@ -175,29 +175,15 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
                 now = logits_x.log_softmax(1)
                 kept = F.kl_div(now, before, reduction="batchmean", log_target=True)
                 loss = loss + opt.keep * kept
-        log_p, log_p_s = (cem.log_marginal(part).detach() for part in (logits_x, logits_s))
-        return loss, {
-            "train_accuracy": (logits.argmax(1) == y).float().mean(),
-            "energy": -log_p.mean(), "energy_s": -log_p_s.mean(),
-            "energy_gap": (log_p - log_p_s).mean(),
-            "auc": chains.update(log_p, log_p_s), "chain_steps": chains.length.to(x.device),
-        }  # fmt: skip
+        accuracy = (logits.argmax(1) == y).float().mean()
+        energies = chains.metrics(cem.log_marginal(logits_x), cem.log_marginal(logits_s))
+        return loss, {"train_accuracy": accuracy, **energies}
 
     return batch_loss
 
 
 def sgld(opt: Options) -> dict:
     return dict(steps=opt.sgld_steps, step_size=opt.sgld_step_size, noise=opt.sgld_noise)
-
-
-def dual_state(opt: Options, model: nn.Module) -> nn.ModuleDict:
-    """The chains of dat and, with --init and --keep, the network that it starts from."""
-    state = nn.ModuleDict()
-    samplers = cem.PARAMETRIC_SAMPLERS
-    state["chains"] = GrowingChains(opt.dat_max_steps, opt.dat_step_size, samplers)
-    if opt.init and opt.keep:
-        state["reference"] = cem.folded(model)
-    return state
 
 
 def diagnosis(opt: Options, model, test_set: data.Dataset, seeds, buffer) -> dict[str, float]:
@@ -243,11 +229,13 @@ def train(opt: Options) -> None:
 
     state, batch_loss = buffer, make_batch_loss(opt, train_set, buffer)
     if opt.loss == "dat":
-        state = dual_state(opt, model)
-        info["settings"] = state["chains"].settings
+        state = dual_state(opt, model, cem.PARAMETRIC_SAMPLERS)
         batch_loss = make_dual_loss(
             opt, train_set, chain_starts(opt.chain_start, opt.data_dir, seeds, device), state
         )
+
+    def extra():
+        return info | ({"settings": state["chains"].settings} if opt.loss == "dat" else {})
 
     def measure(model, epoch):
         result = robustness.accuracy(model, test_set, ["pgd-10"], opt, opt.n_eval)
@@ -267,7 +255,7 @@ def train(opt: Options) -> None:
         chains=state,
         bounds={"energy_gap": opt.max_energy_gap},
         freeze_batch_norm=opt.loss == "dat",
-        **info,
+        extra=extra,
     ).fit()
 
 

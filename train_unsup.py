@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
 from lib.attack import AttackCopy, ball
-from lib.chains import GrowingChains, chain_starts
+from lib.chains import chain_starts, dual_state
 from lib.cli import option
 from lib.clusters import ClusterSeeds
 from lib.device import autocast, compile_network, pick_device
@@ -27,10 +27,11 @@ from lib.options import DAT, ENERGY
 from lib.run import RunFolder, resumes
 
 DIGITS = dict(
-    width=16, epochs=40, batch_size=128, lr=0.1, schedule="onecycle", ema=0.97, attack_steps=3,
+    width=16, epochs=40, batch_size=128, schedule="onecycle", ema=0.97, attack_steps=3,
     attack_step_size=0.25, eval_every=10, min_crop=0.6,
 )  # fmt: skip
 DAT_DIGITS = dict(epochs=10, dat_step_size=0.05, clusters=16)
+TUNED = ("marginal", "marginal-cond", "maxent-marginal", "maxent-marginal-cond")  # by dat
 VIEWS = 2 * augment.SIMCLR_DRAWS  # uniform draws of two views
 
 
@@ -132,41 +133,28 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
                 before = dual["reference"].features(flipped)
                 kept = F.cosine_similarity(h.chunk(4)[2], before)
                 loss = loss + opt.keep * (1 - kept).mean()
-        log_p, log_p_s = log_p.detach(), log_p_s.detach()
-        return loss, {
-            "energy": -log_p.mean(), "energy_s": -log_p_s.mean(),
-            "energy_gap": (log_p - log_p_s).mean(),
-            "auc": chains.update(log_p, log_p_s), "chain_steps": chains.length.to(x.device),
-        }  # fmt: skip
+        return loss, chains.metrics(log_p, log_p_s)
 
     return batch_loss
 
 
-def dual_state(opt: Options, model: nn.Module) -> nn.ModuleDict:
-    """The chains of dat and, with --init and --keep, the network that it starts from."""
-    names = ("marginal", "marginal-cond", "maxent-marginal", "maxent-marginal-cond")
-    state = nn.ModuleDict()
-    state["chains"] = GrowingChains(opt.dat_max_steps, opt.dat_step_size, names)
-    if opt.init and opt.keep:
-        state["reference"] = cem.folded(model)
-    return state
+@torch.no_grad()
+def standardise(energy: nn.Sequential, features: Tensor) -> None:
+    """Begin the learned log p(x) with the mean and variance of the features (N, D)."""
+    energy[0].running_mean.copy_(features.mean(0))
+    energy[0].running_var.copy_(features.var(0))
 
 
-def fit_clusters(opt: Options, model: nn.Module, train_set: data.Dataset) -> dict:
-    """The state of ClusterSeeds by the model's features of all training images.
-
-    A new learned energy is given their mean and variance.
-    """
+def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> ClusterSeeds:
+    """Fit the clusters of the model's features of all training images and, if its energy is new,
+    standardise its input."""
     everything = torch.arange(len(train_set), device=train_set.images.device)
     features = robustness.features(cem.folded(model), train_set, everything, opt)
     features = distributed.mean(features)  # the same bits in all processes, hence clusters
-    standardisation, linear = model.energy
-    if not linear.weight.any():
-        standardisation.running_mean.copy_(features.mean(0))
-        standardisation.running_var.copy_(features.var(0))
+    if not model.energy[1].weight.any():
+        standardise(model.energy, features)
     rank = max(opt.seed_rank // 2, 1)
-    clusters = ClusterSeeds.fit(train_set.images, features, opt.clusters, rank, opt.seed)
-    return clusters.state_dict()
+    return ClusterSeeds.fit(train_set.images, features, opt.clusters, rank, opt.seed)
 
 
 def alignment(z1: Tensor, z2: Tensor) -> float:
@@ -219,24 +207,24 @@ def train(opt: Options) -> None:
         compile_network(model, device)
     info, state = train_set.checkpoint_info(opt.seed_rank), None
     kept = RunFolder(opt).load(torch.device("cpu")).extra if resumes(opt) else {}
-    info["bank"] = kept.get("bank", {})
+    info |= {name: kept[name] for name in ("bank", "clusters") if name in kept}
     batch_loss = make_batch_loss(opt, train_set)
     if dual:
-        state = dual_state(opt, model)
-        info["settings"] = state["chains"].settings
-        info["clusters"] = kept.get("clusters") or fit_clusters(opt, model, train_set)
+        state = dual_state(opt, model, TUNED)
+        if "clusters" not in info:
+            info["clusters"] = prepare_dual(opt, model, train_set).state_dict()
         clusters = ClusterSeeds.from_state_dict(info["clusters"], device)
-        start = clusters.sample
-        if opt.chain_start != "gaussian":
-            start = chain_starts(opt.chain_start, opt.data_dir, clusters.gaussians, device)
+        start = chain_starts(opt.chain_start, opt.data_dir, clusters, device)
         batch_loss = make_dual_loss(opt, train_set, start, state)
 
     def measure_when_due(model, epoch):
         if epoch % opt.eval_every and epoch != opt.epochs:
             return {}
-        found, bank = measure(model, train_set, test_set, opt)
-        info["bank"].update(bank)
+        found, info["bank"] = measure(model, train_set, test_set, opt)
         return found
+
+    def extra():
+        return info | ({"settings": state["chains"].settings} if dual else {})
 
     n, per_image = len(train_set), VIEWS + 3 * dual
     Trainer(
@@ -249,7 +237,7 @@ def train(opt: Options) -> None:
         chains=state,
         bounds={"energy_gap": opt.max_energy_gap},
         freeze_batch_norm=dual,
-        **info,
+        extra=extra,
     ).fit()
 
 

@@ -8,7 +8,7 @@ import torch
 
 import cem
 from lib import cli, data, distributed, files
-from lib.parts import call
+from lib.parts import call, digest
 
 JUDGE = "--arch resnet18 --width 16 --lr 0.2 --schedule onecycle --ema 0.99"
 FAST = (
@@ -44,7 +44,7 @@ def agreed(value: float) -> float:
 def measured(job, model: str, options: str, minutes: float, images: int, first_stage=None):
     """Train for a few minutes -> the checkpoint and the training images per second."""
     words = job.training(model, options, first_stage)
-    run = job.measured / f"{model}-{job.digest(words)}"
+    run = job.measured / f"{model}-{digest(words)}"
     limits = ["--max-minutes", minutes, "--on-diverge", "restart"]
     call(*words, "--out", run, *limits, *job.parts.common)
     extra = cem.load(run / "ckpt.pt").extra

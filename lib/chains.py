@@ -63,9 +63,12 @@ def mixed(names: Sequence[str], network: nn.Module, y: Tensor, which: Tensor) ->
     return potential
 
 
-def chain_starts(where: str, data_dir: str, seeds: cem.GaussianSeeds, device) -> Callable:
-    """-> start(labels (N,) or N, generator) -> images (N, C, H, W): GaussianSeeds.sample if `where`
-    is "gaussian", else images of this dataset, folder or npz file, drawn with replacement."""
+def chain_starts(where: str, data_dir: str, seeds, device) -> Callable:
+    """-> start(labels (N,) or N, generator) -> images (N, C, H, W): seeds.sample if `where` is
+    "gaussian", else images of this dataset, folder or npz file, drawn with replacement.
+
+    seeds: GaussianSeeds, or the ClusterSeeds of an encoder.
+    """
     if where == "gaussian":
         return seeds.sample
     if where in data.NAMES:
@@ -75,10 +78,11 @@ def chain_starts(where: str, data_dir: str, seeds: cem.GaussianSeeds, device) ->
     shape, wanted = tuple(images.shape[1:]), seeds.shape
     cem.require(shape == wanted, f"--chain-start has images of {shape}, the dataset of {wanted}")
     images = images.to(device)
+    like = torch.empty(0, device=device)
 
     def start(labels: int | Tensor, generator) -> Tensor:
         n = labels if isinstance(labels, int) else len(labels)
-        drawn = generator.draw(torch.rand, (n,), seeds.mean)
+        drawn = generator.draw(torch.rand, (n,), like)
         return images[(drawn * len(images)).long()].float().div(255)
 
     return start
@@ -120,7 +124,6 @@ class GrowingChains(nn.Module):
         self.longest = longest
         self.samplers = tuple(samplers)
         self.step_size = step_size
-        self.settings = {}  # of `samplers`, for the checkpoint
         self.register_buffer("length", torch.tensor(min(5, longest)))  # T
         self.register_buffer("updates", torch.tensor(0))
         self.register_buffer("auc_sum", torch.tensor(0.0))  # since T was last looked at
@@ -138,6 +141,12 @@ class GrowingChains(nn.Module):
         means = cem.log_marginal(logits).mean(), cem.log_posterior(logits, y).mean()
         self.offsets.copy_(distributed.mean(torch.stack(means)))
 
+    @property
+    def settings(self) -> dict[str, dict]:
+        """Of the samplers, for the checkpoint. A few more steps than in training draw best."""
+        ascent = dict(steps=self.length.item() + 4, step_size=self.step_size, noise=0.0, norm="l2")
+        return {name: ascent for name in self.samplers}
+
     def update(self, log_p: Tensor, log_p_s: Tensor) -> Tensor:
         """After a training step, with log p of data and samples, (N,) each -> their AUC."""
         log_p, log_p_s = distributed.gather(log_p), distributed.gather(log_p_s)
@@ -148,7 +157,22 @@ class GrowingChains(nn.Module):
             if self.auc_sum > 8 * 0.8:
                 self.length.add_(1).clamp_(max=self.longest)
             self.auc_sum.zero_()
-        # chains a little longer than those of the training draw best
-        ascent = dict(steps=self.length.item() + 4, step_size=self.step_size, noise=0.0, norm="l2")
-        self.settings |= {name: ascent for name in self.samplers}
         return auc
+
+    def metrics(self, log_p: Tensor, log_p_s: Tensor) -> dict[str, Tensor]:
+        """`update`, and what the log says of the step."""
+        log_p, log_p_s = log_p.detach(), log_p_s.detach()
+        return {
+            "energy": -log_p.mean(), "energy_s": -log_p_s.mean(),
+            "energy_gap": (log_p - log_p_s).mean(),
+            "auc": self.update(log_p, log_p_s), "chain_steps": self.length.to(log_p.device),
+        }  # fmt: skip
+
+
+def dual_state(opt, model: nn.Module, samplers: Sequence[str]) -> nn.ModuleDict:
+    """The chains of dat and, with --init and --keep, the network that it starts from."""
+    state = nn.ModuleDict()
+    state["chains"] = GrowingChains(opt.dat_max_steps, opt.dat_step_size, samplers)
+    if opt.init and opt.keep:
+        state["reference"] = cem.folded(model)
+    return state

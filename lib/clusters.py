@@ -19,6 +19,7 @@ class ClusterSeeds:
     def __init__(self, gaussians: cem.GaussianSeeds, shares: Tensor):
         self.gaussians = gaussians
         self.shares = shares
+        self.shape = gaussians.shape
 
     @classmethod
     def fit(cls, images: Tensor, features: Tensor, clusters: int, rank: int, seed: int):

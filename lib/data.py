@@ -24,6 +24,12 @@ HELP = f"{', '.join(NAMES)}, or image folder PATH with train/<class>/* and test/
 IMAGE_SIZE = "resize and crop a folder's images to this height and width; 0: as they are"
 
 
+def evenly_spaced(n: int, total: int, device="cpu") -> Tensor:
+    """The indices of n evenly spaced ones of `total` images, or of all if these are fewer."""
+    n = min(n, total)
+    return torch.arange(n, device=device) * total // max(n, 1)
+
+
 @dataclass
 class Dataset:
     """Images uint8 (N, C, H, W), labels int64 (N,); flip: whether mirroring preserves the class."""
@@ -42,8 +48,7 @@ class Dataset:
 
     def evenly_spaced(self, n: int) -> Tensor:
         """Indices of n evenly spaced images, or of all if fewer: folders are sorted by class."""
-        n = min(n, len(self))
-        return torch.arange(n, device=self.images.device) * len(self) // n
+        return evenly_spaced(n, len(self), self.images.device)
 
     def hold_out(self, n: int) -> tuple["Dataset", "Dataset"]:
         """n evenly spaced images, and the others."""
@@ -54,12 +59,12 @@ class Dataset:
         return first, second
 
     def share(self, part: float) -> "Dataset":
-        """Evenly spaced images of each class, at least two of it."""
+        """A share `part`, in (0, 1], of each class, evenly spaced; at least two images of it."""
         index = []
         for k in range(len(self.classes)):
             rows = (self.labels == k).nonzero()[:, 0]
-            n = min(max(math.ceil(part * len(rows)), 2), len(rows))
-            index.append(rows[torch.arange(n, device=rows.device) * len(rows) // max(n, 1)])
+            n = max(math.ceil(part * len(rows)), 2)
+            index.append(rows[evenly_spaced(n, len(rows), rows.device)])
         index = torch.cat(index).sort().values
         return replace(self, images=self.images[index], labels=self.labels[index])
 

@@ -10,6 +10,7 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from lib import cli, distributed, optim
 from lib.device import autocast, try_batch_size
 from lib.run import RunFolder, resumes
 
-WATCH_EVERY = 200  # steps between calls of `watch`
+WATCH_EVERY = 200  # steps between calls of `watch`; a multiple of READ_EVERY
 READ_EVERY = 20  # steps between readings of the metrics, for which the host waits for the device
 MAX_RESTARTS = 8
 
@@ -48,15 +49,16 @@ def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
 class Trainer:
     """One training run of `model`, on its device, kept in the folder opt.out.
 
-    shuffle(epoch) -> order (N,) and draws (N, ...), all randomness of order and augmentation
+    shuffle(epoch) -> order (N,) and draws (N, ...), all randomness of order and augmentation of
+        epoch 0, 1, ...
     batch_loss(model, index, draws, generator) -> mean loss and {name: metric} over this
         process's part of a batch; draws are its images' rows
     measure(model, epoch) -> {name: value}, measurements for the log after epoch 1, 2, ...
     watch(model) -> {name: value}, every 200 steps and before every checkpoint; may raise Diverged
-    chains: a module with further state that changes with the steps (lib/chains.py)
+    chains: a module with further state: chains, and the first stage's network (lib/chains.py)
     bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
     freeze_batch_norm: keep its statistics, and normalise by them
-    extra: stored in the checkpoint beside the model
+    extra() -> what the checkpoint stores beside the model
 
     Under torchrun every process runs this with the same weights; the first measures and writes.
     """
@@ -64,7 +66,7 @@ class Trainer:
     def __init__(
         self, opt, model: nn.Module, num_images: int, *, shuffle, batch_loss, measure,
         watch=None, chains: nn.Module | None = None, bounds: dict | None = None,
-        freeze_batch_norm: bool = False, **extra
+        freeze_batch_norm: bool = False, extra: Callable[[], dict] = dict
     ):  # fmt: skip
         if distributed.world_size() > 1 and opt.batch_size > num_images:
             message = f"--batch-size {opt.batch_size} exceeds the {num_images} training images"
@@ -85,7 +87,8 @@ class Trainer:
         self.folder = RunFolder(opt)
         # what a checkpoint stores beside weights and optimiser
         self.progress = {"step": 0, "restarts": 0, "seconds": 0.0, "log": [], "sums": {}}
-        self.began, self.restarted_at = 0, None  # steps at which this process, a restart began
+        self.began = 0  # the step at which this process began, or the last restart
+        self.restarted_at = None
         self.clock = time.monotonic()
 
     @property
@@ -229,7 +232,7 @@ class Trainer:
             training["chains"] = dict(state)
         keep = name == "ckpt.pt" and self.step > self.began
         if self.first:
-            self.folder.save(name, self.average, keep, training=training, **self.extra)
+            self.folder.save(name, self.average, keep, training=training, **self.extra())
             self.folder.write_log(self.progress["log"])
         distributed.barrier()
 

@@ -22,9 +22,13 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """SGD with momentum μ and weight decay λ that orthogonalises the step of every convolution.
 
-    Its kernel (M, C, h, w), as a matrix w (M, C h w) with gradient g and momentum v, takes the step
+    A kernel (M, C, h, w), as a matrix w (M, C h w) with gradient g, takes the step
 
+        v ← μ v + g
         w ← (1 - 2 lr λ) w - lr / 4 √max(1, M / (C h w)) orthogonalised(g + μ v)
+
+    All other parameters take SGD's, v ← μ v + g + λ w and w ← w - lr v. With the factor 1/4, one lr
+    suits both kinds.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0):

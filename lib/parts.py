@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from unittest import mock
 
@@ -32,9 +33,15 @@ def call(script: str, *words) -> str:
     return command
 
 
+def digest(words: list) -> str:
+    """A name for what these options give."""
+    return sha256(shlex.join(map(str, words)).encode()).hexdigest()[:8]
+
+
 class Parts:
     """Calls scripts. `finished` has, for each file that they made, the command and the seconds of
-    the call that finished it; it is kept in a file. common: options that do not change results.
+    the call that finished it; it is kept in a file. `used`: those that this object has returned.
+    common: options that do not change results.
 
     Under torchrun, every process has to make the same calls.
     """
@@ -43,6 +50,7 @@ class Parts:
         self.path, self.common = path, common
         stored = files.read_json(path)
         self.finished = stored["finished"] if isinstance(stored, dict) else {}
+        self.used = {}
 
     def run(self, product: Path, script: str, *words, alone: bool = False) -> Path:
         """Run a script, unless this very command has finished -> its product.
@@ -54,6 +62,7 @@ class Parts:
         made_by = self.finished.get(str(product), {}).get("command")
         missing = made_by != command or not product.exists()
         if not distributed.any_process(missing, torch.device("cpu")):
+            self.used[str(product)] = self.finished[str(product)]
             return product
         begin = time.monotonic()
         if not alone:
@@ -63,7 +72,8 @@ class Parts:
                 call(script, *words, *self.common)
         distributed.barrier()
         seconds = round(time.monotonic() - begin, 1)
-        self.finished[str(product)] = {"command": command, "seconds": seconds}
+        done = {"command": command, "seconds": seconds}
+        self.finished[str(product)] = self.used[str(product)] = done
         if distributed.rank() == 0:
             cli.write_text(self.path, json.dumps({"finished": self.finished}, indent=1) + "\n")
         return product

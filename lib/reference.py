@@ -1,6 +1,7 @@
 """What samples are compared with: statistics of reference images, read, computed and cached."""
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,61 +21,64 @@ from lib.metrics import (
 KERNEL_IMAGES = 10_000  # evenly spaced reference images whose features are kept
 
 
-def evenly_spaced(n: int) -> Tensor:
-    """Indices of up to KERNEL_IMAGES of n images."""
-    kept = min(n, KERNEL_IMAGES)
-    return torch.arange(kept) * n // kept
-
-
 class Reference:
     """The mean (D,) and covariance (D, D) of each feature block of the reference, float64, and the
-    features (M, D) of up to KERNEL_IMAGES images, None if they are unknown."""
+    features (M, D) of up to KERNEL_IMAGES images, None if they are unknown.
 
-    def __init__(self, moments: list[tuple[Tensor, Tensor]], features: list[Tensor] | None):
-        self.moments = moments
-        self.features = features
-        self.scales = [sigma.diagonal().sqrt().clamp_min(1e-6) for _, sigma in moments]
-        self.roots = {}  # of the covariances, for the distances of many sets of samples
+    standardised: whether distances divide features by the reference's standard deviations.
+    """
+
+    def __init__(
+        self,
+        moments: list[tuple[Tensor, Tensor]],
+        features: list[Tensor] | None,
+        standardised=False,
+    ):
+        self.moments, self.features = moments, features
+        self.scales = []
+        for mu, sigma in moments:
+            std = sigma.diagonal().sqrt().clamp_min(1e-6)
+            plain = torch.zeros_like(mu), torch.ones_like(mu)
+            self.scales.append((mu, std) if standardised else plain)
 
     @classmethod
-    def from_blocks(cls, blocks: list[Tensor]) -> "Reference":
-        index = evenly_spaced(len(blocks[0]))
-        return cls([statistics(block) for block in blocks], [block[index] for block in blocks])
+    def from_blocks(cls, blocks: list[Tensor], standardised=False) -> "Reference":
+        index = data.evenly_spaced(KERNEL_IMAGES, len(blocks[0]))
+        kept = [block[index] for block in blocks]
+        return cls([statistics(block) for block in blocks], kept, standardised)
 
-    def frechet(self, blocks: list[Tensor], standardised: bool) -> float:
+    def scaled(self, blocks: list[Tensor]) -> list[Tensor]:
+        return [(x - shift) / scale for x, (shift, scale) in zip(blocks, self.scales)]
+
+    @cached_property
+    def gaussians(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """μ, Σ and Σ^½ of each scaled block."""
+        found = []
+        for (mu, sigma), (shift, scale) in zip(self.moments, self.scales):
+            sigma = sigma / scale / scale[:, None]
+            found.append(((mu - shift) / scale, sigma, square_root(sigma)))
+        return found
+
+    def frechet(self, blocks: list[Tensor]) -> float:
         """The mean Fréchet distance over the blocks, each (N, D)."""
-        total = 0.0
-        for i, (block, (mu, sigma)) in enumerate(zip(blocks, self.moments)):
-            if standardised:
-                block = (block - mu) / self.scales[i]
-                mu, sigma = torch.zeros_like(mu), sigma / self.scales[i] / self.scales[i][:, None]
-            if (i, standardised) not in self.roots:
-                self.roots[i, standardised] = square_root(sigma)
-            root = self.roots[i, standardised]
-            total += frechet_distance(block, mu, sigma, root)
-        return total / len(blocks)
+        pairs = zip(self.scaled(blocks), self.gaussians)
+        return sum(frechet_distance(x, *gaussian) for x, gaussian in pairs) / len(blocks)
 
-    def joined(self, blocks: list[Tensor], standardised: bool) -> Tensor:
-        """The blocks side by side, (N, ΣD), float64."""
-        if standardised:
-            zipped = zip(blocks, self.moments, self.scales)
-            blocks = [(x - mu) / scale for x, (mu, _), scale in zipped]
-        return torch.cat(blocks, 1).double()
+    def joined(self, blocks: list[Tensor]) -> Tensor:
+        """The scaled blocks side by side, (N, ΣD), float64."""
+        return torch.cat(self.scaled(blocks), 1).double()
 
-    def manifold(self, blocks: list[Tensor], standardised: bool) -> dict[str, float]:
+    def manifold(self, blocks: list[Tensor]) -> dict[str, float]:
         """manifold.scores of up to KERNEL_IMAGES images of either kind."""
-        blocks = [block[evenly_spaced(len(block))] for block in blocks]
-        real = self.joined(self.features, standardised)
-        return manifold.scores(real, self.joined(blocks, standardised))
+        index = data.evenly_spaced(KERNEL_IMAGES, len(blocks[0]))
+        samples = self.joined([block[index] for block in blocks])
+        return manifold.scores(self.joined(self.features), samples)
 
-    def kernel(self, blocks: list[Tensor], standardised: bool, device) -> tuple[float, float]:
+    def kernel(self, blocks: list[Tensor], device: torch.device) -> tuple[float, float]:
         """The mean kernel distance over the blocks, and the mean of its standard deviations."""
         device = device if device.type == "cuda" else "cpu"  # MPS has no float64
-        values = []
-        for x, y, (mu, _), scale in zip(blocks, self.features, self.moments, self.scales):
-            if standardised:
-                x, y = (x - mu) / scale, (y - mu) / scale
-            values.append(kernel_distance(x.to(device), y.to(device)))
+        pairs = zip(self.scaled(blocks), self.scaled(self.features))
+        values = [kernel_distance(x.to(device), y.to(device)) for x, y in pairs]
         mean, std = np.mean(values, axis=0).tolist()
         return mean, std
 
@@ -88,7 +92,7 @@ class Reference:
         return result
 
     @classmethod
-    def from_arrays(cls, arrays) -> "Reference":
+    def from_arrays(cls, arrays, standardised=False) -> "Reference":
         """The inverse of `arrays`; raises what NumPy raises for a damaged file."""
         moments, features = [], []
         for suffix in sorted(name[2:] for name in arrays if name.startswith("mu")):
@@ -96,7 +100,7 @@ class Reference:
             moments.append((mu.double(), sigma.double()))
             if f"features{suffix}" in arrays:
                 features.append(torch.from_numpy(arrays[f"features{suffix}"]))
-        return cls(moments, features or None)
+        return cls(moments, features or None, standardised)
 
 
 def read_statistics(path: Path, key: str) -> Reference | None:
@@ -144,14 +148,14 @@ def fingerprint(images: Tensor) -> str:
     return sha.hexdigest()
 
 
-def read_cache(path: Path, images_sha: str) -> Reference | None:
+def read_cache(path: Path, images_sha: str, standardised: bool) -> Reference | None:
     """The statistics in `path`, None if it is missing, damaged or of other images."""
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if str(arrays["fingerprint"]) == images_sha:
-                return Reference.from_arrays(arrays)
+                return Reference.from_arrays(arrays, standardised)
         print(f"{path}: the dataset has changed, recomputing its statistics")
     except Exception as error:  # a damaged archive can fail in any way
         print(f"{path} is damaged ({type(error).__name__}), recomputing the statistics")
@@ -173,12 +177,12 @@ def compute(images: Tensor, network: FeatureNetwork, opt) -> Reference:
     folder = path if path.is_dir() and opt.ref not in data.NAMES else Path(opt.data_dir)
     cache = folder / f"stats-{path.name}-{opt.split}-{network.key}.npz"
     images_sha = fingerprint(images)
-    found = None if path.is_file() else read_cache(cache, images_sha)
+    found = None if path.is_file() else read_cache(cache, images_sha, network.standardised)
     # all processes compute together, even if a file is missing on one machine only
     if not distributed.any_process(found is None, torch.device("cpu")):
         return found
     blocks, _ = metrics.extract(network, images, opt.batch_size, opt.ref)
-    reference = Reference.from_blocks(blocks)
+    reference = Reference.from_blocks(blocks, network.standardised)
     if not path.is_file() and distributed.rank() == 0:
         write_cache(cache, images_sha, reference)
     return reference

@@ -81,8 +81,8 @@ def accuracy(
         source = cem.folded(source)
         pgd = [name for name in attacks if name != AUTOATTACK]
         attempts |= {f"transfer-{name}": (name, source) for name in pgd}
-    # one each, so that a source changes no other figure
-    generators = {net: torch.Generator(device).manual_seed(opt.seed) for net in (model, source)}
+    # one each, so that no figure depends on which others are measured
+    generators = {key: torch.Generator(device).manual_seed(opt.seed) for key in attempts}
     correct = {name: [] for name in ("clean_accuracy", *attempts)}
     batches = dataset.evenly_spaced(n or len(dataset)).split(opt.batch_size)
     for index in cli.progress(batches, "evaluating"):
@@ -97,7 +97,7 @@ def accuracy(
                     survived[left] = autoattack(model, x[left], y[left], opt)
                 elif len(left):
                     survived[left] = withstands(
-                        name, model, x[left], y[left], opt, restarts, generators[network], network
+                        name, model, x[left], y[left], opt, restarts, generators[key], network
                     )
                 correct[key].append(survived)
     flags = {name: torch.cat(parts) for name, parts in correct.items()}
@@ -108,8 +108,9 @@ def accuracy(
 def stronger_transferred(result: dict[str, float], n: int) -> list[str]:
     """The attacks of accuracy(source=...) on n images that are stronger through the source.
 
-    Stronger by two standard errors of the difference between binomial proportions of equal mean.
-    The network's own gradients then hide its adversarial examples (Athalye et al., 2018).
+    Stronger by two standard errors of the difference between proportions of independent images of
+    equal mean; on the same images the difference varies less. The network's own gradients then
+    hide its adversarial examples (Athalye et al., 2018).
     """
     found = []
     for name in ATTACKS:

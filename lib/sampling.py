@@ -36,9 +36,6 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
         "third_party" in model.extra or not opt.dataset,
         f"--dataset is for third-party checkpoints: {path} has its seeds",
     )
-    cli.require(
-        opt.dataset or not opt.image_size, "--image-size needs the --dataset that it applies to"
-    )
     if opt.raw:
         stored = "training" in model.extra
         cli.require(stored, f"--raw needs the last weights, but {path} stores the average only")

@@ -3,8 +3,9 @@
     python results/finetune.py --encoder checkpoints/unsup-at.pt --dataset PATH --name cifar10 \\
         --shares 0.01 0.1 1 --epochs 130 10 1
 
-With each share of the labels and as many epochs, the same training twice. Calls the scripts as a
-user would; a killed call goes on, and finished parts are not repeated.
+For each share of the labels, trains twice for the same number of epochs: from nothing and from the
+encoder. Calls the scripts as a user would; a killed call goes on, and finished parts are not
+repeated.
 """
 
 import json
@@ -19,7 +20,7 @@ import tables  # noqa: E402
 
 from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
-from lib.parts import Parts  # noqa: E402
+from lib.parts import Parts, digest  # noqa: E402
 
 
 @dataclass
@@ -36,11 +37,11 @@ class Options:
 
 def row_of(start: str, share: float, epochs: int, parts: Parts, opt: Options) -> dict:
     """Train from the encoder or from nothing, and measure."""
-    run = Path(opt.out) / f"{opt.name}-{start}-{share:g}"
     words = ["--dataset", opt.dataset, "--share", share, "--epochs", epochs]
-    words += [*shlex.split(opt.options), "--out", run]
+    words += shlex.split(opt.options)
     words += ["--init", opt.encoder or "runs/unsup/ckpt.pt"] if start == "encoder" else []
-    ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--resume")
+    run = Path(opt.out) / f"{start}-{digest(words)}"
+    ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--out", run, "--resume")
     words = ["--dataset", opt.dataset, "--ckpt", ckpt, *shlex.split(opt.evaluation)]
     found = json.loads(parts.run(run / "accuracy.json", "eval_robust.py", *words).read_text())
     log = (run / "log.jsonl").read_text().splitlines()
@@ -52,14 +53,14 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     shares, epochs = opt.shares or [0.1, 1.0], opt.epochs or [300, 30]
     cli.require(len(shares) == len(epochs), "--shares and --epochs need as many numbers")
-    parts = Parts(Path(opt.out) / f"{opt.name}-done.json", [])
+    parts = Parts(Path(opt.out) / "done.json", [])
     rows = [
         row_of(start, share, n, parts, opt)
         for share, n in zip(shares, epochs)
         for start in ("nothing", "encoder")
     ]
     out = Path("results") / f"finetune-{opt.name}.json"
-    commands = [part["command"] for part in parts.finished.values()]
+    commands = [part["command"] for part in parts.used.values()]
     record = {"command": cli.command(), "rows": rows, "commands": commands}
     cli.write_text(out, json.dumps(record, indent=1) + "\n")
     print(f"{markdown.table(tables.finetune(record))}wrote {out}")

@@ -29,7 +29,7 @@ from lib.device import pick_device  # noqa: E402
 
 STEPS = (4, 8, 12, 16, 20, 24)
 LENGTHS = (0.5, 0.7, 1.4, 2.0)  # times the step size
-NOISES = (0.01, 0.03)
+NOISES = (0.0, 0.01, 0.03)
 SETTINGS = ("steps", "step_size", "noise", "norm")
 
 

@@ -189,6 +189,13 @@ def bench(record: dict, float32: dict) -> Iterator[dict]:
         yield row | {"ratio in float32": ratios.get(run["what"], "–")}
 
 
+def ablations(record: dict) -> Iterator[dict]:
+    for run in record["rows"]:
+        row = {key: run[key] for key in ("optimizer", "attack", "else")}
+        row |= {key: figure(run, key) for key in ("clean", "PGD-10")}
+        yield row | {"seconds": figure(run, "seconds", 0)}
+
+
 def cost(record: dict) -> Iterator[dict]:
     for run in record["rows"]:
         row = {"images": run["batch_size"], "steps": run["steps"], "width": run["width"]}
@@ -213,6 +220,7 @@ TABLES = {  # document -> marker -> function and its JSON files
     "checkpoints/README.md": {"cards": (cards, *(f"results/{name}.json" for name in (
         "sup-at-accuracy", "sup-accuracy", "unsup-probe", "unsup-dat-probe")))},
     "bench/README.md": {
+        "ablations": (ablations, "bench/ablations.json"),
         "bench-cpu": (bench, "bench/bench-cpu.json", "bench/bench-cpu-float32.json"),
         "cost-cpu": (cost, "bench/cost-cpu.json"),
     },

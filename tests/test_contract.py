@@ -559,6 +559,7 @@ WRONG = [
         "steps", "step_size", "noise", "momentum", "eps")),
     *(PGD.format(f"{name}={value}") for value in ("nan", "inf", "-1") for name in (
         "steps", "step_size", "eps", "random_start")),
+    *(PGD.format(f"random_start=2, step_size=0.1, eps={v}") for v in ("nan", "inf", "-1")),
     PGD.format("steps=0"), PGD.format("norm='none'"), PGD.format("norm='l3'"),
     ASCEND.format("norm='l3'"), ASCEND.format("norm='none', eps=1"), ASCEND.format("norm=None"),
     ASCEND.format("start=x[:2]"), ASCEND.format("noise=1, generator=[g]"),
@@ -581,7 +582,7 @@ WRONG = [
     *(f"cem.ParametricCEM(**dict(width=4) | dict({name}={v}))" for name in (
         "width", "num_classes", "in_channels") for v in ("nan", "inf", "-1", "0")),
     *(f"cem.ParametricCEM(width=4, {name}={v})" for name in ("mean", "std") for v in (
-        "nan", "inf", "[0.5, nan, 0.5]")),
+        "nan", "inf", "[0.5, nan, 0.5]", "[0.5, 0.5]")),
     "cem.ParametricCEM(width=4, std=0)", "cem.ParametricCEM(width=4, std=-1)",
     *(f"cem.NonParametricCEM('resnet18', width=4, {name}={v})" for name in (
         "embed_dim", "temperature") for v in ("nan", "inf", "-1", "0")),

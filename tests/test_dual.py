@@ -17,7 +17,7 @@ from test_survival import assert_same_run, compute_in_float64, launch, training_
 import cem
 import train_sup
 from lib import data, distributed, interop
-from lib.chains import GrowingChains, chain_starts, mixed
+from lib.chains import GrowingChains, chain_starts, dual_state, mixed
 
 CKPT = "runs/sup/ckpt.pt"
 SMALL = "--dataset digits --epochs 1 --n-eval 36 --seed-rank 4".split()
@@ -221,7 +221,7 @@ def test_the_loss_of_a_step_is_its_definition(model, batch):
     )  # fmt: skip
     torch.manual_seed(1)
     reference = cem.ParametricCEM("resnet18", 5, width=4).eval()
-    dual = train_sup.dual_state(opt, reference)
+    dual = dual_state(opt, reference, cem.PARAMETRIC_SAMPLERS)
     start = torch.rand(6, 3, 8, 8)
     batch_loss = train_sup.make_dual_loss(opt, train_set, lambda y, generator: start, dual)
     generator = distributed.RankGenerator(0, torch.device("cpu"))

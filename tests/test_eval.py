@@ -207,7 +207,7 @@ def test_scores_match_torch_fidelity():
     assert metrics.inception_score(logits) == pytest.approx(tuple(expected.values()), rel=1e-6)
     moments = [metric_fid.fid_features_to_statistics(z) for z in (x, y)]
     expected = metric_fid.fid_statistics_to_metric(*moments, verbose=False)
-    distance = Reference.from_blocks([y]).frechet([x], standardised=False)
+    distance = Reference.from_blocks([y]).frechet([x])
     assert distance == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     options = dict(kid_subsets=20, kid_subset_size=100, verbose=False)
     expected = metric_kid.kid_features_to_metric(x, y, **options)
@@ -238,19 +238,20 @@ def test_standardised_distances_do_not_depend_on_scale():
     scale = torch.logspace(-2, 2, 6, dtype=torch.float64)
     x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
     y = torch.randn(50, 6, generator=generator, dtype=torch.float64) + 0.5
-    plain = Reference.from_blocks([y])
-    scaled = Reference.from_blocks([y * scale])
-    both = Reference.from_blocks([y, y * scale])
-    expected = pytest.approx(plain.frechet([x], True), rel=1e-8)
-    assert scaled.frechet([x * scale], True) == expected
-    assert both.frechet([x, x * scale], True) == expected
-    unscaled = plain.frechet([x], False)
-    assert plain.frechet([x], True) == expected
-    assert unscaled == pytest.approx(Reference.from_blocks([y]).frechet([x], False), rel=1e-8)
-    assert scaled.frechet([x * scale], False) != pytest.approx(unscaled, rel=0.1)
+    plain = Reference.from_blocks([y], standardised=True)
+    scaled = Reference.from_blocks([y * scale], standardised=True)
+    both = Reference.from_blocks([y, y * scale], standardised=True)
+    expected = pytest.approx(plain.frechet([x]), rel=1e-8)
+    assert scaled.frechet([x * scale]) == expected
+    assert both.frechet([x, x * scale]) == expected
+    mu, std = y.mean(0), y.std(0)
+    by_hand = Reference.from_blocks([(y - mu) / std])
+    assert by_hand.frechet([(x - mu) / std]) == expected
+    assert Reference.from_blocks([y]).frechet([x]) != expected
     cpu = torch.device("cpu")
-    expected = pytest.approx(plain.kernel([x], True, cpu), rel=1e-8)
-    assert scaled.kernel([x * scale], True, cpu) == expected
+    expected = pytest.approx(plain.kernel([x], cpu), rel=1e-8)
+    assert scaled.kernel([x * scale], cpu) == expected
+    assert by_hand.kernel([(x - mu) / std], cpu) == expected
 
 
 def test_interval_satisfies_wilsons_equation():
@@ -449,7 +450,8 @@ def test_inception_matches_pytorch_fid(inception, pytorch_fid_features):
     (row,) = read_rows(done, inception / "a/metrics.json")
     (cache,) = (inception / "b").glob("stats-b-train-inception-*.npz")
     assert f"cached the reference's statistics in b/{cache.name}" in done.stdout
-    assert "128 images: below 2,048, FID is biased" in done.stderr
+    few = "128 images, fewer than its 2,048 features"
+    assert f"FID of a is far too high: {few}; KID is not biased" in done.stderr
     assert "the published weights 6726825d" in done.stderr
     with np.load(cache) as arrays:
         gap = arrays["features"] - b
@@ -568,7 +570,6 @@ def test_dinov2_command(dinov2_folder):
     kernel, _ = metrics.kernel_distance(*features)
     assert row["KD-DINOv2"] == pytest.approx(kernel, rel=1e-3)
     assert list(row)[2:5] == ["FD-DINOv2", "FD-DINOv2 std", "KD-DINOv2"]
-    assert "30 images: below 1,024, FD-DINOv2 is biased" in done.stderr
 
 
 def test_dinov2_positions_lie_at_multiples_of_37_by_16_1():
@@ -716,14 +717,15 @@ def test_nonfinite_features_are_an_error(digits_run, tmp_path):
     assert files(tmp_path) == ["nan.pt", "s.npz"]
 
 
-@pytest.mark.parametrize("n, warned", [(499, True), (500, False)])
-def test_few_samples_are_warned_of_with_the_number_needed(n, warned, digits_run, tmp_path):
+@pytest.mark.parametrize("n, warned", [(127, True), (128, False)])
+def test_fewer_samples_than_features_are_warned_of(n, warned, digits_run, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 1), dtype=np.uint8)
     np.savez(tmp_path / "s.npz", arr_0=pixels)
     options = ["--ref", "s.npz", "--features", digits_run / CKPT]
     done = evaluate(tmp_path, "--samples", "s.npz", *options)
     assert done.returncode == 0, done.stderr
-    assert ("499 images: below 500, C-FD is biased upwards" in done.stderr) == warned
+    few = "127 images, fewer than its 128 features"
+    assert (f"C-FD of s.npz is far too high: {few}; C-KD is not biased" in done.stderr) == warned
 
 
 # ------------------------------------------------------------------------------- results/sweep.py

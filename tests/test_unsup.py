@@ -17,6 +17,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 import cem
+import sample
 import train_unsup
 from lib import augment, robustness
 
@@ -167,8 +168,25 @@ def test_likelihood_gradient_splits_into_consistency_and_contrastive_halves():
 
 def test_potentials_refuse_the_other_kind_of_model(encoder, model):
     for name, wrong in (("maxent", model), ("pgd", model), ("rcs", encoder), ("ce", encoder)):
-        with pytest.raises(cem.CEMError, match="is not defined for a"):
+        with pytest.raises(cem.CEMError, match="is not for a"):
             cem.potential(name, wrong, torch.zeros(1))
+
+
+def test_frames_lead_to_the_same_images_in_bfloat16(encoder):
+    """The positives of pgd are embedded in the type of the ascent, also for --gif."""
+    opt = sample.Options(
+        sampler="pgd", steps=2, step_size=0.5, noise=0.0, norm="l2", precision="bfloat16"
+    )
+    torch.manual_seed(0)
+    images, labels = torch.rand(40, 3, 8, 8), torch.arange(40) % 2
+    seeds = cem.GaussianSeeds.fit(images, labels)
+    encoder.float().extra = {"classes": ["a", "b"]}
+    frames = []
+    drawn = [
+        sample.draw_batch(encoder, seeds, opt, torch.device("cpu"), 0, 8, kept)[0]
+        for kept in (None, frames)
+    ]
+    assert torch.equal(*drawn) and len(frames) == 2
 
 
 def test_wrong_arguments_are_errors(encoder):
