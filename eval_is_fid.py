@@ -42,7 +42,7 @@ class Options:
     )
     ref: str = option("cifar10", "dataset, folder, samples npz, or npz of mu and sigma", INPUT)
     split: str = option("train", "split of the dataset", INPUT, choices=["train", "test"])
-    data_dir: str = option("data", "folder of the downloaded datasets", INPUT, **PATH)
+    data_dir: str = option("data", data.DIR_HELP, INPUT, **PATH)
     image_size: int = option(0, f"of the reference: {data.IMAGE_SIZE}", INPUT, least=0)
     neighbours: bool = option(
         False, "show the closest training images beside samples; their distance", INPUT

@@ -34,9 +34,7 @@ class Options:
     dataset: str = option(
         "", f"{data.HELP} (default: the checkpoint's, else cifar10)", "checkpoint and data"
     )
-    data_dir: str = option(
-        "data", "folder of the downloaded datasets", "checkpoint and data", metavar="PATH"
-    )
+    data_dir: str = option("data", data.DIR_HELP, "checkpoint and data", metavar="PATH")
     image_size: int = option(
         0, f"{data.IMAGE_SIZE}, or as the checkpoint has them", "checkpoint and data", least=0
     )
@@ -70,10 +68,10 @@ def check(opt: Options) -> None:
 
 
 def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
-    """The checkpoint. Its dataset and image size become those of `opt`, unless it has others."""
+    """The checkpoint. It fills in opt.dataset and opt.image_size where they are not given."""
     model = interop.load(path, device, opt.mean or None, opt.std or None)
     own = model.extra.get("dataset", "")
-    known = own in data.NAMES or Path(own or "?").is_dir()
+    known = own in data.NAMES or (own != "" and Path(own).is_dir())
     if not opt.dataset and not known:
         print(f"measuring on cifar10: the checkpoint's dataset, {own or 'unknown'}, is not here")
     opt.dataset = opt.dataset or (own if known else "cifar10")

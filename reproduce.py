@@ -40,7 +40,7 @@ ROWS = [f"{model}-{sampler}" for model in SAMPLERS for sampler in SAMPLERS[model
 @dataclass
 class Options:
     dataset: str = option("digits", data.HELP)
-    data_dir: str = option("data", "folder of the downloaded datasets", **cli.PATH)
+    data_dir: str = option("data", data.DIR_HELP, **cli.PATH)
     budget: str = option("", "time for all of it, such as 90m, 6h or 2d")
     full: bool = option(False, "the paper's recipe")
     rows: str = option("", "rows of the table, such as sup-cs,unsup-maxent-cond (default: all)")
@@ -135,16 +135,15 @@ class Reproduction:
     def scores(self, rows: list[str]) -> dict[str, dict]:
         """Row -> its figures by the judge and, if the plan has it, by Inception."""
         figures = {row: {} for row in rows}
-        words = ["--samples", *map(self.draw, rows), "--ref", *self.data[1:], "--features"]
-        networks = [[self.train("judge")]]
+        words = ["--samples", *map(self.draw, rows), "--ref", *self.data[1:]]  # without "--dataset"
+        networks = {"judge": ["--features", self.train("judge")]}
         if self.inception:
             weights = ["--weights", self.opt.weights] if self.opt.weights else []
-            networks.append(["inception", *weights])
-        for network in networks:
+            networks["inception"] = ["--features", "inception", *weights]
+        for name, network in networks.items():
             out = self.folder / f"scores-{digest(words + network)}.json"
             self.parts.run(out, "eval_is_fid.py", *words, *network, "--out", out)
             found = json.loads(out.read_text())
-            name = "judge" if "C-FD" in found["rows"][0] else "inception"
             for row, scores in zip(rows, found["rows"]):
                 # precision and recall remain the judge's
                 figures[row] = scores | figures[row] | {name: found["network"]}
@@ -152,7 +151,8 @@ class Reproduction:
 
 
 def use_inception(opt: Options) -> bool:
-    """Whether IS and FID are computed: with --weights or --full, else on a GPU if they download."""
+    """Whether IS and FID are computed: with --weights or --full, else on a GPU if the weights
+    download, but not of digits."""
     device = pick_device(opt.device)
     if not (opt.weights or opt.full) and (opt.dataset == "digits" or device.type != "cuda"):
         return False
@@ -192,7 +192,8 @@ def text(job: Reproduction, accuracies: dict, figures: dict) -> str:
         if "knn_accuracy" in found:
             line += f"; k-NN {100 * found['knn_accuracy']:.1f} % of all"
         lines += [f"{line}.", f"  `python {shlex.join(job.training(model))}`"]
-    lines += ["", table(paper.cells(row, found, job.opt.dataset) for row, found in figures.items())]
+    rows = [paper.cells(row, found, job.opt.dataset) for row, found in figures.items()]
+    lines += ["", table(rows, bold=False)]  # C-FD does not compare models
     distances = ["FID"] * all(map(paper.published, figures.values())) + ["C-FD"]
     lines += [paper.order(figures, distance) + "\n" for distance in distances]
     if job.opt.budget:
@@ -217,11 +218,9 @@ def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
 def check(opt: Options) -> None:
     digits = opt.dataset == "digits"
     cli.require(not (opt.budget and opt.full), "--budget shortens what --full runs: choose one")
-    shortened = opt.budget or opt.full
-    cli.require(not digits or not shortened, "digits need neither --budget nor --full")
-    cli.require(
-        digits or shortened, f"--dataset {opt.dataset} needs a --budget such as 6h, or --full"
-    )
+    chosen = opt.budget or opt.full
+    cli.require(not digits or not chosen, "digits need neither --budget nor --full")
+    cli.require(digits or chosen, f"--dataset {opt.dataset} needs a --budget such as 6h, or --full")
     if opt.budget:
         budget.seconds(opt.budget)
     found = opt.dataset in data.NAMES or Path(opt.dataset, "train").is_dir()

@@ -85,7 +85,7 @@ class Options:
     dataset: str = option(
         "", f"for a third-party checkpoint, gives seeds and class names: {data.HELP}", "checkpoint"
     )
-    data_dir: str = option("data", "folder of the downloaded datasets", "checkpoint", **cli.PATH)
+    data_dir: str = option("data", data.DIR_HELP, "checkpoint", **cli.PATH)
     image_size: int = option(0, data.IMAGE_SIZE, "checkpoint", least=0)
     mean: list[float] = cli.options(float, cli.MEAN, "checkpoint")
     std: list[float] = cli.options(float, cli.STD, "checkpoint")

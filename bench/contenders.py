@@ -131,7 +131,7 @@ def norms(x: Tensor) -> Tensor:
 def textbook_pgd(
     x: Tensor, objective: Callable[[Tensor], Tensor], steps: int, eps: float | None = None
 ) -> Tensor:
-    """l2 PGD as in tutorials, with a random start in a ball or, without eps, unbounded.
+    """l2 PGD as in tutorials, from a little noise or, without eps, unbounded.
 
     backward() also computes the gradients of the weights, which nobody uses.
     """

@@ -24,11 +24,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import eval_robust  # noqa: E402
-from lib import augment, cli, data, optim, robustness  # noqa: E402
+from lib import augment, cli, data, markdown, optim, robustness  # noqa: E402
 from lib.attack import AttackCopy  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import PRECISIONS, autocast, pick_device  # noqa: E402
 from lib.loop import ema_update, learning_rate  # noqa: E402
+from lib.markdown import Figure  # noqa: E402
 
 EPS = 0.5
 
@@ -62,7 +63,7 @@ class Options:
     epochs: int = option(0, "instead of the recipe's, to try it out", least=0)
     width: int = option(0, "instead of the recipe's", least=0)
     dataset: str = option("cifar10", data.HELP)
-    data_dir: str = option("data", "folder of the downloaded datasets", **cli.PATH)
+    data_dir: str = option("data", data.DIR_HELP, **cli.PATH)
     n_eval: int = option(0, "test images; 0: all", least=0)
     out: str = option("runs/speedrun", "folder for <track>-<seed>.pt and <track>.json", **cli.PATH)
     device: str = option("auto", cli.DEVICE)
@@ -106,14 +107,17 @@ def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str):
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| run | seconds | clean | PGD-20 |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append("| {run} | {seconds:.0f} | {clean:.2f} | {PGD-20:.2f} |".format(**row))
+    digits = {"seconds": 0, "clean": 2, "PGD-20": 2}
+    lines = [
+        {"run": row["run"]} | {k: Figure(row[k], n) for k, n in digits.items()} for row in rows
+    ]
     if len(rows) > 1:
-        columns = [[row[key] for row in rows] for key in ("seconds", "clean", "PGD-20")]
-        cells = [f"{statistics.mean(v):.2f} ± {statistics.stdev(v):.2f}" for v in columns]
-        lines.append("| mean | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        mean = {"run": "mean"}
+        for key, n in digits.items():
+            values = [row[key] for row in rows]
+            mean[key] = Figure(statistics.mean(values), n, statistics.stdev(values))
+        lines.append(mean)
+    return markdown.table(lines, bold=False)
 
 
 def main() -> None:
@@ -132,7 +136,7 @@ def main() -> None:
         rows.append({"run": seed, "seconds": seconds, **accuracies})
         record = {"command": cli.command(), "recipe": asdict(recipe), "rows": rows}
         cli.write_text(out / f"{opt.track}.json", json.dumps(record, indent=1) + "\n")
-    print(f"{table(rows)}\nwrote {out / opt.track}.json and {out / opt.track}-*.pt")
+    print(f"{table(rows)}wrote {out / opt.track}.json and {out / opt.track}-*.pt")
 
 
 if __name__ == "__main__":

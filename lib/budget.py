@@ -22,8 +22,8 @@ FAST_UNSUP = (
 WIDTHS = (16, 32, 64)
 # of classifier and encoder, from small to large; the last are the paper's
 NETWORKS = [(FAST.format(width), FAST_UNSUP.format(width)) for width in WIDTHS] + [("", "")]
-LEAST_EPOCHS = 10  # of a classifier; where the time is too short for them, it is a smaller one
-# of the time, for each training, and its epochs at most; what is left is for samples and scores
+LEAST_EPOCHS = 10  # a larger network is taken only if its classifier gets as many epochs
+# each training's share of the time, and its epochs at most; the rest is for samples and scores
 SHARES = {"judge": 0.1, "sup": 0.34, "dat": 0.16, "unsup": 0.26}
 EPOCHS = {"judge": 8, "sup": 150, "dat": 3, "unsup": 200}
 GROWTH = {"dat": 1.5}  # its chains lengthen after the measured minute
@@ -63,10 +63,8 @@ def sampling_rate(job, ckpt: Path) -> float:
 
 
 def shortened(job, rows: int) -> dict:
-    """The plan that fits --budget, with so many rows of samples.
-
-    Of the NETWORKS, the largest classifier that can be trained for LEAST_EPOCHS.
-    """
+    """Plan what fits into --budget -> options and minutes of each training, samples n per row, and
+    n_eval test images under attack."""
     begin, total = time.monotonic(), seconds(job.opt.budget)
     images = len(data.load(job.opt.dataset, "train", job.opt.data_dir, job.opt.image_size))
     minutes = min(total / 3600, 1)

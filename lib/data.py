@@ -21,6 +21,7 @@ from lib import cli, distributed, files
 
 NAMES = ("cifar10", "cifar100", "svhn", "digits")
 HELP = f"{', '.join(NAMES)}, or image folder PATH with train/<class>/* and test/<class>/*"
+DIR_HELP = "folder of the downloaded datasets"
 IMAGE_SIZE = "resize and crop a folder's images to this height and width; 0: as they are"
 
 

@@ -33,14 +33,16 @@ def rounded(value: float, digits: int) -> str:
     return str(Decimal(f"{value:.7g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
 
 
-def table(rows: Iterable[dict]) -> str:
+def table(rows: Iterable[dict], bold: bool = True) -> str:
     """A row maps columns to figures, words and whole numbers.
 
-    Bold: the best figure of a column, if it is ahead of the second best by more than twice the
-    error of their difference. A figure without an error is never bold.
+    bold: the best figure of a column, if it is ahead of the second best by more than twice the
+    root of the sum of their squared errors. A figure without an error is never bold.
     """
     rows = list(rows)
-    columns = {name: _with_bold([row[name] for row in rows]) for name in rows[0]}
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    if bold:
+        columns = {name: _with_bold(column) for name, column in columns.items()}
     lines = [list(columns), *zip(*columns.values())]
     lines = ["".join("| " + f"{cell} ".lstrip() for cell in line) + "|\n" for line in lines]
     return "".join([lines[0], "|---" * len(columns) + "|\n", *lines[1:]])

@@ -216,8 +216,8 @@ def frechet_distance(
     """‖μ - m‖² + tr(Σ + S - 2 (Σ S)^½) (Heusel et al., 2017) between features (N, D), with mean m
     and covariance S, and a Gaussian with μ (D,), Σ (D, D), float64; root is Σ^½, if known.
 
-    The last trace is the sum of the singular values of X Σ^½ / √(N-1), with X the centred features,
-    which exist where a square root of Σ S can fail, for rank-deficient covariances.
+    The last trace is the sum of the singular values of X Σ^½ / √(N-1), with X the centred features.
+    It is defined for rank-deficient covariances, where a square root of Σ S can fail.
     """
     root = square_root(sigma) if root is None else root
     mean = features.double().mean(0)

@@ -27,7 +27,7 @@ class TrainOptions:
     """Options of both training scripts; their order is the order of the headings of --help."""
 
     dataset: str = option("cifar10", "", "data")  # each script's help comes from data.HELP
-    data_dir: str = option("data", "folder of the downloaded datasets", "data", **PATH)
+    data_dir: str = option("data", data.DIR_HELP, "data", **PATH)
     image_size: int = option(0, data.IMAGE_SIZE, "data", least=0)
     arch: str = option("resnet50", ARCH, "model", choices=list(cem.ARCHS), **CHOICE)
     # the least: oneDNN's gradient of narrower layers is wrong on AVX2 CPUs (its issue 6035)

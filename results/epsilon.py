@@ -26,7 +26,7 @@ from lib.device import pick_device  # noqa: E402
 class Options:
     ckpt: str = cli.option("", "classifier checkpoint (default: eval_robust.py's)", **cli.PATH)
     dataset: str = cli.option("", f"{data.HELP} (default: the checkpoint's)")
-    data_dir: str = cli.option("data", "folder of the downloaded datasets", **cli.PATH)
+    data_dir: str = cli.option("data", data.DIR_HELP, **cli.PATH)
     norm: str = cli.option("l2", "norm of the ball", choices=["l2", "linf"])
     eps: float = cli.option(0.5, "radius of the training; the curve's step is half of it", above=0)
     attack: str = cli.option("pgd-50", "attack", choices=list(robustness.ATTACKS))

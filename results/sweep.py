@@ -50,7 +50,7 @@ class Options:
     )
     ref: str = option("cifar10", "reference dataset, as for eval_is_fid.py", "judging")
     split: str = option("train", "split of the dataset", "judging", choices=["train", "test"])
-    data_dir: str = option("data", "folder of the downloaded datasets", "judging", **cli.PATH)
+    data_dir: str = option("data", data.DIR_HELP, "judging", **cli.PATH)
     image_size: int = option(0, f"of the reference: {data.IMAGE_SIZE}", "judging", least=0)
     second: str = option(
         "", "encoder that judges too (default: precision and recall)", "judging", **cli.PATH
