@@ -100,7 +100,9 @@ def dual(record: dict) -> Iterator[dict]:
         seed = f", seed {run['seed']}" if run["seed"] else ""
         row = {"variant": run["variant"].replace("lambda", "λ") + seed}
         row |= {key: figure(run, key) for key in ("clean", "PGD-20")}
-        yield row | {f"`{name}`": figure(run, f"{name} 1") for name in cem.PARAMETRIC_SAMPLERS}
+        for name in cem.PARAMETRIC_SAMPLERS:
+            row[f"`{name}`"] = replace(figure(run, f"{name} 1"), least=True)
+        yield row
 
 
 def unsup(record: dict) -> Iterator[dict]:
