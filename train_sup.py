@@ -140,13 +140,13 @@ class Recorded:
         return self.output
 
 
-def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.ModuleDict):
+def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.ModuleDict):
     """-> batch_loss, as above, of dual adversarial training.
 
-    start(labels, generator) -> images (N, C, H, W) where chains start; dual: its chains and, in
+    start(labels, generator) -> images (N, C, H, W) where chains start; state: its chains and, in
     `reference`, the network of the first stage, whose p(y | x) the loss keeps.
     """
-    attack_copy, chains = AttackCopy(opt.precision, opt.compile), dual["chains"]
+    attack_copy, chains = AttackCopy(opt.precision, opt.compile), state["chains"]
     classes, samplers = len(train_set.classes), opt.chain_samplers.split(",")
     share = samplers.count("ta") / len(samplers)
 
@@ -170,8 +170,8 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
                 posteriors = cem.log_posterior(logits_x, y), cem.log_posterior(logits_s, y_s)
                 weights = (which == samplers.index("ta")) / share
                 loss = loss + weight * cem.data_or_samples(*posteriors, b_posterior, weights)
-            if "reference" in dual:
-                before = dual["reference"](x).log_softmax(1)
+            if "reference" in state:
+                before = state["reference"](x).log_softmax(1)
                 now = logits_x.log_softmax(1)
                 kept = F.kl_div(now, before, reduction="batchmean", log_target=True)
                 loss = loss + opt.keep * kept

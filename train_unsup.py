@@ -107,15 +107,15 @@ def make_batch_loss(opt: Options, train_set: data.Dataset):
     return batch_loss
 
 
-def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.ModuleDict):
+def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.ModuleDict):
     """-> batch_loss, as above, of dual adversarial training without labels (ours, after [DAT]).
 
     InfoNCE of two views, one attacked, λ times the cross-entropy of telling data from samples by
     the learned log p(x), and `keep` times one minus the cosine of the features with those of
-    dual["reference"], the first stage. start(n, generator) -> images (n, C, H, W) where chains
+    state["reference"], the first stage. start(n, generator) -> images (n, C, H, W) where chains
     start.
     """
-    attack_copy, chains = AttackCopy(opt.precision, opt.compile), dual["chains"]
+    attack_copy, chains = AttackCopy(opt.precision, opt.compile), state["chains"]
 
     def batch_loss(model, index, draws, generator):
         original, network = train_set.pixels(index), attack_copy(model)
@@ -129,8 +129,8 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, dual: nn.Module
             log_p, log_p_s = log_p.chunk(4)[2:]
             loss = gathered_info_nce(*z.chunk(4)[:2], opt.temperature)
             loss = loss + opt.likelihood_weight * cem.data_or_samples(log_p, log_p_s)
-            if "reference" in dual:
-                before = dual["reference"].features(flipped)
+            if "reference" in state:
+                before = state["reference"].features(flipped)
                 kept = F.cosine_similarity(h.chunk(4)[2], before)
                 loss = loss + opt.keep * (1 - kept).mean()
         return loss, chains.metrics(log_p, log_p_s)
