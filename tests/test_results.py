@@ -62,6 +62,8 @@ def test_the_documents_agree_with_the_json_files():
         ("results/losses-digits.json", "5.13217", "9.13217", ["table losses-digits"]),
         ("results/losses-cifar10.json", "40.2346", "41", ["table losses-cifar10"]),
         ("bench/bench-cpu-float32.json", "1.984", "1.884", ["bench/README.md: table bench-cpu"]),
+        ("results/finetune-cifar10.json", "0.54900", "0.55900", ["table finetune-cifar10"]),
+        ("bench/ablations.json", "76.9", "75.9", ["bench/README.md: table ablations"]),
         ("bench/cost-cpu.json", "0.6678", "0.6", ["bench/README.md: table cost-cpu"]),
         ("results/README.md", "| 9.3 ± 0.3 |", "| 9.2 ± 0.3 |", ["results/README.md: table sup"]),
     ],
