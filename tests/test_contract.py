@@ -812,4 +812,4 @@ def test_mutated_files_are_refused_or_finite(tmp_path):
     pack_up = functools.partial(encoded, write_archive)
     found += fuzzed(samples, pack_up, read_archive, tmp_path / "a.npz", 1, 1000)
     check(found, found, 2000)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 300
