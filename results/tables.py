@@ -188,6 +188,15 @@ def bench(record: dict, float32: dict) -> Iterator[dict]:
         yield row | {"ratio in float32": ratios.get(run["what"], "–")}
 
 
+def leaderboard(record: dict) -> Iterator[dict]:
+    for run in record["rows"]:
+        row = {"recipe": run["recipe"], "machine": run["machine"]}
+        row["minutes"] = figure(run, "minutes", 0)
+        row |= {key: figure(run, key) for key in ("clean", "PGD-20")}
+        row["test images"] = f"{run['n']:,}"
+        yield row | {"AutoAttack": figure(run, "AutoAttack") if "AutoAttack" in run else "–"}
+
+
 def ablations(record: dict) -> Iterator[dict]:
     for run in record["rows"]:
         row = {"recipe": run["recipe"]}
@@ -219,6 +228,7 @@ TABLES = {  # document -> marker -> function and its JSON files
     "checkpoints/README.md": {"cards": (cards, *(f"results/{name}.json" for name in (
         "sup-at-accuracy", "sup-accuracy", "unsup-probe", "unsup-dat-probe")))},
     "bench/README.md": {
+        "leaderboard": (leaderboard, "bench/leaderboard.json"),
         "ablations": (ablations, "bench/ablations.json"),
         "bench-cpu": (bench, "bench/bench-cpu.json", "bench/bench-cpu-float32.json"),
         "cost-cpu": (cost, "bench/cost-cpu.json"),

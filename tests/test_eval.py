@@ -741,8 +741,9 @@ def test_sweep_writes_every_point_and_the_settings(second, digits_run, unsup_run
         options += ["--second", unsup_run / "runs/unsup/ckpt.pt"]
     done = script("results/sweep.py", *options, cwd=digits_run)
     rows = read_rows(done, digits_run / "sweep.json")
-    # the default, the other number of steps, length and noise (0.01 is the default), and the sign
-    assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * 5 + ["ta"] * 5
+    # the default, another number of steps, another length, two of noise, and the sign
+    assert [row["sampler"] for row in rows] == ["seeds"] + ["cs"] * 6 + ["ta"] * 6
+    assert {row["noise"] for row in rows if row["sampler"] == "cs"} == {0.0, 0.01, 0.03}
     assert {row["norm"] for row in rows} == {"l2", "linf"}
     assert ("E-FD" in rows[0]) == second
     tuned, drawn_from = cem.load(digits_run / "tuned.pt").extra, cem.load(digits_run / CKPT).extra

@@ -34,7 +34,7 @@ def folder(tmp_path):
 
 def write_plan(folder, processes=1, **options):
     options = dict.fromkeys(("judge", "sup", "unsup"), SMALL) | options
-    digest = reproduce.Reproduction.digest(["set", 0, "1m", False, processes])
+    digest = parts.digest(["set", 0, "1m", False, processes])
     (folder / OUT).mkdir(parents=True, exist_ok=True)
     plan = {"options": options, "n": 20, "n_eval": 0}
     (folder / OUT / f"plan-{digest}.json").write_text(json.dumps(plan))
