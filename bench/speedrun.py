@@ -49,7 +49,7 @@ class Recipe:
 
 
 TRACKS = {
-    "sprint": Recipe(width=32, epochs=8),
+    "sprint": Recipe(width=32, epochs=6),
     "hour": Recipe(width=48, epochs=12),
     # how checkpoints/sup-at.pt was trained
     "former": Recipe(32, 15, optimizer="sgd", weight_decay=5e-4, attack_steps=3, step_size=0.5),
