@@ -133,6 +133,7 @@ def test_bold_is_the_best_only_outside_the_errors(first, second, bold):
     for column in ([first, second], [second, first, Figure(-9.0, error=9.0)]):
         assert ("**9.0**" in table({"": cell} for cell in column)) == bold
         assert table({"": cell} for cell in column).count("**") == 2 * bold
+        assert "**" not in table(({"": cell} for cell in column), bold=False)
 
 
 def test_less_is_better_of_distances():
@@ -227,6 +228,10 @@ def test_finetune_trains_twice_with_each_share_of_the_labels(unsup_run, tmp_path
     again = script("results/finetune.py", *options, cwd=tmp_path)
     assert "python train_sup.py" not in again.stdout  # nothing is repeated
     assert json.loads((tmp_path / "results/finetune-digits.json").read_text()) == record
+    fewer = [*options, "--shares", 0.5, "--epochs", 1]
+    assert script("results/finetune.py", *fewer, cwd=tmp_path).returncode == 0
+    record = json.loads((tmp_path / "results/finetune-digits.json").read_text())
+    assert len(record["commands"]) == 4  # of these rows alone
     assert_refused(
         script("results/finetune.py", *options[:-4], "--epochs", 1, cwd=tmp_path), "many"
     )

@@ -483,6 +483,21 @@ def test_attacks_of_an_untrained_network_transfer_badly(robust_model):
     assert robustness.stronger_transferred(result, 100) == []
 
 
+def test_random_starts_do_not_depend_on_the_other_attacks(robust_model, monkeypatch):
+    drawn = []
+
+    def withstands(name, model, x, y, opt, restarts, generator, network):
+        drawn.append((name, torch.rand((), generator=generator).item()))
+        return torch.ones(len(x), dtype=torch.bool)
+
+    monkeypatch.setattr(robustness, "withstands", withstands)
+    test_set = data.load("digits", "test")
+    for attacks in (["pgd-10"], ["margin", "pgd-10"]):
+        robustness.accuracy(robust_model, test_set, attacks, settings(), 20)
+    (first,), (_, again) = drawn[:1], drawn[1:]
+    assert first == again
+
+
 @pytest.mark.parametrize("n, found", [(2, []), (50, []), (100, ["margin"])])
 def test_stronger_means_two_standard_errors(n, found):
     """At a mean of 0.5 and n = 50, two of them are 0.2."""
