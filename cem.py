@@ -229,7 +229,7 @@ class NonParametricCEM(_CEM):
         return (z, h, self.energy(h).squeeze(1).to(x.dtype)) if details else z
 
 
-def folding(model: nn.Module) -> Iterator[tuple[str, str]]:
+def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """The names of every convolution and of the BatchNorm that follows it, until it is folded."""
     for name, module in model.named_modules():
         pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")]
@@ -246,7 +246,7 @@ def folded(model: nn.Module) -> nn.Module:
     Computes the same function, up to rounding; attacks and samplers are up to twice as fast.
     """
     model = copy.deepcopy(model).eval()
-    for conv, bn in list(folding(model)):
+    for conv, bn in list(conv_bn_pairs(model)):
         fused = fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(bn))
         model.set_submodule(conv, fused)
         model.set_submodule(bn, nn.Identity())
@@ -331,6 +331,8 @@ def supervised_loss(
     name, model, x, y, x_adv=None, weight=0.1, x_s=None, offset=0.0
 ) -> tuple[Tensor, Tensor]:
     """The outer minimisation -> (mean loss, the logits that the cross-entropy saw).
+
+    x, x_adv (N, C, H, W) and x_s (M, C, H, W) in [0, 1], y (N,).
 
     st    CE(x, y)
     at    CE(x̂, y)                                       x̂ = x_adv, the attacked images
@@ -572,7 +574,7 @@ NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), τ, z' = g(x'), log p(x)) -> U(x)
     "maxent": lambda z, temperature, *_: batch_entropy(z, temperature),
     "neighbour": lambda z, temperature, others, _: (z * others).sum(1) / temperature,  # log p(x|x')
     "marginal": log_density,
-    "maxent-marginal": lambda z, *args: batch_entropy(z, args[0]) + log_density(z, *args),
+    "maxent-marginal": lambda z, t, *bank: batch_entropy(z, t) + log_density(z, t, *bank),
 }
 
 
@@ -705,8 +707,8 @@ class GaussianSeeds:
         draws = _draw(torch.randn, (len(labels), rank + dim), generator, self.mean)
         x = (draws[:, rank:] * self.residual[labels]).view(-1, *self.shape)
         x = _cosine(x, self.channels, inverse=True).flatten(1) + self.mean[labels]
-        for k in labels.unique():  # one factor per class: one per image would take gigabytes
-            x[labels == k] += draws[labels == k, :rank] @ self.factor[k].T
+        of_class = torch.eye(len(self.mean), dtype=x.dtype, device=x.device)[labels]
+        x += torch.einsum("nk,nr,kdr->nd", of_class, draws[:, :rank], self.factor)
         return x.clamp(0, 1).view(-1, *self.shape)
 
     def state_dict(self, dtype: torch.dtype = torch.float16) -> dict:
@@ -765,6 +767,7 @@ def _principal_factor(centered: Tensor, rank: int, seed: int) -> Tensor:
 # ---------------------------------------------------------------------------------- checkpoints
 
 KINDS = {"ParametricCEM": ParametricCEM, "NonParametricCEM": NonParametricCEM}
+NOT_OURS = "not a checkpoint of this project (sample.py and eval_robust.py read third-party ones)"
 
 
 def write_atomically(path: str | os.PathLike, write: Callable) -> None:
@@ -844,6 +847,3 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CEMError(f"{path} is a damaged checkpoint: {error}".splitlines()[0]) from error
     return model.to(device).eval()
-
-
-NOT_OURS = "not a checkpoint of this project (sample.py and eval_robust.py read third-party ones)"

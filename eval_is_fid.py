@@ -25,8 +25,9 @@ from torch import Tensor
 
 import cem
 from lib import cli, data, dinov2, distributed, files, manifold, metrics, pictures, reference
-from lib.cli import PATH, option
+from lib.cli import option
 from lib.device import PRECISIONS, pick_device
+from lib.markdown import table
 from lib.metrics import FeatureNetwork
 from lib.reference import Reference
 
@@ -37,27 +38,31 @@ INPUT = "samples and reference"
 
 @dataclass
 class Options:
-    samples: list[str] = cli.options(
+    samples: list[str] = cli.option_list(
         str, "npz files or image folders (default: the newest npz in runs/*/)", INPUT
     )
     ref: str = option("cifar10", "dataset, folder, samples npz, or npz of mu and sigma", INPUT)
     split: str = option("train", "split of the dataset", INPUT, choices=["train", "test"])
-    data_dir: str = option("data", data.DIR_HELP, INPUT, **PATH)
+    data_dir: str = option("data", data.DIR_HELP, INPUT, metavar="PATH")
     image_size: int = option(0, f"of the reference: {data.IMAGE_SIZE}", INPUT, least=0)
     neighbours: bool = option(
         False, "show the closest training images beside samples; their distance", INPUT
     )
     features: str = option("inception", "inception, dinov2, or a checkpoint", "features")
     weights: str = option(
-        "", "weights of inception (default: downloaded) or dinov2", "features", **PATH
+        "", "weights of inception (default: downloaded) or dinov2", "features", metavar="PATH"
     )
     preprocess: str = option(
         "torch", "as pytorch-fid; tf1: as torch-fidelity", "features", choices=["torch", "tf1"]
     )
     precision: str = option("float32", "arithmetic", "features", choices=PRECISIONS)
     splits: int = option(10, "parts of the samples over which IS is averaged", "features", least=1)
-    save_stats: str = option("", "write the reference's mu and sigma to this npz", "run", **PATH)
-    out: str = option("", "JSON file (default: metrics.json beside the samples)", "run", **PATH)
+    save_stats: str = option(
+        "", "write the reference's mu and sigma to this npz", "run", metavar="PATH"
+    )
+    out: str = option(
+        "", "JSON file (default: metrics.json beside the samples)", "run", metavar="PATH"
+    )
     batch_size: int = option(100, "images at a time", "run", least=1)
     device: str = option("auto", cli.DEVICE, "run")
     quiet: bool = option(False, cli.QUIET, "run")
@@ -180,11 +185,9 @@ def cell(row: dict, key: str) -> str:
 
 
 def markdown(rows: list[dict]) -> str:
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    header = [key for key in header if not key.endswith((" std", " low", " high"))]
-    lines = [header, ["---"] * len(header)]
-    lines += [[cell(row, key) for key in header] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    keys = dict.fromkeys(key for row in rows for key in row)
+    keys = [key for key in keys if not key.endswith((" std", " low", " high"))]
+    return table([{key: cell(row, key) for key in keys} for row in rows], bold=False)
 
 
 def output(samples: list, opt: Options) -> Path:

@@ -38,10 +38,12 @@ class Options:
     image_size: int = option(
         0, f"{data.IMAGE_SIZE}, or as the checkpoint has them", "checkpoint and data", least=0
     )
-    mean: list[float] = cli.options(float, cli.MEAN, "checkpoint and data")
-    std: list[float] = cli.options(float, cli.STD, "checkpoint and data")
+    mean: list[float] = cli.option_list(float, cli.MEAN, "checkpoint and data")
+    std: list[float] = cli.option_list(float, cli.STD, "checkpoint and data")
     n: int = option(0, "test images, evenly spaced; 0: all", "checkpoint and data", least=0)
-    attacks: list[str] = cli.options(str, f"any of {', '.join(KNOWN)} (default: pgd-20)", "attack")
+    attacks: list[str] = cli.option_list(
+        str, f"any of {', '.join(KNOWN)} (default: pgd-20)", "attack"
+    )
     restarts: int = option(1, "random starts of each PGD attack", "attack", least=1)
     norm: str = option("l2", "norm of the ball", "attack", choices=["l2", "linf"])
     eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
@@ -49,7 +51,7 @@ class Options:
         "", "attack through this classifier as well, a test for masked gradients",
         "attack", metavar="PATH",
     )  # fmt: skip
-    ood: list[str] = cli.options(
+    ood: list[str] = cli.option_list(
         str, "out-of-distribution datasets or folders, besides noise and constant", "run"
     )
     batch_size: int = option(256, "images at a time", "run", least=1)
@@ -73,7 +75,7 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     own = model.extra.get("dataset", "")
     known = own in data.NAMES or (own != "" and Path(own).is_dir())
     if not opt.dataset and not known:
-        print(f"measuring on cifar10: the checkpoint's dataset, {own or 'unknown'}, is not here")
+        print(f"measuring on cifar10, as its dataset, {own or 'unknown'}, is not available")
     opt.dataset = opt.dataset or (own if known else "cifar10")
     shape = model.extra.get("image_shape")
     if shape and opt.dataset not in data.NAMES and not opt.image_size:
@@ -97,15 +99,14 @@ def check_size(path, model: nn.Module, test_set: data.Dataset) -> None:
     cli.require(own in (None, given), f"{differs}: name its --dataset and --image-size")
 
 
-def logits_of(path, model: cem.ParametricCEM, test_set: data.Dataset, opt: Options) -> torch.Tensor:
+def checked_logits(path, model, test_set: data.Dataset, opt: Options) -> torch.Tensor:
     """f(x, ·) (N, K) on the chosen images. Raises CEMError if the classifier does not fit them."""
     own = (model.config["in_channels"], model.config["num_classes"])
     given = (test_set.images.shape[1], len(test_set.classes))
     message = "{} has {} channels and {} classes".format(path, *own)
     cli.require(own == given, f"{message}, but {test_set.name} has {given[0]} and {given[1]}")
     chosen = test_set.evenly_spaced(opt.n or len(test_set))
-    batches = (test_set.pixels(index) for index in chosen.split(opt.batch_size))
-    logits = robustness.logits_of(model, batches, opt.precision)
+    logits = robustness.outputs(model, test_set, chosen, opt)
     cli.require(bool(logits.isfinite().all()), f"the logits of {path} are not finite")
     return logits
 
@@ -113,8 +114,8 @@ def logits_of(path, model: cem.ParametricCEM, test_set: data.Dataset, opt: Optio
 def evaluate_classifier(path, model, source, test_set: data.Dataset, opt: Options) -> dict:
     """What accuracy.json contains. source: the classifier of --transfer, or None."""
     if source is not None:
-        logits_of(opt.transfer, source, test_set, opt)
-    logits = logits_of(path, model, test_set, opt)
+        checked_logits(opt.transfer, source, test_set, opt)
+    logits = checked_logits(path, model, test_set, opt)
     others = {}  # loaded first: a misspelt name should not cost an attack
     for name in ("noise", "constant", *opt.ood):
         others[name] = robustness.ood_dataset(name, test_set, opt.data_dir, opt.seed)
@@ -139,7 +140,8 @@ def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt
     )
     model = cem.folded(model)
     known, asked = (
-        robustness.features(model, s, s.evenly_spaced(len(s)), opt) for s in (train_set, test_set)
+        robustness.outputs(model.features, s, s.evenly_spaced(len(s)), opt)
+        for s in (train_set, test_set)
     )
     finite = bool(known.isfinite().all() and asked.isfinite().all())
     cli.require(finite, "the checkpoint's features are not finite")

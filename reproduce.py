@@ -5,8 +5,8 @@
     python reproduce.py --dataset cifar10 --full            # the paper's recipe, on GPUs
     python reproduce.py --rows sup-cs,unsup-maxent-cond     # a part of it
 
-Writes table.md, table.json and grids.png into --out. Killed at any moment, the same command goes
-on; finished parts are reused where their options agree.
+Writes table.md, table.json and grids.png into --out. If it is interrupted, the same
+command resumes; finished parts with the same options are reused.
 """
 
 import json
@@ -14,8 +14,6 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 import cem
 from lib import budget, cli, data, distributed, files, metrics, paper, pictures
@@ -40,13 +38,15 @@ ROWS = [f"{model}-{sampler}" for model in SAMPLERS for sampler in SAMPLERS[model
 @dataclass
 class Options:
     dataset: str = option("digits", data.HELP)
-    data_dir: str = option("data", data.DIR_HELP, **cli.PATH)
+    data_dir: str = option("data", data.DIR_HELP, metavar="PATH")
     budget: str = option("", "time for all of it, such as 90m, 6h or 2d")
     full: bool = option(False, "the paper's recipe")
     rows: str = option("", "rows of the table, such as sup-cs,unsup-maxent-cond (default: all)")
-    weights: str = option("", "FID Inception's weights (default: downloaded on a GPU)", **cli.PATH)
+    weights: str = option(
+        "", "FID Inception's weights (default: downloaded on a GPU)", metavar="PATH"
+    )
     image_size: int = option(0, data.IMAGE_SIZE, least=0)
-    out: str = option("runs/reproduce", "folder of runs, samples and table", "run", **cli.PATH)
+    out: str = option("runs/reproduce", "folder of runs, samples and table", "run", metavar="PATH")
     device: str = option("auto", cli.DEVICE, "run")
     quiet: bool = option(False, cli.QUIET, "run")
 
@@ -83,7 +83,7 @@ class Reproduction:
     def make_plan(self) -> dict:
         """That of an earlier call with these options, or a new one."""
         plan = files.read_json(self.plan_file)
-        if not distributed.any_process(plan is None, torch.device("cpu")):
+        if not distributed.any_process(plan is None):
             return plan
         if self.opt.budget:
             if distributed.rank() == 0:
@@ -156,14 +156,15 @@ def use_inception(opt: Options) -> bool:
     device = pick_device(opt.device)
     if not (opt.weights or opt.full) and (opt.dataset == "digits" or device.type != "cuda"):
         return False
+    found = True
     try:
         metrics.Inception(opt.weights, device)
-        return True
     except cem.CEMError as error:
         if opt.weights or opt.full:
             raise
         cli.warn(f"{error}: C-IS and C-FD only")
-    return False
+        found = False
+    return not distributed.any_process(not found)
 
 
 def announce(job: Reproduction, models: list[str]) -> None:

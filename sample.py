@@ -85,22 +85,24 @@ class Options:
     dataset: str = option(
         "", f"for a third-party checkpoint, gives seeds and class names: {data.HELP}", "checkpoint"
     )
-    data_dir: str = option("data", data.DIR_HELP, "checkpoint", **cli.PATH)
+    data_dir: str = option("data", data.DIR_HELP, "checkpoint", metavar="PATH")
     image_size: int = option(0, data.IMAGE_SIZE, "checkpoint", least=0)
-    mean: list[float] = cli.options(float, cli.MEAN, "checkpoint")
-    std: list[float] = cli.options(float, cli.STD, "checkpoint")
+    mean: list[float] = cli.option_list(float, cli.MEAN, "checkpoint")
+    std: list[float] = cli.option_list(float, cli.STD, "checkpoint")
     out: str = option(
         "",
         "folder to write to (default: beside the checkpoint, or runs/shipped)",
         "run",
-        **cli.PATH,
+        metavar="PATH",
     )
     png: str = option(
         "", "new folder for PNG files: all in it, and again in one subfolder per class", "run",
-        **cli.PATH,
+        metavar="PATH",
     )  # fmt: skip
     gif: bool = option(False, "show the ascent of up to 10 x 10 images as a GIF", "run")
-    batch_size: int = option(250, "images at a time; maxent and pgd couple these", "run", least=1)
+    batch_size: int = option(
+        250, "images at a time; maxent, pgd and maxent-marginal couple these", "run", least=1
+    )
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
     quiet: bool = option(False, cli.QUIET, "run")
@@ -154,11 +156,9 @@ def draw_batch(
         x = seeds.sample(y if conditional else size, random)
     x = x.to(device, memory_format=torch.channels_last)
     if opt.sampler != "seeds":
-        if opt.sampler in cem.NON_PARAMETRIC_SAMPLERS:
-            fixed = sampling.others(model, opt.sampler, x, y if conditional else None, random)
-        else:
-            fixed = y.to(device)
-        potential = cem.potential(opt.sampler, model, fixed)
+        wanted = y if conditional else None
+        given = sampling.potential_y(model, opt.sampler, x, wanted, random)
+        potential = cem.potential(opt.sampler, model, given)
         ascent = dict(steps=opt.steps, step_size=opt.step_size, norm=opt.norm, noise=opt.noise)
         with autocast(device, opt.precision):
             if frames is not None:
@@ -207,7 +207,7 @@ def draw_frames(model, opt: Options, device) -> tuple[list[Tensor], Tensor]:
     return [frame[: opt.n] for frame in (*frames, images)], labels[: opt.n]
 
 
-def record(opt: Options, path: Path, model, device, seconds: float) -> dict:
+def record(opt: Options, path: Path, model, seconds: float) -> dict:
     """The content of the .json beside the samples: command, options, model, time."""
     return {
         "command": cli.command(),
@@ -217,7 +217,6 @@ def record(opt: Options, path: Path, model, device, seconds: float) -> dict:
         "classes": model.extra["classes"],
         "mean": model.mean.flatten().tolist(),
         "std": model.std.flatten().tolist(),
-        "precision": resolve_precision(device, opt.precision),
         "seconds": round(seconds, 2),
     }
 
@@ -226,6 +225,7 @@ def main() -> None:
     opt = cli.parse(Options, __doc__, moved={"--init": "use --start gaussian or --start noise"})
     check(opt)
     device = pick_device(opt.device)
+    opt.precision = resolve_precision(device, opt.precision)
     unsupervised = opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
     path = Path(opt.ckpt or cli.default_checkpoint("unsup" if unsupervised else "sup"))
     model = sampling.load_model(path, device, opt)
@@ -252,7 +252,7 @@ def main() -> None:
     if distributed.rank():
         return
     seconds = time.monotonic() - begin
-    content = {"set": own} | record(opt, path, model, device, seconds)
+    content = {"set": own} | record(opt, path, model, seconds)
     if not found:  # else some batches were drawn before
         content["images_per_second"] = round(opt.n / seconds, 2)
     path = pictures.write(folder, name, images, labels, content)

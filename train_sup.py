@@ -9,6 +9,7 @@ Writes ckpt.pt, log.jsonl, options.json and TensorBoard events into --out. eval_
 the checkpoint, sample.py draws images from it.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
-from lib.attack import AttackCopy, ball, make_watch
+from lib.attack import AttackCopy, make_watch, pgd_options
 from lib.chains import ReplayBuffer, chain_starts, dual_state, mixed, with_statistics_of
 from lib.cli import option
 from lib.device import autocast, compile_network, pick_device
@@ -40,7 +41,7 @@ class Options(options.TrainOptions):
     )
     loss: str = option(
         "at", "st: standard; at: adversarial; mle: maximum likelihood; jem, jeat: energy-based; "
-        "dat: dual adversarial, a second stage after at",
+        f"dat: dual adversarial, a second stage after at; changes defaults: {cli.as_flags(DAT)}",
         "optimisation", choices=list(cem.SUPERVISED_LOSSES),
     )  # fmt: skip
     share: float = option(
@@ -70,12 +71,13 @@ class Options(options.TrainOptions):
 
 def preset(opt: Options) -> dict:
     stored = options.stored(opt)
-    opt.dataset, opt.loss = stored.get("dataset", opt.dataset), stored.get("loss", opt.loss)
-    defaults = dict(DIGITS) if opt.dataset == "digits" else {}
-    if opt.loss == "dat":
-        defaults |= DAT | (DAT_DIGITS if opt.dataset == "digits" else {})
-    if opt.loss in ENERGY_BASED:
-        if opt.dataset == "digits":
+    loss = stored.get("loss", opt.loss)
+    digits = stored.get("dataset", opt.dataset) == "digits"
+    defaults = dict(DIGITS) if digits else {}
+    if loss == "dat":
+        defaults |= DAT | (DAT_DIGITS if digits else {})
+    if loss in ENERGY_BASED:
+        if digits:
             defaults |= ENERGY_BASED_DIGITS
         if distributed.world_size() > 1:
             defaults["batch_norm"] = "local"
@@ -86,7 +88,7 @@ def check(opt: Options) -> None:
     options.check(opt)
     for name in opt.chain_samplers.split(","):
         known = ", ".join(cem.PARAMETRIC_SAMPLERS)
-        message = f"--chain-samplers: unknown or twice {name!r}, choose from {known}"
+        message = f"--chain-samplers: unknown or repeated {name!r}, choose from {known}"
         once = opt.chain_samplers.split(",").count(name) == 1
         cli.require(name in cem.PARAMETRIC_SAMPLERS and once, message)
     if opt.loss in ENERGY_BASED:
@@ -101,7 +103,7 @@ def check(opt: Options) -> None:
 def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: ReplayBuffer | None = None):
     """-> batch_loss(model, index, draws, generator), one training step up to its loss."""
     attack_copy, sgld_copy = (AttackCopy(opt.precision, opt.compile) for _ in range(2))
-    # a black border would tell data from samples, which have none
+    # zero padding would separate data from samples
     padding = "reflect" if opt.loss in ENERGY_BASED else "constant"
 
     def batch_loss(model, index, draws, generator):
@@ -112,7 +114,7 @@ def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: ReplayBuffer 
             if opt.loss in ("at", "mle", "jeat"):
                 energy = "joint" if opt.loss == "jeat" else "ce"
                 attack = cem.potential(energy, attack_copy(model), y)
-                x_adv = cem.pgd(attack, x, **ball(opt), generator=generator)
+                x_adv = cem.pgd(attack, x, **pgd_options(opt), generator=generator)
             if buffer is not None:
                 seen = x if x_adv is None else x_adv
                 network = sgld_copy(with_statistics_of(seen, distributed.unwrap(model)))
@@ -129,17 +131,6 @@ def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: ReplayBuffer 
     return batch_loss
 
 
-class Recorded:
-    """A network that keeps its last output."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.output = self.model(x)
-        return self.output
-
-
 def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.ModuleDict):
     """-> batch_loss, as above, of dual adversarial training.
 
@@ -148,27 +139,28 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
     """
     attack_copy, chains = AttackCopy(opt.precision, opt.compile), state["chains"]
     classes, samplers = len(train_set.classes), opt.chain_samplers.split(",")
-    share = samplers.count("ta") / len(samplers)
 
     def batch_loss(model, index, draws, generator):
-        y, network, recorded = train_set.labels[index], attack_copy(model), Recorded(model)
+        y, network = train_set.labels[index], attack_copy(model)
         x = augment.mirror(train_set.pixels(index), draws, train_set.flip)
         drawn = generator.draw(torch.rand, (len(y), 2), draws).T
         y_s, which = (drawn[0] * classes).long(), (drawn[1] * len(samplers)).long()
         x_s = start(y_s, generator)
         with autocast(x.device, opt.precision):
             attack = cem.potential("ce", network, y)
-            x_adv = cem.pgd(attack, x, **ball(opt), generator=generator)
+            x_adv = cem.pgd(attack, x, **pgd_options(opt), generator=generator)
             climbed = mixed(samplers, network, y_s, which)
             x_s = chains.sample(climbed, x_s, generator)
             if not chains.updates:
                 chains.begin(network(torch.cat([x, x_s])), torch.cat([y, y_s]))
             weight, (b, b_posterior) = opt.likelihood_weight, chains.offsets.tolist()
-            loss, logits = cem.supervised_loss("dat", recorded, x, y, x_adv, weight, x_s, b)
-            _, logits_x, logits_s = recorded.output.tensor_split(3)
-            if share:  # log p(x) does not see that ta ends where p(y | x) is higher than on data
+            outputs = model(torch.cat([x_adv, x, x_s]))
+            energies = dict(weight=weight, x_s=x_s, offset=b)
+            loss, logits = cem.supervised_loss("dat", lambda _: outputs, x, y, x_adv, **energies)
+            _, logits_x, logits_s = outputs.tensor_split(3)
+            if "ta" in samplers:  # it raises p(y | x) beyond that of data, which log p(x) misses
                 posteriors = cem.log_posterior(logits_x, y), cem.log_posterior(logits_s, y_s)
-                weights = (which == samplers.index("ta")) / share
+                weights = (which == samplers.index("ta")) * len(samplers)
                 loss = loss + weight * cem.data_or_samples(*posteriors, b_posterior, weights)
             if "reference" in state:
                 before = state["reference"](x).log_softmax(1)
@@ -176,8 +168,8 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
                 kept = F.kl_div(now, before, reduction="batchmean", log_target=True)
                 loss = loss + opt.keep * kept
         accuracy = (logits.argmax(1) == y).float().mean()
-        energies = chains.metrics(cem.log_marginal(logits_x), cem.log_marginal(logits_s))
-        return loss, {"train_accuracy": accuracy, **energies}
+        log_p, log_p_s = cem.log_marginal(logits_x), cem.log_marginal(logits_s)
+        return loss, {"train_accuracy": accuracy, **chains.update(log_p, log_p_s)}
 
     return batch_loss
 
@@ -191,7 +183,7 @@ def diagnosis(opt: Options, model, test_set: data.Dataset, seeds, buffer) -> dic
     index = test_set.evenly_spaced(min(opt.n_eval, 256))
     x, y = test_set.pixels(index), test_set.labels[index]
     generator = torch.Generator(x.device).manual_seed(opt.seed)
-    x_adv = cem.pgd(cem.potential("ce", model, y), x, **ball(opt), generator=generator)
+    x_adv = cem.pgd(cem.potential("ce", model, y), x, **pgd_options(opt), generator=generator)
     if buffer is not None:
         x_s = buffer.images[: len(x)].float()
     else:
@@ -207,7 +199,7 @@ def train(opt: Options) -> None:
     if opt.share < 1:
         train_set = train_set.share(opt.share)
     watch = None
-    attack = ball(opt)
+    attack = pgd_options(opt)
     if opt.loss == "at" and attack["steps"] == 1 and attack["step_size"] >= opt.eps:
         held_out, train_set = train_set.hold_out(min(256, len(train_set) // 10))
         watch = make_watch(opt, held_out)
@@ -227,12 +219,12 @@ def train(opt: Options) -> None:
         buffer = ReplayBuffer(opt.buffer, seeds.shape, opt.reinit, fresh).to(device)
         buffer.images = distributed.local_rows(buffer.images).clone()  # chains of its own
 
-    state, batch_loss = buffer, make_batch_loss(opt, train_set, buffer)
     if opt.loss == "dat":
+        start = chain_starts(opt.chain_start, opt.data_dir, seeds, device)
         state = dual_state(opt, model, cem.PARAMETRIC_SAMPLERS)
-        batch_loss = make_dual_loss(
-            opt, train_set, chain_starts(opt.chain_start, opt.data_dir, seeds, device), state
-        )
+        batch_loss = make_dual_loss(opt, train_set, start, state)
+    else:
+        state, batch_loss = buffer, make_batch_loss(opt, train_set, buffer)
 
     def extra():
         return info | ({"settings": state["chains"].settings} if opt.loss == "dat" else {})
@@ -241,7 +233,8 @@ def train(opt: Options) -> None:
         result = robustness.accuracy(model, test_set, ["pgd-10"], opt, opt.n_eval)
         del result["pgd-10"]  # the same as adversarial_accuracy
         if opt.diagnose:
-            result |= diagnosis(opt, model, test_set, seeds, buffer)
+            plain = copy.deepcopy(model)  # a compiled one cannot be differentiated twice
+            result |= diagnosis(opt, plain, test_set, seeds, buffer)
         return result
 
     Trainer(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
-from lib.attack import AttackCopy, ball
+from lib.attack import AttackCopy, pgd_options
 from lib.chains import chain_starts, dual_state
 from lib.cli import option
 from lib.clusters import ClusterSeeds
@@ -48,7 +48,8 @@ class Options(options.TrainOptions):
     temperature: float = option(0.3, "temperature tau of the similarities", "model", above=0)
     loss: str = option(
         "at", "st: NT-Xent of two views; at: one view is attacked; dat: learns log p(x) beside it, "
-        "a second stage after at", "optimisation", choices=["st", "at", "dat"],
+        f"a second stage after at; changes defaults: {cli.as_flags(DAT)}",
+        "optimisation", choices=["st", "at", "dat"],
     )  # fmt: skip
     epochs: int = option(200, "passes over the training images", "optimisation", least=1)
     attack_steps: int = option(5, "PGD steps", "attack", least=1)
@@ -83,7 +84,7 @@ def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tupl
 def attacked(x: Tensor, x_plus: Tensor, network: nn.Module, opt: Options, generator) -> Tensor:
     """The views x, moved away from their positives x_plus."""
     attack = cem.potential("pgd", distributed.GatheredEncoder(network), x_plus)
-    return cem.pgd(attack, x, **ball(opt), generator=generator)
+    return cem.pgd(attack, x, **pgd_options(opt), generator=generator)
 
 
 def gathered_info_nce(z: Tensor, z_plus: Tensor, temperature: float) -> Tensor:
@@ -133,7 +134,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
                 before = state["reference"].features(flipped)
                 kept = F.cosine_similarity(h.chunk(4)[2], before)
                 loss = loss + opt.keep * (1 - kept).mean()
-        return loss, chains.metrics(log_p, log_p_s)
+        return loss, chains.update(log_p, log_p_s)
 
     return batch_loss
 
@@ -149,8 +150,8 @@ def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> Clu
     """Fit the clusters of the model's features of all training images and, if its energy is new,
     standardise its input."""
     everything = torch.arange(len(train_set), device=train_set.images.device)
-    features = robustness.features(cem.folded(model), train_set, everything, opt)
-    features = distributed.mean(features)  # the same bits in all processes, hence clusters
+    features = robustness.outputs(cem.folded(model).features, train_set, everything, opt)
+    features = distributed.mean(features)  # identical in all processes, hence identical clusters
     if not model.energy[1].weight.any():
         standardise(model.energy, features)
     rank = max(opt.seed_rank // 2, 1)
@@ -164,7 +165,7 @@ def alignment(z1: Tensor, z2: Tensor) -> float:
 
 def uniformity(z: Tensor) -> float:
     """log E exp(-2 ‖z_i - z_j‖²) over pairs i < j (Wang and Isola, 2020). Lower is more uniform."""
-    return torch.pdist(z).square().mul(-2).exp().mean().log().item()
+    return torch.pdist(z.cpu()).square().mul(-2).exp().mean().log().item()
 
 
 @torch.no_grad()
@@ -174,8 +175,8 @@ def measure(model: nn.Module, train_set, test_set, opt: Options) -> tuple[dict, 
     model = cem.folded(model)
     query = test_set.evenly_spaced(opt.n_eval)
     bank = train_set.evenly_spaced(10 * opt.n_eval)
-    known = robustness.features(model, train_set, bank, opt)
-    asked = robustness.features(model, test_set, query, opt)
+    known = robustness.outputs(model.features, train_set, bank, opt)
+    asked = robustness.outputs(model.features, test_set, query, opt)
     labels = train_set.labels[bank], test_set.labels[query]
     _, u = augment.draws(len(query), VIEWS, opt.seed, 0, query.device)
     views = two_views(test_set.pixels(query), u, test_set, opt)
@@ -197,9 +198,8 @@ def train(opt: Options) -> None:
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
-    head = dict(embed_dim=opt.embed_dim, temperature=opt.temperature)
     dual = opt.loss == "dat"
-    head |= dict(energy=True) if dual else {}
+    head = dict(embed_dim=opt.embed_dim, temperature=opt.temperature, energy=dual)
     model = cem.NonParametricCEM(opt.arch, **head, **shape, **train_set.normalisation())
     init.start(model, opt)
     model = model.to(device, memory_format=torch.channels_last)
@@ -208,7 +208,6 @@ def train(opt: Options) -> None:
     info, state = train_set.checkpoint_info(opt.seed_rank), None
     kept = RunFolder(opt).load(torch.device("cpu")).extra if resumes(opt) else {}
     info |= {name: kept[name] for name in ("bank", "clusters") if name in kept}
-    batch_loss = make_batch_loss(opt, train_set)
     if dual:
         state = dual_state(opt, model, TUNED)
         if "clusters" not in info:
@@ -216,6 +215,8 @@ def train(opt: Options) -> None:
         clusters = ClusterSeeds.from_state_dict(info["clusters"], device)
         start = chain_starts(opt.chain_start, opt.data_dir, clusters, device)
         batch_loss = make_dual_loss(opt, train_set, start, state)
+    else:
+        batch_loss = make_batch_loss(opt, train_set)
 
     def measure_when_due(model, epoch):
         if epoch % opt.eval_every and epoch != opt.epochs:

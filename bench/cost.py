@@ -37,7 +37,7 @@ BASE = dict(batch_size=64, steps=10, width=32)
 @dataclass
 class Options:
     rounds: int = option(3, "timed rounds, after one for warm-up", least=1)
-    out: str = option("bench/cost-cpu.json", "JSON file", **cli.PATH)
+    out: str = option("bench/cost-cpu.json", "JSON file", metavar="PATH")
     device: str = option("auto", cli.DEVICE)
     precision: str = option("auto", "arithmetic", choices=PRECISIONS)
 

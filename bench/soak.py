@@ -32,8 +32,8 @@ WARM_UP = 0.1  # share of the readings
 class Options:
     minutes: float = option(60.0, "duration of both parts together")
     every: float = option(10.0, "seconds between two readings", above=0)
-    run: str = option("runs/soak", "folder of the training run and the samples", **cli.PATH)
-    out: str = option("bench/soak.json", "JSON file to write", **cli.PATH)
+    run: str = option("runs/soak", "folder of the training run and the samples", metavar="PATH")
+    out: str = option("bench/soak.json", "JSON file to write", metavar="PATH")
 
 
 def resident(pid: int) -> float:

@@ -10,7 +10,7 @@ from lib.device import autocast, compile_network, resolve_precision
 FGSM_START = 2.0  # radius of its noise, in eps
 
 
-def ball(opt) -> dict:
+def pgd_options(opt) -> dict:
     """The options of --attack, as those of cem.pgd."""
     ball = dict(eps=opt.eps, norm=opt.norm)
     if opt.attack == "fgsm":
@@ -33,11 +33,11 @@ class AttackCopy:
     def __call__(self, model: nn.Module) -> nn.Module:
         model = distributed.unwrap(model)
         if self.network is None:
-            self.network = self.first(model)
+            self.network = self.build(model)
         refold(self.network, model)
         return self.network
 
-    def first(self, model: nn.Module) -> nn.Module:
+    def build(self, model: nn.Module) -> nn.Module:
         network = cem.folded(model)
         device = next(model.parameters()).device
         if resolve_precision(device, self.precision) == "bfloat16":
@@ -53,7 +53,7 @@ class AttackCopy:
 def refold(network: nn.Module, model: nn.Module) -> None:
     """Give `network`, a folded copy of `model`, its present weights, in a dozen operator calls."""
     state, target = dict(model.state_dict()), network.state_dict()
-    pairs = list(cem.folding(model))
+    pairs = list(cem.conv_bn_pairs(model))
     convs = [state[f"{conv}.weight"] for conv, _ in pairs]
     names = ("running_mean", "running_var", "weight", "bias")
     means, variances, weights, biases = ([state[f"{bn}.{k}"] for _, bn in pairs] for k in names)
@@ -82,7 +82,7 @@ def make_watch(opt, held_out: data.Dataset):
     @torch.no_grad()
     def watch(model):
         network, attacks, found = cem.folded(model), {}, []
-        attacks["single_step_accuracy"] = ball(opt)
+        attacks["single_step_accuracy"] = pgd_options(opt)
         attacks["pgd10_accuracy"] = dict(eps=opt.eps, norm=opt.norm, steps=10)
         with autocast(x.device, opt.precision):
             potential = cem.potential("ce", network, y)

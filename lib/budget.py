@@ -42,7 +42,11 @@ def agreed(value: float) -> float:
 
 
 def measured(job, model: str, options: str, minutes: float, images: int, first_stage=None):
-    """Train for a few minutes -> the checkpoint and the training images per second."""
+    """Train for `minutes` -> the checkpoint and the training images per second.
+
+    job: a reproduce.Reproduction; model, options, first_stage as in its `training`; images: in the
+    training set.
+    """
     words = job.training(model, options, first_stage)
     run = job.measured / f"{model}-{digest(words)}"
     limits = ["--max-minutes", minutes, "--on-diverge", "restart"]

@@ -113,10 +113,10 @@ class GrowingChains(nn.Module):
     """The chains of dual adversarial training (arXiv:2510.13872), and their curriculum.
 
     Every chain starts anew, and takes T - 2 to T steps of `step_size` along the l2-normalised
-    gradient, as many in all processes. T grows by one, up to `longest`, when samples are easily
-    told from data: when the mean AUC of log p(x) over 8 training steps exceeds 0.8. `offsets` are
-    the b of the loss, for log p(x) and for log p(y | x): the midpoints between data and samples in
-    the first step.
+    gradient, the same number in all processes. T grows by one, up to `longest`, when samples are
+    easily told from data: when the mean AUC of log p(x) over 8 training steps exceeds 0.8.
+    `offsets` are the b of the loss, for log p(x) and for log p(y | x): the midpoints between data
+    and samples in the first step.
     """
 
     def __init__(self, longest: int, step_size: float, samplers: Sequence[str] = ()):
@@ -132,12 +132,11 @@ class GrowingChains(nn.Module):
     def sample(self, potential: Callable, x: Tensor, generator) -> Tensor:
         """The images x (N, C, H, W) after their chains."""
         longest = self.length.item()
-        shared = dict(generator=generator.common, device=generator.common.device)
-        steps = torch.randint(max(longest - 2, 1), longest + 1, (), **shared)
+        steps = torch.randint(max(longest - 2, 1), longest + 1, (), generator=generator.host)
         return cem.ascend(potential, x, steps=steps.item(), step_size=self.step_size)
 
     def begin(self, logits: Tensor, y: Tensor) -> None:
-        """Set the offsets, in the first step, from as many logits of data as of samples."""
+        """Set the offsets, in the first step, from equal numbers of data and sample logits."""
         means = cem.log_marginal(logits).mean(), cem.log_posterior(logits, y).mean()
         self.offsets.copy_(distributed.mean(torch.stack(means)))
 
@@ -147,25 +146,22 @@ class GrowingChains(nn.Module):
         ascent = dict(steps=self.length.item() + 4, step_size=self.step_size, noise=0.0, norm="l2")
         return {name: ascent for name in self.samplers}
 
-    def update(self, log_p: Tensor, log_p_s: Tensor) -> Tensor:
-        """After a training step, with log p of data and samples, (N,) each -> their AUC."""
-        log_p, log_p_s = distributed.gather(log_p), distributed.gather(log_p_s)
-        auc = ((log_p[:, None] - log_p_s).sign().mean() + 1) / 2
+    @torch.no_grad()
+    def update(self, log_p: Tensor, log_p_s: Tensor) -> dict[str, Tensor]:
+        """After a training step, with log p (N,) of its data and of its samples: lengthen the
+        chains when that is due -> metrics for the log."""
+        data, samples = distributed.gather(log_p), distributed.gather(log_p_s)
+        auc = ((data[:, None] - samples).sign().mean() + 1) / 2
         self.updates += 1
-        self.auc_sum += auc.cpu()
+        self.auc_sum = self.auc_sum.to(auc.device) + auc  # read at every eighth step only
         if self.updates % 8 == 0:
             if self.auc_sum > 8 * 0.8:
                 self.length.add_(1).clamp_(max=self.longest)
             self.auc_sum.zero_()
-        return auc
-
-    def metrics(self, log_p: Tensor, log_p_s: Tensor) -> dict[str, Tensor]:
-        """`update`, and what the log says of the step."""
-        log_p, log_p_s = log_p.detach(), log_p_s.detach()
         return {
             "energy": -log_p.mean(), "energy_s": -log_p_s.mean(),
-            "energy_gap": (log_p - log_p_s).mean(),
-            "auc": self.update(log_p, log_p_s), "chain_steps": self.length.to(log_p.device),
+            "energy_gap": log_p.mean() - log_p_s.mean(), "auc": auc,
+            "chain_steps": log_p.new_full((), self.length.item()),
         }  # fmt: skip
 
 

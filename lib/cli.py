@@ -29,7 +29,6 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 MEAN = "channel means for a third-party checkpoint (default: the file's, else the dataset's)"
 STD = "channel standard deviations for a third-party checkpoint"
 DEVICE = "auto, cpu, cuda, cuda:1 or mps"
-PATH, CHOICE = dict(metavar="PATH"), dict(metavar="NAME")
 METAVARS = {int: "N", float: "X", str: "S"}
 BOUNDS = {
     "least": ("at least", operator.ge),
@@ -69,7 +68,7 @@ def option(default, help: str, group: str = "options", **metadata):
     return field(default=default, metadata=metadata)
 
 
-def options(kind: type, help: str, group: str = "options"):
+def option_list(kind: type, help: str, group: str = "options"):
     """A field for an option that takes several values, none by default."""
     kind, metavar = {float: number, int: integer}.get(kind, kind), METAVARS[kind]
     metadata = {"help": help, "type": kind, "nargs": "+", "metavar": metavar, "group": group}

@@ -47,6 +47,10 @@ class Dataset:
     def to(self, device) -> "Dataset":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
+    def subset(self, rows: Tensor) -> "Dataset":
+        """Of the images at these indices, or where this mask (N,) is set."""
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
     def evenly_spaced(self, n: int) -> Tensor:
         """Indices of n evenly spaced images, or of all if fewer: folders are sorted by class."""
         return evenly_spaced(n, len(self), self.images.device)
@@ -55,9 +59,7 @@ class Dataset:
         """n evenly spaced images, and the others."""
         held_out = torch.zeros(len(self), dtype=torch.bool, device=self.images.device)
         held_out[self.evenly_spaced(n)] = True
-        parts = [(self.images[rows], self.labels[rows]) for rows in (held_out, ~held_out)]
-        first, second = (replace(self, images=images, labels=labels) for images, labels in parts)
-        return first, second
+        return self.subset(held_out), self.subset(~held_out)
 
     def share(self, part: float) -> "Dataset":
         """A share `part`, in (0, 1], of each class, evenly spaced; at least two images of it."""
@@ -66,8 +68,7 @@ class Dataset:
             rows = (self.labels == k).nonzero()[:, 0]
             n = max(math.ceil(part * len(rows)), 2)
             index.append(rows[evenly_spaced(n, len(rows), rows.device)])
-        index = torch.cat(index).sort().values
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        return self.subset(torch.cat(index).sort().values)
 
     def normalisation(self) -> dict[str, Tensor]:
         """Mean and std of each channel, (C,), for pixels in [0, 1], over up to 10,000 images."""

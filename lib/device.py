@@ -19,8 +19,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name == "cuda" and distributed.world_size() > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if distributed.world_size() > 1:
+        own = f"under torchrun, each process has its own GPU: --device cuda, not {name}"
+        cem.require(not name.startswith("cuda:"), own)
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which "meta" refuses
@@ -70,7 +72,12 @@ def autocast(device: torch.device, precision: str):
 
 
 def compile_network(network: torch.nn.Module, device: torch.device) -> None:
-    """torch.compile in place; on a GPU with CUDA graphs, which launch a pass's kernels at once."""
+    """torch.compile in place; on a GPU with CUDA graphs, which launch a pass's kernels at once.
+
+    Not of a network in training under torchrun: SyncBatchNorm would break its graph at every layer.
+    """
+    if network.training and distributed.world_size() > 1:
+        return
     network.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
 
 

@@ -74,7 +74,7 @@ def mean(values: Tensor) -> Tensor:
     return values / world_size()
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
+def any_process(flag: bool, device: str | torch.device = "cpu") -> bool:
     """Whether the flag is set in any process."""
     single = world_size() == 1  # without a GPU synchronisation
     return flag if single else bool(mean(torch.tensor(float(flag), device=device)) > 0)
@@ -84,12 +84,14 @@ class RankGenerator:
     """Randomness for `cem.pgd`: each process takes its rows of one common draw.
 
     Many processes thus compute what one does with the whole batch. `own` differs between them.
+    `host` draws on the CPU, where reading a number does not wait for the device.
     """
 
     def __init__(self, seed: int, device: torch.device):
         own = seed * world_size() + rank() + 1_000_003
         self.common = torch.Generator(device).manual_seed(seed % 2**32)
         self.own = torch.Generator(device).manual_seed(own % 2**32)
+        self.host = torch.Generator().manual_seed(seed % 2**32)
 
     def draw(self, random, shape: Sequence[int], like: Tensor) -> Tensor:
         shape = (shape[0] * world_size(), *shape[1:])

@@ -33,15 +33,10 @@ def start(model: nn.Module, opt) -> None:
         print(f"{opt.init} has no pixel normalisation: using that of the training images")
         print("(many RobustBench models need --mean 0 --std 1)")
         stored |= {name: own[name] for name in ("mean", "std")}
-    head, new_head = (
-        {key: value.shape for key, value in state.items() if key.startswith("net.fc.")}
-        for state in (stored, own)
-    )
-    if head != new_head:
+    last = [{k: v.shape for k, v in s.items() if k.startswith("net.fc.")} for s in (stored, own)]
+    if last[0] != last[1]:
         first = f"the last layer of {opt.init} does not fit: train a new one with --loss at first"
         cli.require(opt.loss != "dat", first)
         print(f"the last layer of {opt.init} does not fit: starting with a new one")
-        stored = {key: stored.get(key, value) for key, value in own.items()}
-        stored |= {key: own[key] for key in new_head}
-    energy = {key: value for key, value in own.items() if key.startswith("energy.")}
-    model.load_state_dict({k: v for k, v in (energy | stored).items() if k in own})
+        stored = {k: v for k, v in stored.items() if not k.startswith("net.fc.")}
+    model.load_state_dict(own | {k: v for k, v in stored.items() if k in own})

@@ -54,7 +54,8 @@ class Trainer:
     batch_loss(model, index, draws, generator) -> mean loss and {name: metric} over this
         process's part of a batch; draws are its images' rows
     measure(model, epoch) -> {name: value}, measurements for the log after epoch 1, 2, ...
-    watch(model) -> {name: value}, every 200 steps and before every checkpoint; may raise Diverged
+    watch(model) -> {name: value}, every 200 steps and at the end of an epoch or of the call; may
+        raise Diverged
     chains: a module with further state: chains, and the first stage's network (lib/chains.py)
     bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
     freeze_batch_norm: keep its statistics, and normalise by them
@@ -128,22 +129,24 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """The rest of the epoch in which the current step lies, or as much as time allows."""
-        size, (epoch, done) = self.opt.batch_size, divmod(self.step, self.steps_per_epoch)
+        size = self.opt.batch_size
+        epoch, done = divmod(self.step, self.steps_per_epoch)
         order, draws = self.shuffle(epoch)
         batches = order[: self.steps_per_epoch * size].split(size)[done:]
-        begin, unread = time.monotonic(), []
+        begin = time.monotonic()
+        pending = []  # metrics, still on the device
         name = f"epoch {epoch + 1}/{self.opt.epochs}"
         bar = cli.progress(batches, name, total=self.steps_per_epoch, initial=done)
         self.model.train(not self.freeze_batch_norm)
         for count, index in enumerate(bar, 1):
-            unread.append(self.train_step(distributed.local_rows(index), draws))
+            pending.append(self.train_step(distributed.local_rows(index), draws))
             epoch_ends = done + count == self.steps_per_epoch
-            read = epoch_ends or self.step % READ_EVERY == 0
+            due = epoch_ends or self.step % READ_EVERY == 0
             single = distributed.world_size() == 1  # processes agree on stopping when they read
-            stop = self.must_stop() if read or single else False
-            if read or stop:
-                self.read(unread)
-                unread = []
+            stop = (due or single) and self.must_stop()
+            if due or stop:
+                self.log_metrics(pending)
+                pending = []
                 speed = count * size / (time.monotonic() - begin)
                 means = {k: v / (done + count) for k, v in self.progress["sums"].items()}
                 shown = [f"{k} {v:.3f}" for k, v in means.items()]
@@ -187,7 +190,7 @@ class Trainer:
         metrics = {"loss": loss, "gradient_norm": norm, **metrics}
         return {name: value.detach().float() for name, value in metrics.items()}
 
-    def read(self, steps: list[dict[str, Tensor]]) -> None:
+    def log_metrics(self, steps: list[dict[str, Tensor]]) -> None:
         """Log the last steps' metrics. Raises Diverged for one that is not finite or too large."""
         rows = torch.stack([torch.stack(list(metrics.values())) for metrics in steps])
         sums = self.progress["sums"]
@@ -210,7 +213,9 @@ class Trainer:
         line = {"epoch": epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
         line |= means
         if self.first:
+            torch.backends.cudnn.benchmark = False  # batches of any size: it would time each
             line |= self.measure(self.average.eval(), epoch)
+            torch.backends.cudnn.benchmark = True
         line |= {"images_per_second": round(speed, 1), "seconds": round(self.seconds(), 1)}
         line = {k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}
         self.progress["log"].append(line)

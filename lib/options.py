@@ -7,9 +7,9 @@ from pathlib import Path
 
 import cem
 from lib import cli, data, distributed, files, init
-from lib.cli import CHOICE, PATH, option
+from lib.cli import option
 from lib.device import PRECISIONS
-from lib.run import FREE, NAMES, resumes
+from lib.run import FILES, MAY_CHANGE, resumes
 
 MOVED = {"--evaluate": "python eval_robust.py --ckpt CKPT measures a checkpoint"}
 ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
@@ -27,17 +27,17 @@ class TrainOptions:
     """Options of both training scripts; their order is the order of the headings of --help."""
 
     dataset: str = option("cifar10", "", "data")  # each script's help comes from data.HELP
-    data_dir: str = option("data", data.DIR_HELP, "data", **PATH)
+    data_dir: str = option("data", data.DIR_HELP, "data", metavar="PATH")
     image_size: int = option(0, data.IMAGE_SIZE, "data", least=0)
-    arch: str = option("resnet50", ARCH, "model", choices=list(cem.ARCHS), **CHOICE)
+    arch: str = option("resnet50", ARCH, "model", choices=list(cem.ARCHS), metavar="NAME")
     # the least: oneDNN's gradient of narrower layers is wrong on AVX2 CPUs (its issue 6035)
     width: int = option(64, "scales all channels; 64 is standard", "model", least=8)
     init: str = option(
         "", "begin from this checkpoint, ours or third-party; gives arch, width",
-        "model", **PATH,
+        "model", metavar="PATH",
     )  # fmt: skip
-    mean: list[float] = cli.options(float, cli.MEAN, "model")
-    std: list[float] = cli.options(float, cli.STD, "model")
+    mean: list[float] = cli.option_list(float, cli.MEAN, "model")
+    std: list[float] = cli.option_list(float, cli.STD, "model")
     loss: str = option("at", "", "optimisation")  # each script has its own
     epochs: int = option(150, "passes over the training images", "optimisation", least=1)
     batch_size: int = option(256, "images per step, over all processes", "optimisation", least=2)
@@ -51,10 +51,10 @@ class TrainOptions:
     )
     weight_decay: float = option(5e-4, "weight decay", "optimisation", least=0)
     ema: float = option(
-        0.999, "decay of the averaged weights, the model; 0: no average", "optimisation",
+        0.999, "decay of the average of weights, the model; 0: none", "optimisation",
         least=0, below=1,
     )  # fmt: skip
-    clip: float = option(0.0, "largest gradient norm; 0: any", "optimisation", least=0)
+    clip: float = option(0.0, "largest gradient norm; 0: no clipping", "optimisation", least=0)
     attack: str = option(
         "pgd", "PGD, or N-FGSM: one step of eps, from noise", "attack",
         choices=["pgd", "fgsm"],
@@ -66,7 +66,7 @@ class TrainOptions:
     likelihood_weight: float = option(0.1, "lambda, weight of the energy terms", ENERGY, least=0)
     chain_start: str = option(
         "gaussian", "where chains of dat start: Gaussian seeds, or a dataset's images", ENERGY,
-        **PATH,
+        metavar="PATH",
     )  # fmt: skip
     dat_max_steps: int = option(14, "steps to which dat's chains grow, from 5", ENERGY, least=1)
     dat_step_size: float = option(0.25, "l2 length of a step of dat's chains", ENERGY, above=0)
@@ -76,7 +76,7 @@ class TrainOptions:
     max_energy_gap: float = option(
         100.0, "|E(x_s) - E(x)| above which a run has diverged", ENERGY, above=0
     )
-    out: str = option("", "folder of the run", "run", **PATH)
+    out: str = option("", "folder of the run", "run", metavar="PATH")
     resume: bool = option(False, "continue the run in --out, or start it", "run")
     max_minutes: float = option(
         math.inf, "save and stop after this time; --resume continues", "run", type=float, above=0
@@ -105,17 +105,17 @@ def stored(opt: TrainOptions) -> dict:
     content = files.read_json(Path(opt.out) / "options.json")
     found = content if isinstance(content, dict) else {}
     same = [name for name, value in asdict(opt).items() if type(value) is type(found.get(name))]
-    return {name: found[name] for name in same if name not in FREE}
+    return {name: found[name] for name in same if name not in MAY_CHANGE}
 
 
 def claim(folder: Path) -> None:
     """Make and lock the folder of a run, before any work.
 
-    Raises CEMError if it cannot be written, another run is in it, or a file of the run is none.
+    Raises CEMError if it cannot be written, is in use, or one of its files is not a regular file.
     """
     files.make_folder(folder)
     files.lock(folder, f"another process is training in {folder}: name another --out")
-    for path in (folder / name for name in NAMES):
+    for path in (folder / name for name in FILES):
         regular = path.is_file() and not path.is_symlink()
         wrong = f"{path} is not a regular file: name another --out"
         cli.require(regular or not os.path.lexists(path), wrong)

@@ -39,9 +39,9 @@ def digest(words: list) -> str:
 
 
 class Parts:
-    """Calls scripts. `finished` has, for each file that they made, the command and the seconds of
-    the call that finished it; it is kept in a file. `used`: those that this object has returned.
-    common: options that do not change results.
+    """Calls scripts, each once. `finished` maps each file that they made to the command that made
+    it and its seconds, and is stored at `path`; `used` is the part of it that this object has
+    returned. common: options that do not change results.
 
     Under torchrun, every process has to make the same calls.
     """
@@ -61,7 +61,7 @@ class Parts:
         command = shlex.join(["python", script, *words])
         made_by = self.finished.get(str(product), {}).get("command")
         missing = made_by != command or not product.exists()
-        if not distributed.any_process(missing, torch.device("cpu")):
+        if not distributed.any_process(missing):
             self.used[str(product)] = self.finished[str(product)]
             return product
         begin = time.monotonic()

@@ -15,6 +15,7 @@ import torchvision
 from PIL import Image, ImageDraw
 from PIL.Image import Dither
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.transforms.functional import to_pil_image
 
 import cem
@@ -30,13 +31,8 @@ def grid(images: Tensor, labels: Tensor, columns: int = 10, side: int = 64) -> T
         images = images[: columns**2]
     else:
         rows = [images[labels == k][:columns] for k in labels.unique()]
-        columns = max(len(row) for row in rows)
-        blank = torch.zeros_like(images[:1])
-        padded = []
-        for row in rows:
-            padding = blank.expand(columns - len(row), -1, -1, -1)
-            padded.append(torch.cat([row, padding]))
-        images = torch.cat(padded)
+        columns = max(map(len, rows))
+        images = pad_sequence(rows, batch_first=True).flatten(0, 1)
     scale = math.ceil(side / images.shape[-1])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return torchvision.utils.make_grid(images, nrow=columns, padding=2)

@@ -179,7 +179,7 @@ def compute(images: Tensor, network: FeatureNetwork, opt) -> Reference:
     images_sha = fingerprint(images)
     found = None if path.is_file() else read_cache(cache, images_sha, network.standardised)
     # all processes compute together, even if a file is missing on one machine only
-    if not distributed.any_process(found is None, torch.device("cpu")):
+    if not distributed.any_process(found is None):
         return found
     blocks, _ = metrics.extract(network, images, opt.batch_size, opt.ref)
     reference = Reference.from_blocks(blocks, network.standardised)

@@ -3,7 +3,7 @@ likelihood gradients, and the linear probe and nearest neighbours of an encoder.
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -126,12 +126,12 @@ def stronger_transferred(result: dict[str, float], n: int) -> list[str]:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, images: Iterable[Tensor], precision: str) -> Tensor:
-    """f(x, ·) (N, K) of batches of images in [0, 1]."""
+def outputs(network: Callable, dataset: data.Dataset, index: Tensor, opt) -> Tensor:
+    """network(x) (N, ...) of the dataset's images at index. opt has batch_size and precision."""
     parts = []
-    for x in images:
-        with autocast(x.device, precision):
-            parts.append(model(x))
+    for rows in cli.progress(index.split(opt.batch_size), "images"):
+        with autocast(index.device, opt.precision):
+            parts.append(network(dataset.pixels(rows)))
     return torch.cat(parts)
 
 
@@ -176,8 +176,7 @@ def ood_scores(model: nn.Module, logits: Tensor, dataset: data.Dataset, opt) -> 
     Keys: log_p_x by log p(x) = LSE f(x), max_p_y_x by max_y p(y | x). 0.5 is chance.
     """
     index = dataset.evenly_spaced(opt.n or len(dataset))
-    batches = (dataset.pixels(part) for part in index.split(opt.batch_size))
-    other = logits_of(model, batches, opt.precision)
+    other = outputs(model, dataset, index, opt)
     inside = torch.cat([torch.ones(len(logits)), torch.zeros(len(other))])
     both = torch.cat([logits, other])
     scores = {"log_p_x": cem.log_marginal(both), "max_p_y_x": both.softmax(1).amax(1)}
@@ -213,19 +212,6 @@ def diagnose(model: nn.Module, x: Tensor, y: Tensor, x_adv: Tensor, x_s: Tensor)
 
 
 # ---------------------------------------------------------------------------------- representations
-
-
-@torch.no_grad()
-def features(model: nn.Module, dataset: data.Dataset, index: Tensor, opt) -> Tensor:
-    """g(x) (N, D), before the projection head, of the dataset's images at index.
-
-    opt has batch_size and precision.
-    """
-    parts = []
-    for batch in cli.progress(index.split(opt.batch_size), "features"):
-        with autocast(index.device, opt.precision):
-            parts.append(model.features(dataset.pixels(batch)))
-    return torch.cat(parts)
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, query: Tensor, labels: Tensor, k=200) -> float:
@@ -271,7 +257,7 @@ def fit_probe(model: nn.Module, known: Tensor, labels: Tensor) -> Probe:
         penalty = w[:, :-1].square().sum() / (2 * 0.1 * len(z))
         loss = F.cross_entropy(z @ w.T, labels) + penalty
         (gradient,) = torch.autograd.grad(loss, w)
-        return loss.item(), gradient.flatten().double().cpu().numpy()
+        return loss.item(), gradient.flatten().cpu().double().numpy()
 
     limit = 300
     with torch.enable_grad(), cli.progress(None, "linear probe", total=limit) as bar:

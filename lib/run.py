@@ -15,18 +15,27 @@ import cem
 from lib import cli, distributed, schema
 
 # The files of a run. Nothing else in its folder is moved, replaced or deleted.
-NAMES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json")
+FILES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json")
 EVENTS = ".cem"  # suffix of TensorBoard's event files
 
 # Options that may change when a run is resumed.
-FREE = ("resume", "max_minutes", "out", "data_dir", "device", "n_eval", "eval_every", "on_diverge")
-FREE += ("max_energy_gap", "diagnose", "quiet")
+MAY_CHANGE = (
+    "resume",
+    "max_minutes",
+    "out",
+    "data_dir",
+    "device",
+    "n_eval",
+    "eval_every",
+    "on_diverge",
+)
+MAY_CHANGE += ("max_energy_gap", "diagnose", "quiet")
 
 
 def resumes(opt) -> bool:
     """Whether opt.out has a run, and --resume was given or torchrun restarted this process."""
     wanted = opt.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return wanted and any((Path(opt.out) / name).exists() for name in NAMES[:2])
+    return wanted and any((Path(opt.out) / name).exists() for name in FILES[:2])
 
 
 class RunFolder:
@@ -40,11 +49,11 @@ class RunFolder:
 
     def prepare(self, resume: bool) -> None:
         """Move an earlier run's files into previous-N unless it is resumed; write options.json."""
-        for name in NAMES:  # left behind by a process that was killed
+        for name in FILES:  # left behind by a process that was killed
             for temporary in self.path.glob(f".{name}.*.cem-tmp"):
                 temporary.unlink()
         events = self.path.glob(f"events.out.tfevents.*{EVENTS}")
-        own = [p for p in (*(self.path / name for name in NAMES), *events) if p.is_file()]
+        own = [p for p in (*(self.path / name for name in FILES), *events) if p.is_file()]
         if own and not resume:
             folders = (self.path / f"previous-{i}" for i in itertools.count(1))
             folder = next(path for path in folders if not path.exists())
@@ -81,7 +90,7 @@ class RunFolder:
         cli.require("training" in extra, message)
         for name, now in asdict(self.opt).items():
             then = extra["options"].get(name, now)
-            agrees = name in FREE or now == then or (name == "epochs" and now > then)
+            agrees = name in MAY_CHANGE or now == then or (name == "epochs" and now > then)
             rule = " (it may only grow)" if name == "epochs" else ""
             then = cli.as_flags({name: then})
             cli.require(agrees, f"--resume: the run in {self.path} has {then}, not {now}{rule}")

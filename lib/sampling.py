@@ -51,12 +51,15 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
     return cem.folded(model).to(memory_format=torch.channels_last)
 
 
-def others(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, random: list):
-    """What an encoder's sampler compares the seeds x with; y, of their classes, for --cond only.
+def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, random: list):
+    """The y of a sampler's potential, from the seeds x and, of an encoder for --cond only, their
+    classes y (N,).
 
-    pgd: the seeds; neighbour: per image one embedding from the checkpoint's bank; marginal and
-    maxent-marginal: the whole bank, unless log p(x) is learned.
+    Classifier: y; pgd: the seeds; neighbour: per image one embedding from the checkpoint's bank;
+    marginal and maxent-marginal: the whole bank, unless log p(x) is learned.
     """
+    if sampler in cem.PARAMETRIC_SAMPLERS:
+        return y.to(x.device)
     if sampler == "pgd":
         return x.clone()
     if sampler in cem.WITHOUT_Y or sampler in cem.MARGINAL and hasattr(model, "energy"):

@@ -40,16 +40,18 @@ OTHER_START = "chains from other images"
 @dataclass
 class Options:
     dataset: str = option("digits", "dataset, as for train_sup.py", "training")
-    init: str = option("", "classifier of the first stage", "training", **cli.PATH)
-    variants: list[str] = cli.options(str, "variants to train (default: all)", "training")
-    seeds: list[int] = cli.options(int, "seeds of the recipe (default: 0 1 2)", "training")
+    init: str = option("", "classifier of the first stage", "training", metavar="PATH")
+    variants: list[str] = cli.option_list(str, "variants to train (default: all)", "training")
+    seeds: list[int] = cli.option_list(int, "seeds of the recipe (default: 0 1 2)", "training")
     options: str = option("", "further options of train_sup.py, in one string", "training")
-    other_start: str = option("", "images for the variant of --chain-start", "training", **cli.PATH)
-    judges: list[str] = cli.options(str, "checkpoints that judge the samples", "evaluation")
+    other_start: str = option(
+        "", "images for the variant of --chain-start", "training", metavar="PATH"
+    )
+    judges: list[str] = cli.option_list(str, "checkpoints that judge the samples", "evaluation")
     evaluation: str = option("--n 1000", "further options of eval_robust.py", "evaluation")
     n_samples: int = option(500, "samples of each sampler", "evaluation")
     name: str = option("digits", "name of the table", "run")
-    out: str = option("runs/dual", "folder of the runs", "run", **cli.PATH)
+    out: str = option("runs/dual", "folder of the runs", "run", metavar="PATH")
 
 
 def accuracy(ckpt: Path, opt: Options) -> dict:

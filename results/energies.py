@@ -26,7 +26,7 @@ PANELS = {  # title -> keys of log.jsonl and their line styles
 
 @dataclass
 class Options:
-    runs: list[str] = cli.options(
+    runs: list[str] = cli.option_list(
         str, "folders of runs trained with --diagnose (default: runs/sup)"
     )
     name: str = cli.option("digits", "name of the figure")

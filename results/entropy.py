@@ -3,7 +3,7 @@
     python results/entropy.py --ckpt checkpoints/unsup.pt        # needs matplotlib
 
 The estimate is the mean over the batch of -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_j), by the encoder
-that draws: the potential of maxent. maxent raises it, pgd lowers it.
+that draws: the potential of maxent. maxent raises it, pgd lowers it at first.
 """
 
 import json
@@ -23,12 +23,12 @@ from lib.device import pick_device  # noqa: E402
 
 @dataclass
 class Options:
-    ckpt: str = cli.option("", "encoder checkpoint (default: the shipped unsup.pt)", **cli.PATH)
+    ckpt: str = cli.option("", "encoder checkpoint (default: the shipped unsup.pt)", metavar="PATH")
     n: int = cli.option(250, "images in the batch", least=2)
     steps: int = cli.option(50, "steps of the ascent", least=1)
     step_size: float = cli.option(0.25, "l2 length of a step", above=0)
     out: str = cli.option(
-        "results/entropy", "PNG and JSON file to write, without suffix", **cli.PATH
+        "results/entropy", "PNG and JSON file to write, without suffix", metavar="PATH"
     )
     device: str = cli.option("auto", cli.DEVICE)
 

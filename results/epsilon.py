@@ -24,15 +24,15 @@ from lib.device import pick_device  # noqa: E402
 
 @dataclass
 class Options:
-    ckpt: str = cli.option("", "classifier checkpoint (default: eval_robust.py's)", **cli.PATH)
+    ckpt: str = cli.option("", "classifier checkpoint (default: eval_robust.py's)", metavar="PATH")
     dataset: str = cli.option("", f"{data.HELP} (default: the checkpoint's)")
-    data_dir: str = cli.option("data", data.DIR_HELP, **cli.PATH)
+    data_dir: str = cli.option("data", data.DIR_HELP, metavar="PATH")
     norm: str = cli.option("l2", "norm of the ball", choices=["l2", "linf"])
     eps: float = cli.option(0.5, "radius of the training; the curve's step is half of it", above=0)
     attack: str = cli.option("pgd-50", "attack", choices=list(robustness.ATTACKS))
     n: int = cli.option(1000, "test images, evenly spaced", least=1)
     out: str = cli.option(
-        "results/epsilon", "PNG and JSON file to write, without suffix", **cli.PATH
+        "results/epsilon", "PNG and JSON file to write, without suffix", metavar="PATH"
     )
     device: str = cli.option("auto", cli.DEVICE)
 
@@ -91,7 +91,7 @@ def main() -> None:
     cli.require(ours, f"{ckpt} is not a classifier of this project")
     test_set = data.load(settings.dataset, "test", opt.data_dir, settings.image_size).to(device)
     eval_robust.check_size(ckpt, model, test_set)
-    eval_robust.logits_of(ckpt, model, test_set, settings)
+    eval_robust.checked_logits(ckpt, model, test_set, settings)
     record = {"command": cli.command(), "ckpt": str(ckpt), "dataset": test_set.name}
     record |= {"norm": opt.norm, "attack": opt.attack, "n": min(opt.n, len(test_set))}
     record |= curve(model, test_set, opt, settings)

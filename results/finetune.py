@@ -1,10 +1,10 @@
-"""Fine-tune an encoder adversarially, against training from nothing: results/finetune-<name>.json.
+"""Fine-tune an encoder adversarially, against training from scratch: results/finetune-<name>.json.
 
     python results/finetune.py --encoder checkpoints/unsup-at.pt --dataset PATH --name cifar10 \\
         --shares 0.01 0.1 1 --epochs 130 10 1
 
-For each share of the labels, trains twice for the same number of epochs: from nothing and from the
-encoder. Calls the scripts as a user would; a killed call goes on, and finished parts are not
+For each share of the labels, trains twice for the same number of epochs: from scratch and from the
+encoder. Calls the scripts as a user would; an interrupted call resumes, and finished parts are not
 repeated.
 """
 
@@ -25,18 +25,18 @@ from lib.parts import Parts, digest  # noqa: E402
 
 @dataclass
 class Options:
-    encoder: str = option("", "encoder checkpoint (default: runs/unsup/ckpt.pt)", **cli.PATH)
+    encoder: str = option("", "encoder checkpoint (default: runs/unsup/ckpt.pt)", metavar="PATH")
     dataset: str = option("digits", "dataset, as for train_sup.py")
-    shares: list[float] = cli.options(float, "shares of the labels (default: 0.1 1)")
-    epochs: list[int] = cli.options(int, "epochs with each share (default: 300 30)")
+    shares: list[float] = cli.option_list(float, "shares of the labels (default: 0.1 1)")
+    epochs: list[int] = cli.option_list(int, "epochs with each share (default: 300 30)")
     options: str = option("", "further options of train_sup.py, in one string")
     evaluation: str = option("", "further options of eval_robust.py, in one string")
     name: str = option("digits", "name of the table")
-    out: str = option("runs/finetune", "folder of the runs", **cli.PATH)
+    out: str = option("runs/finetune", "folder of the runs", metavar="PATH")
 
 
 def row_of(start: str, share: float, epochs: int, parts: Parts, opt: Options) -> dict:
-    """Train from the encoder or from nothing, and measure."""
+    """Train from the encoder or from scratch, and measure."""
     words = ["--dataset", opt.dataset, "--share", share, "--epochs", epochs]
     words += shlex.split(opt.options)
     words += ["--init", opt.encoder or "runs/unsup/ckpt.pt"] if start == "encoder" else []

@@ -36,22 +36,22 @@ SAMPLERS = ("cs", "rcs", "langevin")
 @dataclass
 class Options:
     dataset: str = option("digits", "dataset, as for train_sup.py", "training")
-    losses: list[str] = cli.options(str, "losses to compare (default: all)", "training")
-    epochs: list[int] = cli.options(int, "epochs of each of the losses", "training")
+    losses: list[str] = cli.option_list(str, "losses to compare (default: all)", "training")
+    epochs: list[int] = cli.option_list(int, "epochs of each of the losses", "training")
     first_stage: str = option(
-        "", "classifier that dat begins from (default: the run of at)", "training", **cli.PATH
+        "", "classifier that dat begins from (default: the run of at)", "training", metavar="PATH"
     )
-    seeds: list[int] = cli.options(int, "seeds of the runs (default: 0 1 2 3 4)", "training")
+    seeds: list[int] = cli.option_list(int, "seeds of the runs (default: 0 1 2 3 4)", "training")
     options: str = option("", "further options of train_sup.py, in one string", "training")
     evaluation: str = option("", "further options of eval_robust.py, in one string", "evaluation")
     autoattack: int = option(0, "test images under AutoAttack", "evaluation", least=0)
     n_samples: int = option(1000, "samples of each sampler, for C-FD", "evaluation")
     judge: str = option(
         "", "classifier checkpoint for C-FD (default: trained with --loss st --seed 100)",
-        "evaluation", **cli.PATH,
+        "evaluation", metavar="PATH",
     )  # fmt: skip
     name: str = option("digits", "name of the table", "run")
-    out: str = option("runs/losses", "folder of the runs", "run", **cli.PATH)
+    out: str = option("runs/losses", "folder of the runs", "run", metavar="PATH")
 
 
 def first_stage(run: Path, opt: Options) -> Path:

@@ -5,9 +5,9 @@
 One factor at a time, from the checkpoint's own settings or sample.py's. Two rulers of different
 kind judge each point: C-FD by a classifier, which should be independent of the model that draws and
 of the judge that reports, and E-FD by an encoder trained without labels or, without --second, the
-harmonic mean of precision and recall. A point is as good as the ruler that likes it least says, in
-relation to that ruler's best. Look at the pictures of equals. Writes all points to --out and, with
---save, a copy of the checkpoint that contains the settings.
+harmonic mean of precision and recall. A point's score is its ratio to the best value, by the ruler
+for which that is worse. Compare near-ties by eye. Writes all points to --out and, with --save, a
+copy of the checkpoint that contains the settings.
 """
 
 import json
@@ -39,24 +39,26 @@ class Options:
         ",".join(cem.PARAMETRIC_SAMPLERS), "samplers to tune, comma-separated", "sampling"
     )
     cond: bool = option(False, "class-wise seeds for the unsupervised samplers", "sampling")
-    ckpt: str = option("", "checkpoint that draws (default: sample.py's)", "sampling", **cli.PATH)
+    ckpt: str = option(
+        "", "checkpoint that draws (default: sample.py's)", "sampling", metavar="PATH"
+    )
     n: int = option(300, "images per point", "sampling", least=2)
     batch_size: int = option(250, "images at a time", "sampling", least=1)
     judge: str = option(
         "",
         "classifier checkpoint that judges (default: the shipped judge.pt)",
         "judging",
-        **cli.PATH,
+        metavar="PATH",
     )
     ref: str = option("cifar10", "reference dataset, as for eval_is_fid.py", "judging")
     split: str = option("train", "split of the dataset", "judging", choices=["train", "test"])
-    data_dir: str = option("data", data.DIR_HELP, "judging", **cli.PATH)
+    data_dir: str = option("data", data.DIR_HELP, "judging", metavar="PATH")
     image_size: int = option(0, f"of the reference: {data.IMAGE_SIZE}", "judging", least=0)
     second: str = option(
-        "", "encoder that judges too (default: precision and recall)", "judging", **cli.PATH
+        "", "encoder that judges too (default: precision and recall)", "judging", metavar="PATH"
     )
-    save: str = option("", "write the checkpoint with the settings here", "run", **cli.PATH)
-    out: str = option("results/sweep.json", "JSON file to write", "run", **cli.PATH)
+    save: str = option("", "write the checkpoint with the settings here", "run", metavar="PATH")
+    out: str = option("results/sweep.json", "JSON file to write", "run", metavar="PATH")
     device: str = option("auto", cli.DEVICE, "run")
 
 

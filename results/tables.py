@@ -27,10 +27,10 @@ from lib.markdown import Figure, rounded  # noqa: E402
 END = "<!-- end -->"
 LEAST = ("C-FD", "c-fd_cs", "c-fd_rcs", "c-fd_langevin", "calibration_error")  # less is better
 SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
-    "classifier, ResNet-18, width 32": "ta cs rcs langevin",
-    "its second stage, `--loss dat`": "seeds ta langevin cs rcs",
-    "encoder, ResNet-18, width 32": "seeds pgd maxent",
-    "its second stage, without labels": "seeds pgd marginal maxent",
+    "`sup-at.pt`, classifier": "ta cs rcs langevin",
+    "`sup.pt`, its second stage": "seeds ta langevin cs rcs",
+    "`unsup-at.pt`, encoder": "seeds pgd maxent",
+    "`unsup.pt`, its second stage": "seeds pgd marginal maxent",
 }
 
 CARDS = ("sup-at.pt", "sup.pt", "unsup-at.pt", "unsup.pt")
@@ -65,9 +65,8 @@ def by_sampler(record: dict) -> dict[str, dict]:
 
 def shipped(*records: dict) -> Iterator[dict]:
     for (label, samplers), accuracy, scores in zip(SHIPPED.items(), records[::2], records[1::2]):
-        pgd = "pgd-20" if "pgd-20" in accuracy else "adversarial_accuracy"  # its only attack
         row = {"shipped model": label, "clean": share(accuracy, "clean_accuracy")}
-        row["PGD-20"] = share(accuracy, pgd)
+        row["PGD-20"] = share(accuracy, "adversarial_accuracy")  # its only attack
         found = by_sampler(scores)
         distances = [f"`{name}` {figure(found[name], 'C-FD')}" for name in samplers.split()]
         yield row | {"C-FD of 1,000 images": ", ".join(distances)}
@@ -76,9 +75,8 @@ def shipped(*records: dict) -> Iterator[dict]:
 def cards(*records: dict) -> Iterator[dict]:
     """Accuracies with their 95 % intervals, of the checkpoints in CARDS."""
     for file, found in zip(CARDS, records):
-        pgd = "pgd-20" if "pgd-20" in found else "adversarial_accuracy"
         row = {"file": f"`{file}`"}
-        for name, key in (("clean", "clean_accuracy"), ("PGD-20", pgd)):
+        for name, key in (("clean", "clean_accuracy"), ("PGD-20", "adversarial_accuracy")):
             ends = metrics.interval(round(found[key] * found["n"]), found["n"])
             value, low, high = (rounded(100 * p, 1) for p in (found[key], *ends))
             row[f"{name}, %"] = f"{value} ({low} to {high})"
@@ -167,7 +165,7 @@ def losses(record: dict) -> Iterator[dict]:
 
 def finetune(record: dict) -> Iterator[dict]:
     for start in ("nothing", "encoder"):
-        row = {"": f"from {'the encoder' if start == 'encoder' else start}"}
+        row = {"": "from the encoder" if start == "encoder" else "from scratch"}
         for run in record["rows"]:
             if run["start"] == start:
                 labels = f"{100 * run['share']:g} %"

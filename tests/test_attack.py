@@ -66,9 +66,9 @@ class Calls(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_a_step_makes_few_operator_calls_and_waits_for_none(monkeypatch, tmp_path):
-    """Of the training loop, PGD-7 on ResNet-18 in bfloat16: at most 1,300 calls, none of them to
-    read a value. (Those that check images and labels do so on the CPU alone.)"""
+def calls_of_steps(monkeypatch, out, **changes):
+    """The operator calls of each training step on digits. (Those that check images and labels are
+    left out: they do so on the CPU alone.)"""
     monkeypatch.setattr(cem, "_check_images", lambda *args: None)
     monkeypatch.setattr(cem, "_check_labels", lambda *args: None)
     steps, train_step = [], loop.Trainer.train_step
@@ -80,18 +80,31 @@ def test_a_step_makes_few_operator_calls_and_waits_for_none(monkeypatch, tmp_pat
         return metrics
 
     monkeypatch.setattr(loop.Trainer, "train_step", counted)
-    train_sup.train(
-        train_sup.Options(
-            dataset="digits", arch="resnet18", width=8, batch_size=64, epochs=1, n_eval=10,
-            precision="bfloat16", seed_rank=4, out=str(tmp_path),
-        )
-    )  # fmt: skip
-    assert len(steps) == 1437 // 64
-    for count in steps[1:]:  # the first makes the copy
+    small = dict(dataset="digits", arch="resnet18", width=8, epochs=1, n_eval=10, seed_rank=4)
+    options = train_sup.Options(**small | changes, out=str(out))
+    train_sup.train(options)
+    assert len(steps) == 1437 // options.batch_size
+    return steps[1:]  # the first makes the copy
+
+
+def test_a_step_makes_few_operator_calls_and_waits_for_none(monkeypatch, tmp_path):
+    """PGD-7 on ResNet-18 in bfloat16: at most 1,300 calls, none of them to read a value."""
+    options = dict(batch_size=64, precision="bfloat16")
+    for count in calls_of_steps(monkeypatch, tmp_path, **options):
         assert count["aten.convolution.default"] == 8 * 20
         assert sum(count.values()) <= 1300
         assert count["aten._to_copy.default"] <= 120
         assert count["aten._local_scalar_dense.default"] == 0
+
+
+@pytest.mark.parametrize("loss, own", [("jeat", 0), ("dat", 6)])
+def test_a_step_with_samples_reads_no_value_from_the_device(loss, own, monkeypatch, tmp_path):
+    """dat reads some of its own, which are on the CPU: the length of its chains, for example."""
+    options = dict(loss=loss, batch_size=256, precision="float32", attack_steps=1, sgld_steps=1)
+    options |= dict(reinit_from="gaussian", buffer=300, dat_max_steps=2)
+    for count in calls_of_steps(monkeypatch, tmp_path, **options):
+        assert count["aten._local_scalar_dense.default"] <= own
+        assert not {"aten.nonzero.default", "aten._unique2.default"} & count.keys()
 
 
 class Rippled(torch.nn.Module):

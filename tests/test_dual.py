@@ -161,7 +161,7 @@ def test_chains_grow_only_when_samples_are_easily_told_from_data():
         before = chains.length.item()
         for _ in range(8):
             assert chains.length == before
-            assert chains.update(samples + shift, samples).item() == pytest.approx(auc)
+            assert chains.update(samples + shift, samples)["auc"].item() == pytest.approx(auc)
         assert chains.length == length
     short = GrowingChains(longest=3, step_size=0.25)
     assert short.length == 3
@@ -173,7 +173,7 @@ def test_the_auc_is_that_of_scikit_learn():
     outside = torch.randn(30, generator=generator).round(decimals=1)
     labels = [1] * 40 + [0] * 30
     expected = roc_auc_score(labels, torch.cat([inside, outside]).numpy())
-    found = GrowingChains(5, 0.25).update(inside, outside)
+    found = GrowingChains(5, 0.25).update(inside, outside)["auc"]
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -189,7 +189,7 @@ def test_the_offsets_are_the_midpoints_of_the_first_step():
 
 def test_chains_take_up_to_three_lengths_of_normalised_steps():
     chains = GrowingChains(5, 0.25)
-    generator = SimpleNamespace(common=torch.Generator().manual_seed(0))
+    generator = SimpleNamespace(host=torch.Generator().manual_seed(0))
     x = torch.full((2, 1, 8, 8), 0.5)
     walked = set()
     for _ in range(40):
@@ -299,7 +299,7 @@ def test_dat_without_init_says_what_it_expects(tmp_path):
     done = script("train_sup.py", *DAT, "--init", "seven.pt", "--out", "new", cwd=tmp_path)
     assert_refused(done, "does not fit: train a new one with --loss at first")
     done = script("train_sup.py", *DAT, "--chain-samplers", "cs,x", cwd=tmp_path)
-    assert_refused(done, "--chain-samplers: unknown or twice 'x'")
+    assert_refused(done, "--chain-samplers: unknown or repeated 'x'")
 
 
 def assert_two_processes_train_as_one_does(name, *options, cwd):

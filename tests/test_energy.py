@@ -196,13 +196,13 @@ def test_a_neighbour_is_one_embedding_of_the_bank_per_image(cond, dual_run):
     bank, labels = model.extra["bank"]["embeddings"].float(), model.extra["bank"]["labels"]
     y, x = torch.arange(60) % 10, torch.rand(60, 1, 8, 8)
     random = [torch.Generator().manual_seed(i) for i in range(60)]
-    z = sampling.others(model, "neighbour", x, y if cond else None, random)
+    z = sampling.potential_y(model, "neighbour", x, y if cond else None, random)
     entries = (z[:, None] == bank).all(2)
     assert entries.any(1).all() and len(entries.float().argmax(1).unique()) > 40
     own = (entries & (labels == y[:, None])).any(1)
     assert own.all() if cond else not own.all()
     again = [torch.Generator().manual_seed(5)]
-    alone = sampling.others(model, "neighbour", x[:1], y[5:6] if cond else None, again)
+    alone = sampling.potential_y(model, "neighbour", x[:1], y[5:6] if cond else None, again)
     assert torch.equal(alone[0], z[5])
     potential = cem.potential("neighbour", model, z)
     assert (potential(cem.ascend(potential, x, steps=5, step_size=0.1)) > potential(x)).all()

@@ -645,11 +645,11 @@ def auroc(inside, outside):
 def test_auroc_is_the_share_of_pairs_in_the_right_order(name, digits_run):
     model, test_set = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
     other = robustness.ood_dataset(name, test_set, "data", seed=0)
-    batches = [test_set.pixels(index) for index in test_set.evenly_spaced(60).split(25)]
-    logits = robustness.logits_of(model, batches, "float32")
-    result = robustness.ood_scores(model, logits, other, settings(n=60))
+    index, opt = test_set.evenly_spaced(60), settings(n=60, batch_size=25)
+    logits = robustness.outputs(model, test_set, index, opt)
+    result = robustness.ood_scores(model, logits, other, opt)
     with torch.no_grad():
-        torch.testing.assert_close(logits, model(torch.cat(batches)), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits, model(test_set.pixels(index)), rtol=0, atol=1e-4)
         outside = model(other.pixels(other.evenly_spaced(60)))
     log_p = auroc(logits.logsumexp(1), outside.logsumexp(1))
     confidence = auroc(logits.softmax(1).amax(1), outside.softmax(1).amax(1))

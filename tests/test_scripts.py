@@ -29,7 +29,7 @@ import cem
 import sample
 import train_sup
 import train_unsup
-from lib import cli, data, device, loop, pictures, sampling
+from lib import cli, data, device, loop, pictures, robustness, sampling
 from lib.attack import AttackCopy
 from lib.device import resolve_precision
 
@@ -552,8 +552,37 @@ def test_only_training_lets_cudnn_choose_kernels_by_speed(digits_run, tmp_path, 
     draw = ["--ckpt", digits_run / "runs/sup/ckpt.pt", "--n", 2, "--steps", 1, "--out", "."]
     assert script("sample.py", *draw, cwd=tmp_path).returncode == 0
     assert not torch.backends.cudnn.benchmark
+    measure, while_measuring = robustness.accuracy, []
+
+    def measured(*args):
+        while_measuring.append(torch.backends.cudnn.benchmark)
+        return measure(*args)
+
+    monkeypatch.setattr(robustness, "accuracy", measured)
     done = script("train_sup.py", *SMALL, "--epochs", 1, "--loss", "st", cwd=tmp_path)
     assert done.returncode == 0 and torch.backends.cudnn.benchmark
+    assert while_measuring == [False]
+
+
+def test_under_torchrun_processes_have_their_own_gpus_and_only_the_attack_is_compiled(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(cem.CEMError, match="each process has its own GPU: --device cuda, not"):
+        device.pick_device("cuda:0")
+    network = cem.ParametricCEM("resnet18", 2, width=8)
+    device.compile_network(network, torch.device("cpu"))
+    assert network._compiled_call_impl is None
+    assert AttackCopy("float32", True)(network)._compiled_call_impl is not None
+
+
+def test_auto_precision_is_the_one_that_it_stands_for(digits_run, tmp_path):
+    """Batches of an interrupted draw are not continued in another one."""
+    draw = ["--ckpt", digits_run / "runs/sup/ckpt.pt", "--n", 2, "--steps", 1, "--out", "."]
+    sets = []
+    for precision in ("auto", resolve_precision(torch.device("cpu"), "auto")):
+        done = script("sample.py", *draw, "--precision", precision, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        sets.append(json.loads((tmp_path / "samples-rcs.json").read_text())["set"])
+    assert sets[0] == sets[1]
 
 
 @pytest.mark.slow
