@@ -11,7 +11,7 @@ log-sum-exp. This file depends on torch and torchvision only and can be copied a
 
 Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455. [JEAT] Zhu et al., ICCV 2021,
 arXiv:2108.09093. [JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263. [PGD] Madry et al., ICLR
-2018, arXiv:1706.06083. [FGSM] de Jorge et al., NeurIPS 2022, arXiv:2202.01181. [CW] Carlini and
+2018, arXiv:1706.06083. [N-FGSM] de Jorge et al., NeurIPS 2022, arXiv:2202.01181. [CW] Carlini and
 Wagner, S&P 2017, arXiv:1608.04644. [DAT] arXiv:2510.13872, ICLR 2026.
 """
 
@@ -121,9 +121,9 @@ class WideResNet(nn.Module):
         require(width * factor >= 4, f"wrn of factor {factor}: width {width} is too small")
         channels = [16] + [width * factor // 4 * 2**i for i in range(3)]
         self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
-        for i in range(3):
-            blocks = [WideBlock(channels[i], channels[i + 1], 1 if i == 0 else 2)]
-            blocks += [WideBlock(*[channels[i + 1]] * 2, 1) for _ in range((depth - 4) // 6 - 1)]
+        for i, (n, out) in enumerate(zip(channels, channels[1:])):
+            blocks = [WideBlock(n, out, 1 if i == 0 else 2)]
+            blocks += [WideBlock(out, out, 1) for _ in range((depth - 4) // 6 - 1)]
             group = nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
             self.add_module(f"block{i + 1}", group)
         self.bn1 = nn.BatchNorm2d(channels[-1])
@@ -159,9 +159,8 @@ class _CEM(nn.Module):
         super().__init__()
         _require_one_of(ARCHS, arch, "arch")
         self.config = dict(arch=arch, width=width, in_channels=in_channels, **config)
-        for name, value in self.config.items():
-            positive = name == "arch" or 0 < value < math.inf
-            require(positive, f"{name} must be positive and finite, not {value}")
+        for name, value in (config | dict(width=width, in_channels=in_channels)).items():
+            require(0 < value < math.inf, f"{name} must be positive and finite, not {value}")
         self.net = ARCHS[arch](width, in_channels)
         for module in self.net.modules():
             if isinstance(module, nn.Conv2d):
@@ -240,8 +239,8 @@ def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield f"{name}.{conv}".lstrip("."), f"{name}.{bn}".lstrip(".")
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """A frozen copy of `model` in eval mode with BatchNorm folded into the preceding convolutions.
+def folded(model: _CEM) -> _CEM:
+    """A frozen copy of a model of this file, in eval mode, its BatchNorm folded into convolutions.
 
     Computes the same function, up to rounding; attacks and samplers are up to twice as fast.
     """
@@ -258,7 +257,7 @@ def folded(model: nn.Module) -> nn.Module:
 
 def log_joint(logits: Tensor, y: Tensor) -> Tensor:
     """log p(x, y) + log Z = f(x, y), up to a constant also log p(x | y). (N, K), (N,) -> (N,)."""
-    return logits.gather(1, y[:, None]).squeeze(1)
+    return -F.nll_loss(logits, y, reduction="none")  # refuses fewer labels than rows, unlike gather
 
 
 def log_marginal(logits: Tensor) -> Tensor:
@@ -270,7 +269,7 @@ def log_posterior(logits: Tensor, y: Tensor) -> Tensor:
     """log p(y | x) = f(x, y) - LSE_k f(x, k). (N, K), (N,) -> (N,).
 
     ∇_θ at x̂ is ∇f(x̂, y) - E ∇f(x̂, ŷ) over ŷ ~ p(y | x̂): adversarial training follows this half
-    of the likelihood's gradient ([CEM] eq. 10), `consistency` is the other.
+    of the likelihood's gradient ([CEM] eq. 10), `consistency` gives the other.
     """
     return log_joint(logits, y) - log_marginal(logits)
 
@@ -339,11 +338,11 @@ def supervised_loss(
     mle   CE(x̂, y) + λ [f(x̂, y) - f(x, y)]               λ = weight; both halves of the likelihood
     jem   CE(x, y) + λ [LSE f(x_s) - LSE f(x)]           x_s: samples of the model; λ = 1 in [JEM]
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
-    dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   b = offset
+    dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   λ = 1 in [DAT]
 
-    In training, BatchNorm normalises x_s of jem and jeat by the statistics of the data; with
-    statistics of their own, it would tell samples from data. For dat, the model should be in eval
-    mode; x̂, x and x_s pass through it as one batch, in this order.
+    In training, BatchNorm2d normalises x_s of jem and jeat by the statistics of the data; separate
+    ones would let the network distinguish samples from data. dat is for a model in eval mode and
+    an offset b midway between the first LSE f(x) and LSE f(x_s); the model sees [x̂, x, x_s].
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
@@ -352,8 +351,8 @@ def supervised_loss(
     require(not energies or x_s is not None, f"loss {name!r} needs x_s, samples of the model")
     if name == "dat":
         outputs = model(torch.cat([x_adv, x, x_s]))
-        logits, *others = outputs.tensor_split([len(x), 2 * len(x)])
-        separation = data_or_samples(*map(log_marginal, others), offset)
+        logits, on_data, on_samples = outputs.tensor_split([len(x), 2 * len(x)])
+        separation = data_or_samples(log_marginal(on_data), log_marginal(on_samples), offset)
         return F.cross_entropy(logits, y) + weight * separation, logits
     if energies:
         with _batch_statistics_of_first(len(x), model):
@@ -373,7 +372,7 @@ def _batch_statistics_of_first(n: int, model: nn.Module):
 
     def forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         first, rest = x.tensor_split([n])
-        wide = first.float() if x.dtype == torch.bfloat16 else first
+        wide = first.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
         scale = norm.weight * (var + norm.eps).rsqrt()
         rest = (rest - mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
@@ -397,7 +396,7 @@ def _l2(x: Tensor) -> Tensor:
 
 DIRECTIONS = {  # d(∇U)
     "none": lambda g: g,
-    "l2": lambda g: g / _l2(g).clamp_min(1e-12),
+    "l2": lambda g: g / _l2(g).clamp_min(torch.finfo(g.dtype).tiny),
     "linf": torch.sign,
 }
 
@@ -444,7 +443,7 @@ def _check_images(x: Tensor, clip: tuple[float, float] | None) -> None:
 
 @contextmanager
 def _eval_mode(model: nn.Module | None):
-    """Eval mode inside the block; restores each module's mode on exit, also by an exception."""
+    """Eval mode inside the block; restores each module's mode on exit, including exceptions."""
     training = [] if model is None else [m for m in model.modules() if m.training]
     for module in training:
         module.training = False
@@ -464,14 +463,14 @@ def ascend(
         v ← momentum v + d(∇ Σ_i U(x)_i)
         x ← clip(project(x + step_size v + noise ξ)),   ξ ~ N(0, 1)
 
-    potential   x (N, ...) -> U (N,); images may be coupled.
+    potential   x (N, ...) -> U (N,); U_i may depend on other images.
     norm        d: "none" the gradient itself, "l2" scaled to unit length, "linf" its sign.
     noise       standard deviation; √(2 step_size) with norm "none" is Langevin dynamics.
-    eps, clip   radius of the ball around x, in `norm`; range of the pixels. None: neither.
-    generator   of the noise (see `_draw`); one per image makes images independent of their batch.
+    eps, clip   radius of the ball around x, in `norm`; range of the pixels. None disables.
+    generator   of the noise (see `_draw`); with one per image, noise does not depend on the batch.
     start       where to begin, if not at x.
-    model       the network inside `potential`, by default potential.model. It is in eval mode
-                during the ascent: in train mode the ascent would change BatchNorm's statistics.
+    model       to be in eval mode during the ascent, by default potential.model. Pass the network
+                of a plain function: in train mode, the ascent would change BatchNorm's statistics.
 
     -> the last iterate, detached. No weight gradient is computed, and parameters, their .grad and
     buffers are left as they were. Raises CEMError for options out of range.
@@ -482,9 +481,9 @@ def ascend(
     require(finite, "steps, step_size, noise, momentum and eps must be finite, none negative")
     require(eps is None or norm != "none", "a ball of radius eps needs norm 'l2' or 'linf'")
     _check_images(x, clip)
-    require(start is None or start.shape == x.shape, "start must have the shape of x")
     center = x.detach()
     x = (x if start is None else start).detach().clone()
+    require((x.shape, x.dtype) == (center.shape, center.dtype), "start must be in x's shape, dtype")
     velocity = 0
     with _eval_mode(getattr(potential, "model", None) if model is None else model):
         if isinstance(potential, Potential):
@@ -493,7 +492,7 @@ def ascend(
             with torch.enable_grad():
                 x.requires_grad_(True)
                 u = potential(x)
-                require(u.dim() == 1, f"the potential must return (N,), not {tuple(u.shape)}")
+                require(u.shape == x.shape[:1], f"potential must return (N,), not {tuple(u.shape)}")
                 (gradient,) = torch.autograd.grad(u.sum(), x)
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)
             x = x.detach() + step_size * velocity
@@ -512,10 +511,10 @@ def pgd(
 ) -> Tensor:  # fmt: skip
     """Projected gradient ascent in the l2 or linf ball of radius eps around x ([PGD]).
 
-    x (N, C, H, W) in [0, 1], in which the iterates stay; eps and step_size in the same units.
+    x (N, C, H, W) in [0, 1], to which iterates are clipped; eps and step_size in the same units.
     step_size defaults to 2.5 eps / steps; the random start is uniform in the ball of random_start
-    times eps, then clipped. If that is larger than the ball, nothing is projected: one step of eps
-    from there is N-FGSM ([FGSM]). generator: of that start; model: as in `ascend`. -> x_adv.
+    times eps. random_start > 1 disables projection: [N-FGSM] is steps=1, step_size=eps,
+    random_start=2. generator: for the random start; model: as in `ascend`. -> x_adv.
     """
     _require_one_of(("l2", "linf"), norm, "norm")
     at_least = "steps must be at least 1, eps and random_start finite and at least 0"
@@ -538,14 +537,14 @@ def pgd(
 # ----------------------------------------------------------------------------------- potentials
 
 PARAMETRIC_SAMPLERS = {  # (logits f(x, ·), y) -> U(x)
-    "ta": log_posterior,  # log p(y | x) = f(x, y) - LSE_k f(x, k): targeted attack
+    # log p(y | x) = f(x, y) - LSE_k f(x, k), precise near 0 too: targeted attack
+    "ta": lambda logits, y: -F.softplus(log_odds_against(logits, y)),
     "langevin": lambda logits, y: log_marginal(logits),  # log p(x) = LSE_k f(x, k)
     "cs": log_joint,  # log p(x | y) = f(x, y): conditional sampling
     "rcs": lambda logits, y: log_joint(logits, y) + log_marginal(logits),  # reinforced: both
 }
 PARAMETRIC_ATTACKS = {
-    # The gradient of the cross-entropy is this one's times 1 - p(y | x), image by image. Without
-    # that factor it does not underflow where the network is very confident.
+    # the gradient of the cross-entropy without its factor 1 - p(y | x), which may underflow
     "ce": log_odds_against,
     "joint": lambda logits, y: -log_joint(logits, y),  # the joint energy E(x, y) ([JEAT])
     "margin": lambda logits, y: (  # max_{k≠y} f(x, k) - f(x, y) ([CW])
@@ -560,7 +559,7 @@ def batch_entropy(z: Tensor, temperature: float) -> Tensor:
 
 
 def log_density(z: Tensor, temperature: float, bank: Tensor | None, log_p: Tensor | None) -> Tensor:
-    """log p(x) + log Z (N,): over a bank (M, D), log 1/M Σ_j exp f(x, x_j); else as learned."""
+    """log p(x) + log Z (N,): over a bank (M, D), log 1/M Σ_j exp f(x, x_j); else log_p."""
     if bank is None:
         return log_p
     return log_marginal(similarity(z, bank, temperature)) - math.log(len(bank))
@@ -574,13 +573,13 @@ NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), τ, z' = g(x'), log p(x)) -> U(x)
     "maxent": lambda z, temperature, *_: batch_entropy(z, temperature),
     "neighbour": lambda z, temperature, others, _: (z * others).sum(1) / temperature,  # log p(x|x')
     "marginal": log_density,
-    "maxent-marginal": lambda z, t, *bank: batch_entropy(z, t) + log_density(z, t, *bank),
+    "maxent-marginal": lambda z, t, *more: batch_entropy(z, t) + log_density(z, t, *more),
 }
 
 
 class Potential:
     """The potential of a sampler or an attack, by its name in the tables above ([CEM] section 4):
-    a callable x (N, C, H, W) -> U(x) (N,), which knows its `model`.
+    a callable x (N, C, H, W) -> U(x) (N,) with its network as `model`.
 
     P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs" and the attacks "ce", "joint",
     "margin"; y: labels (N,), unused by "langevin".
@@ -624,7 +623,7 @@ class Potential:
         return self.bind()(x)
 
 
-potential = Potential  # reads better where one is made
+potential = Potential  # the public constructor
 
 
 def _check_labels(y: Tensor, num_classes: float) -> None:
@@ -642,8 +641,8 @@ class GaussianSeeds:
     """Starting points of the samplers: x₀ ~ N(μ_y, Σ_y), clipped to [0, 1].
 
     Fitted to the images of each class y, and to all images for unconditional sampling, as
-    Σ ≈ A Aᵀ + Tᵀ diag(s²) T: the leading eigenvectors and, of what these leave over, the variance
-    in each coefficient of the cosine transform T of the decorrelated channels. At full rank Σ is
+    Σ ≈ A Aᵀ + Tᵀ diag(s²) T: the leading eigenvectors, and the remaining variance in each
+    coefficient of the cosine transform T of the decorrelated channels. At full rank Σ is
     exact. mean (K + 1, D), factor A (K + 1, D, R), residual s (K + 1, D), by default 0; the last
     row is the Gaussian of all images. channels (C, C) rotates the channels.
     """
@@ -708,7 +707,7 @@ class GaussianSeeds:
         x = (draws[:, rank:] * self.residual[labels]).view(-1, *self.shape)
         x = _cosine(x, self.channels, inverse=True).flatten(1) + self.mean[labels]
         of_class = torch.eye(len(self.mean), dtype=x.dtype, device=x.device)[labels]
-        x += torch.einsum("nk,nr,kdr->nd", of_class, draws[:, :rank], self.factor)
+        x += torch.einsum("nk,nr,kdr->nd", of_class, draws[:, :rank], self.factor)  # no (N, D, R)
         return x.clamp(0, 1).view(-1, *self.shape)
 
     def state_dict(self, dtype: torch.dtype = torch.float16) -> dict:
@@ -752,12 +751,11 @@ def _residual(centered: Tensor, factor: Tensor, channels: Tensor, shape) -> Tens
 
 
 def _principal_factor(centered: Tensor, rank: int, seed: int) -> Tensor:
-    """A (D, rank) with A Aᵀ the best approximation of centeredᵀ centered; zero columns if short."""
+    """A (D, rank) with A Aᵀ the best approximation of centeredᵀ centered, padded with zeros."""
     if 4 * rank < min(centered.shape):  # randomised: seconds instead of minutes for 3 x 32 x 32
         with torch.random.fork_rng(devices=[centered.device] if centered.is_cuda else []):
-            torch.manual_seed(seed)
-            q = min(rank + 16, *centered.shape)
-            _, s, v = torch.svd_lowrank(centered, q=q, niter=4)
+            (torch.cuda if centered.is_cuda else torch.default_generator).manual_seed(seed)
+            _, s, v = torch.svd_lowrank(centered, min(rank + 16, *centered.shape), niter=4)
     else:
         _, s, vt = torch.linalg.svd(centered, full_matrices=False)
         v = vt.T
@@ -792,8 +790,8 @@ def write_atomically(path: str | os.PathLike, write: Callable) -> None:
 def save(path: str | os.PathLike, model: nn.Module, **extra) -> None:
     """Write the model and `extra` (tensors, plain values, lists, dicts) atomically.
 
-    model.half() takes half the space. Raises CEMError for a model that `load` could not rebuild
-    from its configuration: a subclass, a folded copy, a changed layer.
+    copy.deepcopy(model).half() takes half the space. Raises CEMError for a model that `load` could
+    not rebuild from its configuration: a subclass, a folded copy, a changed layer.
     """
     kind = type(model).__name__
     state, rebuilt = model.state_dict(), {}
@@ -810,11 +808,13 @@ def save(path: str | os.PathLike, model: nn.Module, **extra) -> None:
 
 def _check_plain(value, name: str) -> None:
     """Raise CEMError unless `load` would read the value: tensors, plain values, lists, dicts."""
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         value = dict(enumerate(value))
     for key, item in value.items() if isinstance(value, dict) else ():
+        _check_plain(key, f"a key of {name}")
         _check_plain(item, f"{name}[{key!r}]")
-    plain = isinstance(value, (dict, Tensor, bool, int, float, str, type(None)))
+    plain = type(value) in (dict, OrderedDict, bool, int, float, str, type(None))  # no subclass
+    plain = plain or isinstance(value, Tensor)
     require(plain, f"{name} is a {type(value).__name__}, which load would not read")
 
 

@@ -75,7 +75,7 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     own = model.extra.get("dataset", "")
     known = own in data.NAMES or (own != "" and Path(own).is_dir())
     if not opt.dataset and not known:
-        print(f"measuring on cifar10, as its dataset, {own or 'unknown'}, is not available")
+        print(f"measuring on cifar10: the checkpoint's ({own or 'unknown'}) is not available")
     opt.dataset = opt.dataset or (own if known else "cifar10")
     shape = model.extra.get("image_shape")
     if shape and opt.dataset not in data.NAMES and not opt.image_size:

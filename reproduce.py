@@ -156,15 +156,17 @@ def use_inception(opt: Options) -> bool:
     device = pick_device(opt.device)
     if not (opt.weights or opt.full) and (opt.dataset == "digits" or device.type != "cuda"):
         return False
-    found = True
+    problem = ""
     try:
         metrics.Inception(opt.weights, device)
     except cem.CEMError as error:
         if opt.weights or opt.full:
             raise
-        cli.warn(f"{error}: C-IS and C-FD only")
-        found = False
-    return not distributed.any_process(not found)
+        problem = str(error)
+    missing = distributed.any_process(problem != "")
+    if missing:
+        cli.warn(f"{problem or 'Inception is missing elsewhere'}: C-IS and C-FD only")
+    return not missing
 
 
 def announce(job: Reproduction, models: list[str]) -> None:
@@ -194,7 +196,7 @@ def text(job: Reproduction, accuracies: dict, figures: dict) -> str:
             line += f"; k-NN {100 * found['knn_accuracy']:.1f} % of all"
         lines += [f"{line}.", f"  `python {shlex.join(job.training(model))}`"]
     rows = [paper.cells(row, found, job.opt.dataset) for row, found in figures.items()]
-    lines += ["", table(rows, bold=False)]  # C-FD does not compare models
+    lines += ["", table(rows, bold=False)]  # C-FD does not rank classifiers against encoders
     distances = ["FID"] * all(map(paper.published, figures.values())) + ["C-FD"]
     lines += [paper.order(figures, distance) + "\n" for distance in distances]
     if job.opt.budget:

@@ -233,7 +233,7 @@ def train(opt: Options) -> None:
         result = robustness.accuracy(model, test_set, ["pgd-10"], opt, opt.n_eval)
         del result["pgd-10"]  # the same as adversarial_accuracy
         if opt.diagnose:
-            plain = copy.deepcopy(model)  # a compiled one cannot be differentiated twice
+            plain = copy.deepcopy(model)  # torch.compile may refuse to retain a graph
             result |= diagnosis(opt, plain, test_set, seeds, buffer)
         return result
 

@@ -3,7 +3,7 @@
     python bench/speedrun.py --dataset PATH --runs 3                # sprint
     python bench/speedrun.py --dataset PATH --runs 3 --track hour
 
-Two tracks, on CIFAR-10, in the l2 ball of 0.5, measured on all test images:
+Two tracks and a former recipe, on CIFAR-10, in the l2 ball of 0.5, measured on all test images:
     sprint  the least time to 60 % under PGD-20 and 78 % clean
     hour    the best accuracy under PGD-20, with at least 82 % clean, in an hour on two CPU cores
     former  the recipe of checkpoints/sup-at.pt, for comparison

@@ -48,7 +48,7 @@ class Dataset:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def subset(self, rows: Tensor) -> "Dataset":
-        """Of the images at these indices, or where this mask (N,) is set."""
+        """The dataset of the images at these indices, or where this mask (N,) is set."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def evenly_spaced(self, n: int) -> Tensor:

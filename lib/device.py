@@ -74,7 +74,7 @@ def autocast(device: torch.device, precision: str):
 def compile_network(network: torch.nn.Module, device: torch.device) -> None:
     """torch.compile in place; on a GPU with CUDA graphs, which launch a pass's kernels at once.
 
-    Not of a network in training under torchrun: SyncBatchNorm would break its graph at every layer.
+    Under torchrun only of the attacked network: in training, SyncBatchNorm breaks its graph.
     """
     if network.training and distributed.world_size() > 1:
         return

@@ -19,17 +19,8 @@ FILES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.jso
 EVENTS = ".cem"  # suffix of TensorBoard's event files
 
 # Options that may change when a run is resumed.
-MAY_CHANGE = (
-    "resume",
-    "max_minutes",
-    "out",
-    "data_dir",
-    "device",
-    "n_eval",
-    "eval_every",
-    "on_diverge",
-)
-MAY_CHANGE += ("max_energy_gap", "diagnose", "quiet")
+MAY_CHANGE = ("resume", "max_minutes", "out", "data_dir", "device", "n_eval", "eval_every")
+MAY_CHANGE += ("on_diverge", "max_energy_gap", "diagnose", "quiet")
 
 
 def resumes(opt) -> bool:

@@ -52,8 +52,8 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
 
 
 def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, random: list):
-    """The y of a sampler's potential, from the seeds x and, of an encoder for --cond only, their
-    classes y (N,).
+    """The y of a sampler's potential. x: the seeds; y (N,): their classes, for an encoder only with
+    --cond, else None.
 
     Classifier: y; pgd: the seeds; neighbour: per image one embedding from the checkpoint's bank;
     marginal and maxent-marginal: the whole bank, unless log p(x) is learned.

@@ -135,7 +135,7 @@ def test_catastrophic_overfitting_is_noticed(step_size, noticed):
 
 
 def test_a_run_that_overfits_continues_from_its_last_checkpoint(monkeypatch, tmp_path, capsys):
-    """Called before every checkpoint, on images that are not trained on."""
+    """Called after every epoch, on images that are not trained on."""
     seen = []
 
     def make_watch(opt, held_out):

@@ -139,12 +139,35 @@ def test_potential_equals_its_definition_and_its_gradient_finite_differences(nam
     )
 
 
-def test_potentials_differ_by_the_marginal(model64, batch):
-    x, y = batch[0].double(), batch[1]
-    names = ("ta", "langevin", "cs", "rcs")
-    ta, lse, cs, rcs = (cem.potential(name, model64, y)(x) for name in names)
-    torch.testing.assert_close(ta + lse, cs, rtol=0, atol=1e-14)
-    torch.testing.assert_close(cs + lse, rcs, rtol=0, atol=1e-14)
+def test_ta_keeps_its_direction_where_the_posterior_is_nearly_1():
+    """In float32 1 - p(y | x) is 0 from a logit gap of 17 on."""
+    logits = torch.tensor([[20.0, 1.0, 2.0]], requires_grad=True)
+    y = torch.tensor([0])
+    (ours,) = torch.autograd.grad(cem.PARAMETRIC_SAMPLERS["ta"](logits, y).sum(), logits)
+    exact = logits.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(exact.log_softmax(1)[0, 0], exact)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ta", "langevin", "cs", "rcs", "ce", "joint", "margin"])
+def test_fewer_labels_than_images_are_an_error(name, model, batch):
+    if name != "langevin":
+        with pytest.raises((ValueError, RuntimeError)):
+            cem.potential(name, model, torch.tensor([0]))(batch[0])
+
+
+def test_the_default_step_of_pgd_is_two_and_a_half_eps_over_steps():
+    """From the centre, along a constant gradient: 0.25, then the end of the ball."""
+    x, steps = torch.full((1, 1, 8, 8), 0.5), []
+    direction = torch.randn(64, generator=torch.Generator().manual_seed(0)).view(1, 1, 8, 8)
+
+    def linear(x):
+        steps.append(x.detach())
+        return (x * direction).sum((1, 2, 3))
+
+    x_adv = cem.pgd(linear, x, eps=0.4, steps=4, random_start=0)
+    lengths = [(step - x).norm().item() for step in [*steps, x_adv]]
+    assert lengths == pytest.approx([0, 0.25, 0.4, 0.4, 0.4])
 
 
 def test_attack_climbs_the_cross_entropy_without_its_vanishing_factor(model64, batch):
@@ -665,6 +688,14 @@ def test_low_rank_seeds_have_the_variance_and_the_spectrum_of_the_images(channel
     assert (ratio - 1).abs().mean() < 0.05 and (ratio - 1).abs().max() < 0.2, ratio
 
 
+def test_fitting_seeds_leaves_the_random_state_alone(monkeypatch):
+    """That of CUDA too, which torch.manual_seed would set."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds CUDA"))
+    images, before = torch.rand(40, 3, 8, 8), torch.get_rng_state()
+    cem.GaussianSeeds.fit(images, torch.arange(40) % 2, rank=2)  # randomised
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_seeds_need_two_images_a_class_and_known_labels():
     images, labels = gaussian_images(100)
     with pytest.raises(cem.CEMError, match="class 2 has 0 images"):
@@ -716,6 +747,8 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, model):
     [
         (np.zeros(3), r"extra\['x'\] is a ndarray"),
         ([1, {"a": print}], r"extra\['x'\]\[1\]\['a'\] is a builtin"),
+        (np.mean([1, 2]), r"extra\['x'\] is a float64"),  # a subclass of float
+        ({np.int64(3): 1}, r"a key of extra\['x'\] is a int64"),
     ],
 )
 def test_save_refuses_extras_that_load_would_not_read(value, part, tmp_path, model):

@@ -163,8 +163,12 @@ def test_chains_grow_only_when_samples_are_easily_told_from_data():
             assert chains.length == before
             assert chains.update(samples + shift, samples)["auc"].item() == pytest.approx(auc)
         assert chains.length == length
-    short = GrowingChains(longest=3, step_size=0.25)
-    assert short.length == 3
+    assert GrowingChains(longest=3, step_size=0.25).length == 3
+    for wins, grown in ((6, 0), (7, 1)):  # mean AUC of 0.75 and 0.875
+        chains = GrowingChains(longest=7, step_size=0.25)
+        for i in range(8):
+            chains.update(samples + (20 if i < wins else -20), samples)
+        assert chains.length == 5 + grown
 
 
 def test_the_auc_is_that_of_scikit_learn():

@@ -132,6 +132,10 @@ def test_jackknife_keeps_the_shares_of_classes():
     assert np.mean(squares) == pytest.approx(1 / 500, rel=0.15)
 
 
+def test_the_limit_is_extrapolated_in_one_over_n():
+    assert metrics.extrapolate(lambda index: 3 + 7 / len(index), 400) == pytest.approx(3)
+
+
 def test_error_bar_and_limit_of_a_frechet_distance():
     """Of 40 independent sets: the bar is their spread (or somewhat more), and the limit is the
     distance of the Gaussians, which the distance itself exceeds by far."""
@@ -232,8 +236,10 @@ def test_classifier_blocks_are_spatial_means_and_deviations(model, tmp_path):
     torch.testing.assert_close(logits.double(), model(x), **tolerance)
 
 
-def test_standardised_distances_do_not_depend_on_scale():
-    """Nor does the mean over blocks that differ only in scale."""
+CPU = torch.device("cpu")
+
+
+def test_standardised_distances_do_not_depend_on_scale_and_are_means_over_blocks():
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(-2, 2, 6, dtype=torch.float64)
     x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
@@ -244,14 +250,20 @@ def test_standardised_distances_do_not_depend_on_scale():
     expected = pytest.approx(plain.frechet([x]), rel=1e-8)
     assert scaled.frechet([x * scale]) == expected
     assert both.frechet([x, x * scale]) == expected
+    part, other = x[:, :4].square(), y[:, :4].exp()
+    two = Reference.from_blocks([y, other], standardised=True)
+    alone = Reference.from_blocks([other], standardised=True)
+    mean = (plain.frechet([x]) + alone.frechet([part])) / 2
+    assert two.frechet([x, part]) == pytest.approx(mean, rel=1e-8)
+    kernels = [r.kernel([v], CPU)[0] for r, v in ((plain, x), (alone, part))]
+    assert two.kernel([x, part], CPU)[0] == pytest.approx(sum(kernels) / 2, rel=1e-8)
     mu, std = y.mean(0), y.std(0)
     by_hand = Reference.from_blocks([(y - mu) / std])
     assert by_hand.frechet([(x - mu) / std]) == expected
     assert Reference.from_blocks([y]).frechet([x]) != expected
-    cpu = torch.device("cpu")
-    expected = pytest.approx(plain.kernel([x], cpu), rel=1e-8)
-    assert scaled.kernel([x * scale], cpu) == expected
-    assert by_hand.kernel([(x - mu) / std], cpu) == expected
+    expected = pytest.approx(plain.kernel([x], CPU), rel=1e-8)
+    assert scaled.kernel([x * scale], CPU) == expected
+    assert by_hand.kernel([(x - mu) / std], CPU) == expected
 
 
 def test_interval_satisfies_wilsons_equation():

@@ -1,10 +1,12 @@
 """Muon against the singular value decomposition, torch's Muon and torch's SGD."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from lib.optim import Muon, orthogonalised
+from lib.optim import Muon, optimizer, orthogonalised
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (144, 16), (40, 40)])
@@ -50,3 +52,10 @@ def test_other_parameters_move_as_by_sgd():
     untouched = nn.Parameter(weight.clone())  # without a gradient
     Muon([untouched], **settings).step()
     assert untouched.equal(weight)
+
+
+@pytest.mark.parametrize("name, kind", [("sgd", torch.optim.SGD), ("muon", Muon)])
+def test_optimizers_have_momentum_and_the_weight_decay_of_the_options(name, kind):
+    made = optimizer(SimpleNamespace(optimizer=name, weight_decay=0.03), nn.Linear(2, 2))
+    (group,) = made.param_groups
+    assert type(made) is kind and (group["momentum"], group["weight_decay"]) == (0.9, 0.03)

@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,10 +117,8 @@ def test_a_budget_is_measured_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "NETWORKS", [(small, small)])
     write_folder(tmp_path / "set", per_class=12)
     options = "--dataset set --budget 0.6m --rows dat-cs".split()
-    begin = time.monotonic()
     done = script("reproduce.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - begin < 66  # most of it are the evaluations of so small networks
     names = files(tmp_path / OUT)
     assert not [name for name in names if name.startswith("measured")]
     table = json.loads((tmp_path / OUT / "table.json").read_text())

@@ -143,17 +143,26 @@ def test_a_training_step_pads_and_samples_as_its_loss_needs(name, padding):
         spy(augment, "crop_flip") as crop,
         spy(train_sup, "with_statistics_of") as statistics,
         spy(cem, "supervised_loss") as loss,
+        spy(cem, "potential") as potential,
     ):
-        batch_loss(model, torch.arange(8), torch.rand(8, 3), generator)
+        _, metrics = batch_loss(model, torch.arange(8), torch.rand(8, 3), generator)
+    climbed = {"at": ["ce"], "jem": ["langevin"], "jeat": ["joint", "langevin"]}[name]
+    assert [call.args[0] for call in potential.call_args_list] == climbed
     assert crop.call_args.kwargs["padding"] == padding
-    _, _, x, _, x_adv, _, x_s = loss.call_args.args
+    _, _, x, _, x_adv, weight, x_s = loss.call_args.args
+    assert weight == 0.1
     if buffer is None:
         assert statistics.call_count == 0
         assert x_s is None
     else:
         assert statistics.call_count == 1
         assert x_s is not None
-        assert torch.equal(statistics.call_args.args[0], x if name == "jem" else x_adv)
+        seen = x if name == "jem" else x_adv
+        assert torch.equal(statistics.call_args.args[0], seen)
+        with torch.no_grad(), cem._batch_statistics_of_first(len(x), model):
+            lse, lse_s = model(torch.cat([seen, x_s])).logsumexp(1).chunk(2)
+        gap = (lse - lse_s).mean().item()  # E(x_s) - E(x)
+        assert metrics["energy_gap"].item() == pytest.approx(gap, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["jem", "jeat"])
@@ -436,13 +445,25 @@ def test_autoattack_without_its_library_says_what_to_install(digits_run):
     assert_refused(done, "pip install pyautoattack")
 
 
-def test_restarts_never_raise_the_accuracy(digits_run):
-    model, test_set = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
-    once, often = (
-        robustness.accuracy(model, test_set, ["pgd-10"], settings(), n=120, restarts=restarts)
-        for restarts in (1, 5)
-    )
-    assert often["pgd-10"] <= once["pgd-10"] < once["clean_accuracy"]
+def test_each_restart_attacks_what_is_left_from_a_new_start(monkeypatch):
+    starts = []
+
+    def pgd(potential, x, *, generator, **ball):
+        """Finds an adversarial example of the first image."""
+        starts.append((len(x), torch.rand((), generator=generator).item()))
+        x = x.clone()
+        x[0] = 1
+        return x
+
+    def model(x):
+        bright = x.mean((1, 2, 3))
+        return torch.stack([1 - bright, bright], 1)
+
+    monkeypatch.setattr(cem, "pgd", pgd)
+    x, y, generator = torch.zeros(4, 1, 8, 8), torch.zeros(4).long(), torch.Generator()
+    left = robustness.withstands("pgd-10", model, x, y, settings(), 3, generator, model)
+    assert left.tolist() == [False, False, False, True]
+    assert [n for n, _ in starts] == [4, 3, 2] and len({start for _, start in starts}) == 3
 
 
 def test_the_worst_case_is_taken_image_by_image(model, batch):

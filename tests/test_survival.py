@@ -313,6 +313,10 @@ def test_new_run_moves_only_the_files_of_the_earlier_run(tmp_path):
     assert {name: after[name] for name in others} == {name: before[name] for name in others}
     assert after["ckpt.pt"] != earlier["ckpt.pt"]
     assert len(after) == len(others) + 2 * len(earlier) - 1  # the new run has no diverged.pt
+    done = script("train_sup.py", *options, "--seed", 2, cwd=tmp_path)
+    assert done.returncode == 0 and "moved the earlier run to previous-2" in done.stdout
+    assert contents(tmp_path / "previous-1") == earlier
+    assert contents(tmp_path / "previous-2")["ckpt.pt"] == after["ckpt.pt"]
 
 
 # ----------------------------------------------------------------------------- several processes

@@ -19,7 +19,7 @@ from torchvision.transforms import functional
 import cem
 import sample
 import train_unsup
-from lib import augment, robustness
+from lib import augment, data, distributed, robustness
 
 TAU = 0.4
 EXACT = dict(rtol=0, atol=1e-12)
@@ -154,18 +154,6 @@ def test_importance_sampling_of_log_z_is_the_second_half_of_info_nce(encoder, x)
     torch.testing.assert_close(gradient(loss), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_likelihood_gradient_splits_into_consistency_and_contrastive_halves():
-    """f(x, x') - E f(x̂, x̂') = [f(x, x') - f(x̂, x')] + [f(x̂, x') - E f(x̂, x̂')] with
-    x̂' ~ p(x' | x̂) over the candidates."""
-    z, z_hat, z_plus = unit(4, 3, 0), unit(4, 3, 1), unit(4, 3, 2)
-    y = torch.arange(4)
-    logits, logits_hat = cem.similarity(z, z_plus, TAU), cem.similarity(z_hat, z_plus, TAU)
-    whole = logits.diagonal() - (logits_hat.softmax(1) * logits_hat).sum(1)
-    expected = (logits_hat.softmax(1) * logits_hat).sum(1)
-    halves = cem.consistency(logits, logits_hat, y) + (cem.log_joint(logits_hat, y) - expected)
-    torch.testing.assert_close(halves, whole, **EXACT)
-
-
 def test_potentials_refuse_the_other_kind_of_model(encoder, model):
     for name, wrong in (("maxent", model), ("pgd", model), ("rcs", encoder), ("ce", encoder)):
         with pytest.raises(cem.CEMError, match="is not for a"):
@@ -259,42 +247,45 @@ JITTERS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 MIRROR, JITTER, GREY, STRENGTH = range(augment.BOX_DRAWS, augment.BOX_DRAWS + 4)  # columns
 
 
-def draws_of(operation, n):
-    """SimCLR's draws that leave an image as it is, except for a random `operation`."""
-    random = torch.rand(n, augment.SIMCLR_DRAWS, generator=torch.Generator().manual_seed(0))
-    u = torch.zeros_like(random)
+def unchanged(n: int) -> torch.Tensor:
+    """SimCLR's draws that leave n images as they are."""
+    u = torch.zeros(n, augment.SIMCLR_DRAWS)
     u[:, : augment.TRIES] = 1  # the whole area
     u[:, augment.TRIES : 2 * augment.TRIES] = 0.5  # aspect ratio 1
     u[:, [MIRROR, JITTER, GREY]] = 0.9  # above each probability
     u[:, STRENGTH:] = 0.5  # factors of 1, a shift of 0
-    if operation == "crop and flip":
-        columns = list(range(MIRROR + 1))
-    elif operation == "grey":
-        columns = [GREY]
-    else:
-        columns = [JITTER, STRENGTH + list(JITTERS).index(operation)]
-    u[:, columns] = random[:, columns]
     return u
 
 
-def torchvision_transform(operation):
-    if operation == "crop and flip":
-        crop = transforms.RandomResizedCrop(8, (0.2, 1.0), antialias=True)
-        return transforms.Compose([crop, transforms.RandomHorizontalFlip()])
-    if operation == "grey":
-        return transforms.RandomGrayscale(0.2)
-    jitter = transforms.ColorJitter(**{operation: JITTERS[operation]})
-    return transforms.RandomApply([jitter], 0.8)
-
-
-@pytest.mark.parametrize("operation", ["crop and flip", *JITTERS, "grey"])
-def test_distribution_of_each_operation_is_that_of_torchvision(operation):
+def test_distribution_of_crops_is_that_of_torchvision():
     n = 1500
     image = photographs(1, 8)[0]
-    ours = augment.simclr(image.expand(n, -1, -1, -1), draws_of(operation, n))
-    transform = torchvision_transform(operation)
+    u = unchanged(n)
+    u[:, : MIRROR + 1] = torch.rand(n, MIRROR + 1, generator=torch.Generator().manual_seed(0))
+    ours = augment.simclr(image.expand(n, -1, -1, -1), u)
+    crop = transforms.RandomResizedCrop(8, (0.2, 1.0), antialias=True)
+    transform = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
     torch.manual_seed(0)
     compare_moments(ours, torch.stack([transform(image) for _ in range(n)]))
+
+
+@pytest.mark.parametrize("column, probability", [(MIRROR, 0.5), (JITTER, 0.8), (GREY, 0.2)])
+def test_operations_have_simclrs_probabilities(column, probability):
+    x, u = photographs(1).expand(2, -1, -1, -1), unchanged(2)
+    u[:, STRENGTH] = 0.0
+    u[:, column] = torch.tensor([probability - 1e-3, probability + 1e-3])
+    below, above = augment.simclr(x, u)
+    assert (below - x[0]).abs().max() > 0.05 and (above - x[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+@pytest.mark.parametrize("name", JITTERS)
+def test_jitter_ends_at_simclrs_strengths(name, end):
+    x, u = photographs(1), unchanged(1)
+    u[:, JITTER], u[:, STRENGTH + list(JITTERS).index(name)] = 0.0, end
+    value = (2 * end - 1) * JITTERS[name] + (name != "hue")
+    expected = getattr(functional, f"adjust_{name}")(x, value)
+    torch.testing.assert_close(augment.simclr(x, u), expected, rtol=0, atol=1e-5)
 
 
 def test_greyscale_images_are_only_cropped():
@@ -310,6 +301,30 @@ def test_a_view_does_not_depend_on_the_batch():
 
 
 # ----------------------------------------------------------------------- training and evaluation
+
+
+def test_the_loss_of_a_first_stage_step_is_its_definition():
+    """NT-Xent of a view, attacked within the ball, and of the other view of the same image."""
+    torch.manual_seed(0)
+    model = cem.NonParametricCEM("resnet18", embed_dim=6, temperature=TAU, width=8).eval()
+    images = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
+    train_set = data.Dataset("set", images, torch.arange(6), list("012345"))
+    opt = train_unsup.Options(attack_steps=2, temperature=TAU, precision="float32")
+    draws, seen, run = torch.rand(6, train_unsup.VIEWS), [], model.forward
+    batch_loss = train_unsup.make_batch_loss(opt, train_set)
+    model.forward = lambda x: seen.append(x.detach()) or run(x)
+    generator = distributed.RankGenerator(0, torch.device("cpu"))
+    loss, _ = batch_loss(model, torch.arange(6), draws, generator)
+    x_adv, x_plus = seen[-1].chunk(2)
+    x, positive = (augment.simclr(train_set.pixels(), u) for u in draws.chunk(2, 1))
+    torch.testing.assert_close(x_plus, positive)
+    moved = (x_adv - x).flatten(1).norm(dim=1)
+    assert (moved > 0.1).all() and (moved <= 0.5 + 1e-5).all()
+    z = F.normalize(torch.cat([run(x_adv), run(x_plus)]))
+    f = (z @ z.T / TAU).fill_diagonal_(-torch.inf)
+    expected = -f.log_softmax(1)[range(12), torch.arange(12).roll(6)].mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss > cem.info_nce(run(x), run(x_plus), TAU) + 0.01
 
 
 def test_knn_accuracy_equals_its_definition():
