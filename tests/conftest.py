@@ -27,6 +27,12 @@ from lib import cli  # noqa: E402
 ARCHS = ["resnet18", "resnet50", "resnet34-imagenet", "wrn-28-10"]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """No test depends on what others drew before it."""
+    torch.manual_seed(0)
+
+
 def process(name: str, *args, cwd: Path) -> subprocess.CompletedProcess:
     """Run a script in its own process."""
     command = [sys.executable, str(ROOT / name), *(str(a) for a in args)]
