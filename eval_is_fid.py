@@ -150,7 +150,9 @@ class Neighbours:
     """The closest training images of samples, for --neighbours."""
 
     def __init__(self, network: FeatureNetwork, reference: Reference, opt: Options):
-        self.network, self.reference, self.batch_size = network, reference, opt.batch_size
+        self.network = network
+        self.reference = reference
+        self.batch_size = opt.batch_size
         self.train, self.test = data.splits(opt.ref, opt.data_dir, "cpu", opt.image_size)
         self.known = self.features(self.train.images, "training images")
 

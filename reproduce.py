@@ -70,7 +70,9 @@ class Reproduction:
     """
 
     def __init__(self, opt: Options, inception: bool):
-        self.opt, self.inception, self.folder = opt, inception, Path(opt.out)
+        self.opt = opt
+        self.inception = inception
+        self.folder = Path(opt.out)
         common = ["--device", opt.device] + ["--quiet"] * opt.quiet
         self.parts = Parts(self.folder / "done.json", common)
         self.data = ["--dataset", opt.dataset, "--data-dir", opt.data_dir]
@@ -125,7 +127,8 @@ class Reproduction:
     def draw(self, row: str) -> Path:
         """The samples of a row, .npz."""
         model, sampler, cond = paper.split(row)
-        ckpt, n = self.train(model), self.plan["n"]
+        ckpt = self.train(model)
+        n = self.plan["n"]
         folder = ckpt.with_name(f"samples-{n}")
         words = ["--ckpt", ckpt, "--sampler", sampler, *["--cond"] * cond]
         words += ["--n", n, "--out", folder]

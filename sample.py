@@ -122,7 +122,9 @@ class Trace:
     """A potential that keeps the images at which it is evaluated, for --gif."""
 
     def __init__(self, potential: cem.Potential, frames: list[Tensor]):
-        self.model, self.potential, self.frames = potential.model, potential.bind(), frames
+        self.model = potential.model
+        self.potential = potential.bind()
+        self.frames = frames
 
     def __call__(self, x: Tensor) -> Tensor:
         self.frames.append(to_bytes(x))
@@ -201,7 +203,8 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
 def draw_frames(model, opt: Options, device) -> tuple[list[Tensor], Tensor]:
     """The first images again -> uint8 (N, C, H, W) before each step and at the end; labels."""
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
-    couples, frames = opt.sampler in cem.COUPLED, []
+    couples = opt.sampler in cem.COUPLED
+    frames = []
     size = opt.batch_size if couples else min(opt.n, opt.batch_size)
     images, labels = draw_batch(model, seeds, opt, device, 0, size, frames)
     return [frame[: opt.n] for frame in (*frames, images)], labels[: opt.n]

@@ -137,14 +137,18 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
     start(labels, generator) -> images (N, C, H, W) where chains start; state: its chains and, in
     `reference`, the network of the first stage, whose p(y | x) the loss keeps.
     """
-    attack_copy, chains = AttackCopy(opt.precision, opt.compile), state["chains"]
-    classes, samplers = len(train_set.classes), opt.chain_samplers.split(",")
+    attack_copy = AttackCopy(opt.precision, opt.compile)
+    chains = state["chains"]
+    classes = len(train_set.classes)
+    samplers = opt.chain_samplers.split(",")
 
     def batch_loss(model, index, draws, generator):
-        y, network = train_set.labels[index], attack_copy(model)
+        y = train_set.labels[index]
+        network = attack_copy(model)
         x = augment.mirror(train_set.pixels(index), draws, train_set.flip)
         drawn = generator.draw(torch.rand, (len(y), 2), draws).T
-        y_s, which = (drawn[0] * classes).long(), (drawn[1] * len(samplers)).long()
+        y_s = (drawn[0] * classes).long()
+        which = (drawn[1] * len(samplers)).long()
         x_s = start(y_s, generator)
         with autocast(x.device, opt.precision):
             attack = cem.potential("ce", network, y)
@@ -224,7 +228,8 @@ def train(opt: Options) -> None:
         state = dual_state(opt, model, cem.PARAMETRIC_SAMPLERS)
         batch_loss = make_dual_loss(opt, train_set, start, state)
     else:
-        state, batch_loss = buffer, make_batch_loss(opt, train_set, buffer)
+        state = buffer
+        batch_loss = make_batch_loss(opt, train_set, buffer)
 
     def extra():
         return info | ({"settings": state["chains"].settings} if opt.loss == "dat" else {})

@@ -116,10 +116,12 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
     state["reference"], the first stage. start(n, generator) -> images (n, C, H, W) where chains
     start.
     """
-    attack_copy, chains = AttackCopy(opt.precision, opt.compile), state["chains"]
+    attack_copy = AttackCopy(opt.precision, opt.compile)
+    chains = state["chains"]
 
     def batch_loss(model, index, draws, generator):
-        original, network = train_set.pixels(index), attack_copy(model)
+        original = train_set.pixels(index)
+        network = attack_copy(model)
         x, x_plus = two_views(original, draws[:, :VIEWS], train_set, opt)
         flipped = augment.mirror(original, draws[:, VIEWS:], train_set.flip)
         x_s = start(len(index), generator)
@@ -205,7 +207,8 @@ def train(opt: Options) -> None:
     model = model.to(device, memory_format=torch.channels_last)
     if opt.compile:
         compile_network(model, device)
-    info, state = train_set.checkpoint_info(opt.seed_rank), None
+    info = train_set.checkpoint_info(opt.seed_rank)
+    state = None
     kept = RunFolder(opt).load(torch.device("cpu")).extra if resumes(opt) else {}
     info |= {name: kept[name] for name in ("bank", "clusters") if name in kept}
     if dual:
@@ -227,7 +230,8 @@ def train(opt: Options) -> None:
     def extra():
         return info | ({"settings": state["chains"].settings} if dual else {})
 
-    n, per_image = len(train_set), VIEWS + 3 * dual
+    n = len(train_set)
+    per_image = VIEWS + 3 * dual
     Trainer(
         opt,
         model,

@@ -81,7 +81,9 @@ def make_watch(opt, held_out: data.Dataset):
 
     @torch.no_grad()
     def watch(model):
-        network, attacks, found = cem.folded(model), {}, []
+        network = cem.folded(model)
+        attacks = {}
+        found = []
         attacks["single_step_accuracy"] = pgd_options(opt)
         attacks["pgd10_accuracy"] = dict(eps=opt.eps, norm=opt.norm, steps=10)
         with autocast(x.device, opt.precision):

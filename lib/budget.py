@@ -52,7 +52,8 @@ def measured(job, model: str, options: str, minutes: float, images: int, first_s
     limits = ["--max-minutes", minutes, "--on-diverge", "restart"]
     call(*words, "--out", run, *limits, *job.parts.common)
     extra = cem.load(run / "ckpt.pt").extra
-    training, batch = extra["training"], min(extra["options"]["batch_size"], images)
+    training = extra["training"]
+    batch = min(extra["options"]["batch_size"], images)
     rate = agreed(training["step"] * batch / training["seconds"])
     return run / "ckpt.pt", rate / GROWTH.get(model, 1)
 
@@ -69,10 +70,12 @@ def sampling_rate(job, ckpt: Path) -> float:
 def shortened(job, rows: int) -> dict:
     """Plan what fits into --budget -> options and minutes of each training, samples n per row, and
     n_eval test images under attack."""
-    begin, total = time.monotonic(), seconds(job.opt.budget)
+    begin = time.monotonic()
+    total = seconds(job.opt.budget)
     images = len(data.load(job.opt.dataset, "train", job.opt.data_dir, job.opt.image_size))
     minutes = min(total / 3600, 1)
-    options, rates = {"judge": JUDGE, "dat": ""}, {}
+    options = {"judge": JUDGE, "dat": ""}
+    rates = {}
     for sup, unsup in NETWORKS:
         trial, rate = measured(job, "sup", sup, minutes, images)
         enough = SHARES["sup"] * total * rate / images >= LEAST_EPOCHS

@@ -70,7 +70,8 @@ def option(default, help: str, group: str = "options", **metadata):
 
 def option_list(kind: type, help: str, group: str = "options"):
     """A field for an option that takes several values, none by default."""
-    kind, metavar = {float: number, int: integer}.get(kind, kind), METAVARS[kind]
+    metavar = METAVARS[kind]
+    kind = {float: number, int: integer}.get(kind, kind)
     metadata = {"help": help, "type": kind, "nargs": "+", "metavar": metavar, "group": group}
     return field(default_factory=list, metadata=metadata)
 
@@ -130,7 +131,8 @@ def parse(options: type, description: str, preset=None, moved: dict | None = Non
 
 def check_bounds(opt) -> None:
     for f in fields(opt):
-        value, flag = getattr(opt, f.name), f"--{f.name.replace('_', '-')}"
+        value = getattr(opt, f.name)
+        flag = f"--{f.name.replace('_', '-')}"
         several = "nargs" in f.metadata or not isinstance(value, list)
         require(several, f"{flag} needs a value")  # argparse reads --seed=-- as a list
         for bound, (words, fits) in BOUNDS.items():
@@ -154,7 +156,8 @@ def output_folder(ckpt: Path, third_party: bool = False) -> Path:
 
 def command() -> str:
     """The running command line, to record beside its figures."""
-    script, root = Path(sys.argv[0]).resolve(), SHIPPED.parent
+    script = Path(sys.argv[0]).resolve()
+    root = SHIPPED.parent
     name = script.relative_to(root) if script.is_relative_to(root) else script.name
     return shlex.join(["python", str(name), *sys.argv[1:]])
 

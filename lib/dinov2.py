@@ -24,7 +24,8 @@ def resampled(positions: Tensor) -> Tensor:
     timm would place 16 patches evenly and antialias. DINOv2 does neither: it gives bicubic
     interpolation the scale factor 16.1 / G, with which patches lie 0.6 % closer together.
     """
-    grid, wanted = math.isqrt(positions.shape[1] - 1), SIZE // PATCH
+    grid = math.isqrt(positions.shape[1] - 1)
+    wanted = SIZE // PATCH
     patches = positions[:, 1:].mT.unflatten(2, (grid, grid))
     patches = F.interpolate(patches, scale_factor=(wanted + 0.1) / grid, mode="bicubic")
     return torch.cat([positions[:, :1], patches.flatten(2).mT], 1)

@@ -75,9 +75,15 @@ class Trainer:
         self.device = next(model.parameters()).device
         autocast(self.device, opt.precision)  # raises for an unavailable one, before any writing
         torch.backends.cudnn.benchmark = True
-        self.opt, self.model, self.chains, self.extra = opt, model, chains, extra
-        self.shuffle, self.batch_loss, self.measure = shuffle, batch_loss, measure
-        self.bounds, self.freeze_batch_norm = bounds or {}, freeze_batch_norm
+        self.opt = opt
+        self.model = model
+        self.chains = chains
+        self.extra = extra
+        self.shuffle = shuffle
+        self.batch_loss = batch_loss
+        self.measure = measure
+        self.bounds = bounds or {}
+        self.freeze_batch_norm = freeze_batch_norm
         self.watch = watch or (lambda model: {})
         self.steps_per_epoch = max(num_images // opt.batch_size, 1)
         self.total = opt.epochs * self.steps_per_epoch
