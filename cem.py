@@ -492,7 +492,7 @@ def ascend(
             with torch.enable_grad():
                 x.requires_grad_(True)
                 u = potential(x)
-                require(u.shape == x.shape[:1], f"potential must return (N,), not {tuple(u.shape)}")
+                require(u.dim() == 1, f"the potential must return (N,), not {tuple(u.shape)}")
                 (gradient,) = torch.autograd.grad(u.sum(), x)
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)
             x = x.detach() + step_size * velocity
