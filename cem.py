@@ -239,8 +239,8 @@ def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
                 yield f"{name}.{conv}".lstrip("."), f"{name}.{bn}".lstrip(".")
 
 
-def folded(model: _CEM) -> _CEM:
-    """A frozen copy of a model of this file, in eval mode, its BatchNorm folded into convolutions.
+def folded(model: nn.Module) -> nn.Module:
+    """A frozen copy in eval mode; in networks of this file, BatchNorm is folded into convolutions.
 
     Computes the same function, up to rounding; attacks and samplers are up to twice as fast.
     """
@@ -338,7 +338,7 @@ def supervised_loss(
     mle   CE(x̂, y) + λ [f(x̂, y) - f(x, y)]               λ = weight; both halves of the likelihood
     jem   CE(x, y) + λ [LSE f(x_s) - LSE f(x)]           x_s: samples of the model; λ = 1 in [JEM]
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
-    dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   λ = 1 in [DAT]
+    dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   take λ = 1
 
     In training, BatchNorm2d normalises x_s of jem and jeat by the statistics of the data; separate
     ones would let the network distinguish samples from data. dat is for a model in eval mode and

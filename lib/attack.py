@@ -82,10 +82,11 @@ def make_watch(opt, held_out: data.Dataset):
     @torch.no_grad()
     def watch(model):
         network = cem.folded(model)
-        attacks = {}
+        attacks = {
+            "single_step_accuracy": pgd_options(opt),
+            "pgd10_accuracy": dict(eps=opt.eps, norm=opt.norm, steps=10),
+        }
         found = []
-        attacks["single_step_accuracy"] = pgd_options(opt)
-        attacks["pgd10_accuracy"] = dict(eps=opt.eps, norm=opt.norm, steps=10)
         with autocast(x.device, opt.precision):
             potential = cem.potential("ce", network, y)
             for settings in attacks.values():

@@ -149,11 +149,10 @@ def test_ta_keeps_its_direction_where_the_posterior_is_nearly_1():
     torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("name", ["ta", "langevin", "cs", "rcs", "ce", "joint", "margin"])
+@pytest.mark.parametrize("name", ["ta", "cs", "rcs", "ce", "joint", "margin"])
 def test_fewer_labels_than_images_are_an_error(name, model, batch):
-    if name != "langevin":
-        with pytest.raises((ValueError, RuntimeError)):
-            cem.potential(name, model, torch.tensor([0]))(batch[0])
+    with pytest.raises(ValueError, match="batch_size"):
+        cem.potential(name, model, torch.tensor([0]))(batch[0])
 
 
 def test_the_default_step_of_pgd_is_two_and_a_half_eps_over_steps():

@@ -111,7 +111,7 @@ def test_two_processes_make_one_plan_and_one_table(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_budget_is_measured_and_kept(tmp_path, monkeypatch):
+def test_a_budget_is_measured_and_planned(tmp_path, monkeypatch):
     small = "--arch resnet18 --width 8"
     monkeypatch.setattr(budget, "JUDGE", small)
     monkeypatch.setattr(budget, "NETWORKS", [(small, small)])
