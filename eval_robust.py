@@ -6,8 +6,8 @@
     python eval_robust.py --ckpt Carmon2019.pt --mean 0 --std 1 --norm linf --eps 8/255
     python eval_robust.py --transfer runs/other/ckpt.pt    # also attacked through another network
 
-Writes accuracy.json, or probe.json for an encoder, beside the checkpoint. Figures are computed in
-float32 on all test images by default.
+Writes accuracy.json, or probe.json for an encoder. Figures are computed in float32 on all test
+images by default.
 """
 
 import json
@@ -54,6 +54,7 @@ class Options:
     ood: list[str] = cli.option_list(
         str, "out-of-distribution datasets or folders, besides noise and constant", "run"
     )
+    out: str = option("", cli.OUT, "run", metavar="PATH")
     batch_size: int = option(256, "images at a time", "run", least=1)
     seed: int = option(0, "seed of the attacks' random starts", "run")
     quiet: bool = option(False, cli.QUIET, "run")
@@ -187,7 +188,7 @@ def main() -> None:
     model = load(opt, path, device)
     source = load_source(opt, model, device)
     third_party = "third_party" in model.extra
-    folder = cli.output_folder(path, third_party)
+    folder = Path(opt.out or cli.output_folder(path, third_party))
     encoder = isinstance(model, cem.NonParametricCEM)
     name = "probe.json" if encoder else "accuracy.json"
     files.check_output(folder / name, files.json_with("command", "ckpt", "eps"))

@@ -89,12 +89,7 @@ class Options:
     image_size: int = option(0, data.IMAGE_SIZE, "checkpoint", least=0)
     mean: list[float] = cli.option_list(float, cli.MEAN, "checkpoint")
     std: list[float] = cli.option_list(float, cli.STD, "checkpoint")
-    out: str = option(
-        "",
-        "folder to write to (default: beside the checkpoint, or runs/shipped)",
-        "run",
-        metavar="PATH",
-    )
+    out: str = option("", cli.OUT, "run", metavar="PATH")
     png: str = option(
         "", "new folder for PNG files: all in it, and again in one subfolder per class", "run",
         metavar="PATH",

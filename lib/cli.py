@@ -28,6 +28,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
 
 MEAN = "channel means for a third-party checkpoint (default: the file's, else the dataset's)"
 STD = "channel standard deviations for a third-party checkpoint"
+OUT = "folder to write to (default: beside the checkpoint, or runs/shipped)"
 DEVICE = "auto, cpu, cuda, cuda:1 or mps"
 METAVARS = {int: "N", float: "X", str: "S"}
 BOUNDS = {

@@ -5,8 +5,8 @@
 
 Trains the second stage once for every variant, one change at a time, and the recipe as it is with
 the other --seeds; measures accuracy under PGD-20 and, by every judge, C-FD (E-FD by an encoder) of
-the four samplers. Calls the scripts as a user would. Runs already in --out are not repeated:
-several processes can each do some of the --variants.
+the four samplers. Calls the scripts as a user would. Finished parts are not repeated: several
+processes can each do some of the --variants.
 """
 
 import json
@@ -22,7 +22,7 @@ import tables  # noqa: E402
 import cem  # noqa: E402
 from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
-from lib.parts import call  # noqa: E402
+from lib.parts import Parts, digest  # noqa: E402
 
 VARIANTS = {  # name -> what differs from the recipe
     "recipe": "",
@@ -54,43 +54,39 @@ class Options:
     out: str = option("runs/dual", "folder of the runs", "run", metavar="PATH")
 
 
-def accuracy(ckpt: Path, opt: Options) -> dict:
-    options = ["--ckpt", ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation)]
-    call("eval_robust.py", *options)
-    found = json.loads((ckpt.parent / "accuracy.json").read_text())
+def accuracy(ckpt: Path, parts: Parts, opt: Options) -> dict:
+    words = ["--ckpt", ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation)]
+    path = parts.run(ckpt.with_name("accuracy.json"), "eval_robust.py", *words)
+    found = json.loads(path.read_text())
     return {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}
 
 
-def distances(ckpt: Path, opt: Options) -> dict:
+def distances(ckpt: Path, parts: Parts, opt: Options) -> dict:
     """C-FD or E-FD of every sampler by every judge."""
-    figures, samples, folder = {}, [], ckpt.parent
+    folder, samples, figures = ckpt.with_name(f"samples-{opt.n_samples}"), [], {}
     for sampler in cem.PARAMETRIC_SAMPLERS:
-        options = ["--ckpt", ckpt, "--sampler", sampler, "--n", opt.n_samples]
-        call("sample.py", *options, "--out", folder / "samples")
-        samples.append(folder / f"samples/samples-{sampler}.npz")
+        words = ["--ckpt", ckpt, "--sampler", sampler, "--n", opt.n_samples, "--out", folder]
+        samples.append(parts.run(folder / f"samples-{sampler}.npz", "sample.py", *words))
     for i, judge in enumerate(opt.judges):
-        out = folder / f"judge-{i}.json"
-        options = ["--samples", *samples, "--ref", opt.dataset, "--features", judge]
-        call("eval_is_fid.py", *options, "--out", out)
+        words = ["--samples", *samples, "--ref", opt.dataset, "--features", judge]
+        out = folder / f"fd-{digest(words)}.json"
+        parts.run(out, "eval_is_fid.py", *words, "--out", out)
         for sampler, row in zip(cem.PARAMETRIC_SAMPLERS, json.loads(out.read_text())["rows"]):
             figures[f"{sampler} {i + 1}"] = row.get("C-FD", row.get("E-FD"))
     return figures
 
 
 def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
-    """Train and measure one run, or read its row if it exists."""
+    """Train and measure one run -> its figures and the command of the training."""
     run = Path(opt.out) / f"{opt.name}-{variant.replace(' ', '-')}-{seed}"
-    path, ckpt = run / "row.json", run / "ckpt.pt"
-    if path.exists():
-        return json.loads(path.read_text())
-    options = ["--dataset", opt.dataset, "--loss", "dat", "--init", opt.init, "--seed", seed]
-    options += [*shlex.split(opt.options), *shlex.split(change), "--out", run]
-    command = call("train_sup.py", *options, *(["--resume"] if ckpt.exists() else []))
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    row = {"variant": variant, "seed": seed, "minutes": log[-1]["seconds"] / 60}
-    row |= accuracy(ckpt, opt) | distances(ckpt, opt) | {"command": command}
-    cli.write_text(path, json.dumps(row, indent=1) + "\n")
-    return row
+    parts = Parts(run / "done.json", [])
+    words = ["--dataset", opt.dataset, "--loss", "dat", "--init", opt.init, "--seed", seed]
+    words += [*shlex.split(opt.options), *shlex.split(change), "--out", run, "--resume"]
+    ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words)
+    row = {"variant": variant, "seed": seed}
+    row["minutes"] = cem.load(ckpt).extra["training"]["seconds"] / 60
+    row |= accuracy(ckpt, parts, opt) | distances(ckpt, parts, opt)
+    return row | {"command": parts.used[str(ckpt)]["command"]}
 
 
 def main() -> None:

@@ -6,15 +6,14 @@
         --name cifar10 --options "--width 16" --evaluation "--n 1000"
 
 Calls the scripts as a user would. --options are those of train_sup.py; --evaluation are those of
-eval_robust.py, whose --norm and --eps are otherwise the training run's. Runs already in --out are
-not repeated, so that several processes can each do some of the --losses or --seeds, once the judge
-is trained. For a comparison at equal minutes, choose --epochs, and --first-stage for dat, whose
+eval_robust.py, whose --norm and --eps are otherwise the training run's. Finished parts are not
+repeated, so that several processes can each do some of the --losses or --seeds, once the judge is
+trained. For a comparison at equal minutes, choose --epochs, and --first-stage for dat, whose
 minutes include those of its first stage.
 """
 
 import json
 import shlex
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ import tables  # noqa: E402
 import cem  # noqa: E402
 from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
-from lib.parts import call  # noqa: E402
+from lib.parts import Parts, digest  # noqa: E402
 
 ATTACKS = ["--attacks", "pgd-20", "pgd-50", "margin", "--restarts", 5]
 ACCURACIES = ("clean_accuracy", "pgd-20", "pgd-50", "margin", "adversarial_accuracy")
@@ -63,81 +62,65 @@ def minutes(ckpt: Path) -> float:
     return cem.load(ckpt).extra["training"]["seconds"] / 60
 
 
-def train(run: Path, loss: str, seed: int, opt: Options, *more) -> str:
-    """Start the run, or continue it; a run that has ended ends at once."""
-    resume = ["--resume"] if (run / "ckpt.pt").exists() else []
-    settings = ["--dataset", opt.dataset, "--loss", loss, "--seed", seed, "--out", run]
+def train(run: Path, loss: str, seed: int, parts: Parts, opt: Options, *more) -> Path:
+    """The run's checkpoint."""
+    words = ["--dataset", opt.dataset, "--loss", loss, "--seed", seed, "--out", run, "--resume"]
     epochs = dict(zip(opt.losses, opt.epochs))
     if loss in epochs:
-        settings += ["--epochs", epochs[loss]]
+        words += ["--epochs", epochs[loss]]
     if loss == "dat":
-        settings += ["--init", first_stage(run, opt)]
-    return call("train_sup.py", *settings, *more, *shlex.split(opt.options), *resume)
+        words += ["--init", first_stage(run, opt)]
+    words += [*more, *shlex.split(opt.options)]
+    return parts.run(run / "ckpt.pt", "train_sup.py", *words)
 
 
-def attack(run: Path, opt: Options, *attacks) -> tuple[dict, str]:
-    """Measure the run's checkpoint under these attacks -> accuracy.json and the command."""
-    trained = json.loads((run / "options.json").read_text())
-    ball = ["--norm", trained["norm"], "--eps", trained["eps"]]
-    settings = ["--ckpt", run / "ckpt.pt", "--dataset", opt.dataset, *ball, *attacks]
-    command = call("eval_robust.py", *settings)
-    return json.loads((run / "accuracy.json").read_text()), command
+def attack(ckpt: Path, parts: Parts, opt: Options, *more) -> dict:
+    """Measure a checkpoint -> the content of accuracy.json."""
+    trained = json.loads(ckpt.with_name("options.json").read_text())
+    words = ["--ckpt", ckpt, "--dataset", opt.dataset]
+    words += ["--norm", trained["norm"], "--eps", trained["eps"], *more]
+    folder = ckpt.with_name(f"accuracy-{digest(words)}")
+    path = parts.run(folder / "accuracy.json", "eval_robust.py", *words, "--out", folder)
+    return json.loads(path.read_text())
 
 
-def draw_and_judge(run: Path, judge: Path, opt: Options) -> tuple[dict, list[str]]:
-    """C-FD of the run's samples, and the commands."""
-    commands, folder = [], run / "samples"
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call with other options
+def distances(ckpt: Path, judge: Path, parts: Parts, opt: Options) -> dict:
+    """C-FD of the samples of every sampler."""
+    folder, samples = ckpt.with_name(f"samples-{opt.n_samples}"), []
     for sampler in SAMPLERS:
-        settings = ["--sampler", sampler, "--n", opt.n_samples, "--ckpt", run / "ckpt.pt"]
-        commands.append(call("sample.py", *settings, "--out", folder))
-    samples = [folder / f"samples-{sampler}.npz" for sampler in SAMPLERS]
-    settings = ["--samples", *samples, "--ref", opt.dataset, "--features", judge]
-    out = run / "c-fd.json"
-    commands.append(call("eval_is_fid.py", *settings, "--out", out))
+        words = ["--sampler", sampler, "--n", opt.n_samples, "--ckpt", ckpt, "--out", folder]
+        samples.append(parts.run(folder / f"samples-{sampler}.npz", "sample.py", *words))
+    words = ["--samples", *samples, "--ref", opt.dataset, "--features", judge]
+    out = folder / f"c-fd-{digest(words)}.json"
+    parts.run(out, "eval_is_fid.py", *words, "--out", out)
     rows = json.loads(out.read_text())["rows"]
-    return {f"c-fd_{name}": row["C-FD"] for name, row in zip(SAMPLERS, rows)}, commands
-
-
-def measure(run: Path, loss: str, judge: Path, opt: Options) -> tuple[dict, list[str]]:
-    """The figures of a trained run, and the commands."""
-    figures, commands = {"minutes": minutes(run / "ckpt.pt")}, []
-    if loss == "dat":
-        figures["minutes"] += minutes(first_stage(run, opt))
-    if opt.autoattack:
-        only = ["--attacks", "autoattack", "--n", opt.autoattack]
-        accuracy, command = attack(run, opt, *shlex.split(opt.evaluation), *only)
-        figures |= {"autoattack": accuracy["autoattack"], "autoattack n": accuracy["n"]}
-        commands.append(command)
-    accuracy, command = attack(run, opt, *ATTACKS, *shlex.split(opt.evaluation))
-    commands.append(command)
-    for key in ("n", *ACCURACIES, "calibration_error"):
-        figures[key] = accuracy[key]
-    for key in [key for key in accuracy if key.startswith("auroc_")]:
-        other = f"auroc_{Path(key.removeprefix('auroc_')).name}"
-        figures[other] = accuracy[key]["log_p_x"]
-        figures[f"{other}_max_p"] = accuracy[key]["max_p_y_x"]
-    distances, more = draw_and_judge(run, judge, opt)
-    return figures | distances, commands + more
+    return {f"c-fd_{name}": row["C-FD"] for name, row in zip(SAMPLERS, rows)}
 
 
 def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
-    """Train and measure one run, or read its row if it exists."""
+    """Train and measure one run -> its figures and commands."""
     run = Path(opt.out) / f"{opt.name}-{loss}-{seed}"
-    path = run / "row.json"
-    if path.exists():
-        row = json.loads(path.read_text())
-        if "diverged" in row or "autoattack" in row or not opt.autoattack:
-            return row
+    parts = Parts(run / "done.json", [])
     try:
-        command = train(run, loss, seed, opt, "--diagnose")
+        ckpt = train(run, loss, seed, parts, opt, "--diagnose")
     except cli.Diverged as error:
-        row = {"diverged": str(error)}
-    else:
-        figures, commands = measure(run, loss, judge, opt)
-        row = figures | {"commands": [command, *commands]}
-    cli.write_text(path, json.dumps(row, indent=1) + "\n")
-    return row
+        return {"diverged": str(error)}
+    row = {"minutes": minutes(ckpt)}
+    if loss == "dat":
+        row["minutes"] += minutes(first_stage(run, opt))
+    evaluation = shlex.split(opt.evaluation)
+    if opt.autoattack:
+        only = ["--attacks", "autoattack", "--n", opt.autoattack]
+        found = attack(ckpt, parts, opt, *evaluation, *only)
+        row |= {"autoattack": found["autoattack"], "autoattack n": found["n"]}
+    found = attack(ckpt, parts, opt, *ATTACKS, *evaluation)
+    row |= {key: found[key] for key in ("n", *ACCURACIES, "calibration_error")}
+    for key in [key for key in found if key.startswith("auroc_")]:
+        other = f"auroc_{Path(key.removeprefix('auroc_')).name}"
+        row[other] = found[key]["log_p_x"]
+        row[f"{other}_max_p"] = found[key]["max_p_y_x"]
+    row |= distances(ckpt, judge, parts, opt)
+    return row | {"commands": [part["command"] for part in parts.used.values()]}
 
 
 def main() -> None:
@@ -148,7 +131,7 @@ def main() -> None:
     seeds = opt.seeds or range(5)
     judge = Path(opt.judge or f"{opt.out}/{opt.name}-judge/ckpt.pt")
     if not opt.judge:
-        train(judge.parent, "st", 100, opt)
+        train(judge.parent, "st", 100, Parts(judge.with_name("done.json"), []), opt)
     rows = {loss: [row_of(loss, seed, judge, opt) for seed in seeds] for loss in opt.losses}
     out = Path("results") / f"losses-{opt.name}.json"
     record = {"command": cli.command(), "rows": rows}

@@ -159,31 +159,6 @@ def test_errors_are_printed_once_the_json_files_have_them(repository):
     assert ") | 18.8 ± 0.2 | " in text and "| 36.5 ± 0.3 |" in text
 
 
-@pytest.mark.parametrize("name", ["losses-digits", "dual-cifar10"])
-def test_losses_and_dual_print_the_table_and_write_the_json_file(name, tmp_path):
-    """From the rows of runs that have ended, which are not repeated."""
-    source = ROOT / f"results/{name}.json"
-    rows = json.loads(source.read_text())["rows"]
-    if name == "losses-digits":
-        runs = {f"{loss}-{i}": run for loss, many in rows.items() for i, run in enumerate(many)}
-        options = ["--judge", "judge.pt", "--losses", *rows]
-    else:
-        runs = {f"{row['variant'].replace(' ', '-')}-{row['seed']}": row for row in rows}
-        options = ["--judges", "judge.pt", "other.pt", "--other-start", "images"]
-    script_name, kind = name.split("-")
-    for run, row in runs.items():
-        folder = tmp_path / f"runs/{script_name}/{kind}-{run}"
-        folder.mkdir(parents=True)
-        (folder / "row.json").write_text(json.dumps(row))
-    done = script(f"results/{script_name}.py", *options, "--name", kind, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    printed, _, wrote = done.stdout.rpartition("wrote ")
-    assert wrote.strip() == f"results/{name}.json"
-    assert printed in (ROOT / "results/README.md").read_text()
-    assert [path.name for path in (tmp_path / "results").iterdir()] == [f"{name}.json"]
-    assert json.loads((tmp_path / f"results/{name}.json").read_text())["rows"] == rows
-
-
 def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path):
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
     first = digits_run / "runs/sup/ckpt.pt"
@@ -200,8 +175,41 @@ def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path):
     assert (row["n"], row["autoattack n"]) == (10, 1)
     assert row["autoattack"] in (0, 1) and 0 <= row["auroc_digits"] <= 1
     assert {"c-fd_cs", "c-fd_rcs", "c-fd_langevin"} <= row.keys()
+    table, _ = done.stdout.split("wrote results/losses-digits.json")
+    assert table.endswith(f"{row['c-fd_langevin']:.1f} |\n")
+    again = script("results/losses.py", *options, cwd=tmp_path)
+    assert "python " not in again.stdout  # nothing is repeated
+    assert json.loads((tmp_path / "results/losses-digits.json").read_text())["rows"]["dat"] == [row]
+    more = script("results/losses.py", *options, "--evaluation", "--n 12", cwd=tmp_path)
+    assert more.stdout.count("python ") == more.stdout.count("python eval_robust.py") == 2
+    (other,) = json.loads((tmp_path / "results/losses-digits.json").read_text())["rows"]["dat"]
+    assert other["n"] == 12 and "auroc_digits" not in other
     refused = script("results/losses.py", *options, "--epochs", 1, 2, cwd=tmp_path)
     assert_refused(refused, "--epochs needs 1 numbers, for dat")
+
+
+def test_dual_trains_each_variant_and_judges_four_samplers(digits_run, tmp_path):
+    first = digits_run / "runs/sup/ckpt.pt"
+    options = ["--init", first, "--seeds", 1, "--judges", first, "--evaluation", "--n 20"]
+    options += ["--variants", "recipe", "lambda 3", "--options", "--epochs 1", "--n-samples", 20]
+    done = script("results/dual.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results/dual-digits.json").read_text())["rows"]
+    assert [(row["variant"], row["seed"]) for row in rows] == [("recipe", 1), ("lambda 3", 0)]
+    assert "--likelihood-weight 3" in rows[1]["command"]
+    for row in rows:
+        run = tmp_path / f"runs/dual/digits-{row['variant'].replace(' ', '-')}-{row['seed']}"
+        found = json.loads((run / "accuracy.json").read_text())
+        assert row["PGD-20"] == 100 * found["pgd-20"] and found["n"] == 20
+        assert row["minutes"] == cem.load(run / "ckpt.pt").extra["training"]["seconds"] / 60
+        (judged,) = run.glob("samples-20/fd-*.json")
+        distances = {r["samples"]: r["C-FD"] for r in json.loads(judged.read_text())["rows"]}
+        for path, distance in distances.items():
+            assert row[f"{Path(path).stem.removeprefix('samples-')} 1"] == distance
+        assert len(set(distances.values())) == 4
+    again = script("results/dual.py", *options, cwd=tmp_path)
+    assert "python " not in again.stdout  # nothing is repeated
+    assert json.loads((tmp_path / "results/dual-digits.json").read_text())["rows"] == rows
 
 
 def test_finetune_trains_twice_with_each_share_of_the_labels(unsup_run, tmp_path):
