@@ -121,9 +121,6 @@ def evaluate_classifier(path, model, source, test_set: data.Dataset, opt: Option
     for name in ("noise", "constant", *opt.ood):
         others[name] = robustness.ood_dataset(name, test_set, opt.data_dir, opt.seed)
     result = robustness.accuracy(model, test_set, opt.attacks, opt, opt.n, opt.restarts, source)
-    names = ", ".join(robustness.stronger_transferred(result, len(logits)))
-    if names:
-        cli.warn(f"stronger if transferred: {names}; the gradients of {path} may be masked")
     labels = test_set.labels[test_set.evenly_spaced(len(logits))]
     result["calibration_error"] = robustness.calibration_error(logits, labels)
     for name, other in others.items():

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-K = 5  # neighbours that define a radius, as in both papers
+K = 5  # neighbours that define a radius, as in Naeem et al.; Kynkäänniemi et al. take 3
 ROWS = 1000  # of a distance matrix at a time
 
 

@@ -73,6 +73,7 @@ def accuracy(
     on all. opt has norm, eps, batch_size, precision and seed.
     source: another classifier. Each PGD attack is also made with its gradients, under the key
     transfer-<attack>. Such an image is an adversarial example too: the worst case includes it.
+    Warns of attacks that are stronger so.
     """
     model = cem.folded(model)
     device = dataset.images.device
@@ -102,24 +103,22 @@ def accuracy(
                 correct[key].append(survived)
     flags = {name: torch.cat(parts) for name, parts in correct.items()}
     flags["adversarial_accuracy"] = torch.stack([flags[name] for name in attempts]).all(0)
+    found = {name: flags[f"transfer-{name}"] for name in attacks if f"transfer-{name}" in flags}
+    stronger = [name for name, flag in found.items() if finds_more(flag, flags[name])]
+    if stronger:
+        cli.warn(f"stronger if transferred: {', '.join(stronger)}; gradients may be masked")
     return {name: flag.float().mean().item() for name, flag in flags.items()}
 
 
-def stronger_transferred(result: dict[str, float], n: int) -> list[str]:
-    """The attacks of accuracy(source=...) on n images that are stronger through the source.
+def finds_more(transferred: Tensor, own: Tensor) -> bool:
+    """Whether a transferred attack finds more adversarial examples, by two standard errors, than
+    the network's own gradients, which then hide some (Athalye et al., 2018).
 
-    Stronger by two standard errors of the difference between proportions of independent images of
-    equal mean; on the same images the difference varies less. The network's own gradients then
-    hide its adversarial examples (Athalye et al., 2018).
+    transferred, own: whether each image withstands the attack, (N,). Of two equally strong attacks,
+    each is as often the only one that an image withstands (McNemar, 1947).
     """
-    found = []
-    for name in ATTACKS:
-        if f"transfer-{name}" in result:
-            white_box, transferred = result[name], result[f"transfer-{name}"]
-            mean = (white_box + transferred) / 2
-            if white_box - transferred > 2 * math.sqrt(2 * mean * (1 - mean) / n):
-                found.append(name)
-    return found
+    more, fewer = (own & ~transferred).sum().item(), (transferred & ~own).sum().item()
+    return more - fewer > 2 * math.sqrt(more + fewer)
 
 
 # ------------------------------------------------------ calibration and out-of-distribution scores
