@@ -7,12 +7,14 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from unittest import mock
 
 import torch
 
+import cem
 from lib import cli, distributed, files
 
 
@@ -77,3 +79,22 @@ class Parts:
         if distributed.rank() == 0:
             cli.write_text(self.path, json.dumps({"finished": self.finished}, indent=1) + "\n")
         return product
+
+
+def minutes(ckpt: str | Path) -> float:
+    """Of the training run that wrote the checkpoint."""
+    extra = cem.load(ckpt).extra
+    cli.require("training" in extra, f"{ckpt} stores no minutes: name the ckpt.pt of a run")
+    return extra["training"]["seconds"] / 60
+
+
+def judged(parts: Parts, ckpt: Path, samplers: Sequence[str], n: int, ref, judge) -> dict:
+    """Draw n images by each sampler -> {sampler: its scores by the features of `judge`}."""
+    folder, samples = ckpt.with_name(f"samples-{n}"), []
+    for name in samplers:
+        words = ["--ckpt", ckpt, "--sampler", name, "--n", n, "--out", folder]
+        samples.append(parts.run(folder / f"samples-{name}.npz", "sample.py", *words))
+    words = ["--samples", *samples, "--ref", ref, "--features", judge]
+    out = folder / f"scores-{digest(words)}.json"
+    parts.run(out, "eval_is_fid.py", *words, "--out", out)
+    return dict(zip(samplers, json.loads(out.read_text())["rows"]))

@@ -22,7 +22,7 @@ import tables  # noqa: E402
 import cem  # noqa: E402
 from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
-from lib.parts import Parts, digest  # noqa: E402
+from lib.parts import Parts, digest, judged, minutes  # noqa: E402
 
 VARIANTS = {  # name -> what differs from the recipe
     "recipe": "",
@@ -54,43 +54,31 @@ class Options:
     out: str = option("runs/dual", "folder of the runs", "run", metavar="PATH")
 
 
-def accuracy(ckpt: Path, parts: Parts, opt: Options) -> dict:
-    words = ["--ckpt", ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation)]
-    path = parts.run(ckpt.with_name("accuracy.json"), "eval_robust.py", *words)
-    found = json.loads(path.read_text())
-    return {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}
-
-
-def distances(ckpt: Path, parts: Parts, opt: Options) -> dict:
-    """C-FD or E-FD of every sampler by every judge."""
-    folder, samples, figures = ckpt.with_name(f"samples-{opt.n_samples}"), [], {}
-    for sampler in cem.PARAMETRIC_SAMPLERS:
-        words = ["--ckpt", ckpt, "--sampler", sampler, "--n", opt.n_samples, "--out", folder]
-        samples.append(parts.run(folder / f"samples-{sampler}.npz", "sample.py", *words))
-    for i, judge in enumerate(opt.judges):
-        words = ["--samples", *samples, "--ref", opt.dataset, "--features", judge]
-        out = folder / f"fd-{digest(words)}.json"
-        parts.run(out, "eval_is_fid.py", *words, "--out", out)
-        for sampler, row in zip(cem.PARAMETRIC_SAMPLERS, json.loads(out.read_text())["rows"]):
-            figures[f"{sampler} {i + 1}"] = row.get("C-FD", row.get("E-FD"))
-    return figures
-
-
 def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
-    """Train and measure one run -> its figures and the command of the training."""
-    run = Path(opt.out) / f"{opt.name}-{variant.replace(' ', '-')}-{seed}"
-    parts = Parts(run / "done.json", [])
+    """Train and measure one run -> its figures and the command of the training.
+
+    C-FD, or E-FD by an encoder, of each sampler by the first judge has the key "<sampler> 1".
+    """
     words = ["--dataset", opt.dataset, "--loss", "dat", "--init", opt.init, "--seed", seed]
-    words += [*shlex.split(opt.options), *shlex.split(change), "--out", run, "--resume"]
-    ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words)
-    row = {"variant": variant, "seed": seed}
-    row["minutes"] = cem.load(ckpt).extra["training"]["seconds"] / 60
-    row |= accuracy(ckpt, parts, opt) | distances(ckpt, parts, opt)
+    words += [*shlex.split(opt.options), *shlex.split(change)]
+    name = f"{opt.name}-{variant.replace(' ', '-')}-{seed}-{digest(words)}"
+    parts = Parts(Path(opt.out) / name / "done.json", [])
+    run = parts.path.parent
+    ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--out", run, "--resume")
+    row = {"variant": variant, "seed": seed, "minutes": minutes(ckpt)}
+    words = ["--ckpt", ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation)]
+    found = json.loads(parts.run(run / "accuracy.json", "eval_robust.py", *words).read_text())
+    row |= {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}
+    samplers = cem.PARAMETRIC_SAMPLERS
+    for i, judge in enumerate(opt.judges, 1):
+        scores = judged(parts, ckpt, samplers, opt.n_samples, opt.dataset, judge)
+        row |= {f"{x} {i}": scores[x].get("C-FD", scores[x].get("E-FD")) for x in samplers}
     return row | {"command": parts.used[str(ckpt)]["command"]}
 
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
+    cli.require(bool(opt.judges), "--judges needs a checkpoint")
     variants = dict(VARIANTS)
     if opt.other_start:
         variants[OTHER_START] = f"--chain-start {shlex.quote(opt.other_start)}"

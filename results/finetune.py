@@ -20,7 +20,7 @@ import tables  # noqa: E402
 
 from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
-from lib.parts import Parts, digest  # noqa: E402
+from lib.parts import Parts, digest, minutes  # noqa: E402
 
 
 @dataclass
@@ -44,8 +44,7 @@ def row_of(start: str, share: float, epochs: int, parts: Parts, opt: Options) ->
     ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--out", run, "--resume")
     words = ["--dataset", opt.dataset, "--ckpt", ckpt, *shlex.split(opt.evaluation)]
     found = json.loads(parts.run(run / "accuracy.json", "eval_robust.py", *words).read_text())
-    log = (run / "log.jsonl").read_text().splitlines()
-    row = {"start": start, "share": share, "minutes": json.loads(log[-1])["seconds"] / 60}
+    row = {"start": start, "share": share, "minutes": minutes(ckpt)}
     return row | {key: found[key] for key in ("n", "clean_accuracy", "pgd-20")}
 
 

@@ -25,7 +25,7 @@ import tables  # noqa: E402
 import cem  # noqa: E402
 from lib import cli, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
-from lib.parts import Parts, digest  # noqa: E402
+from lib.parts import Parts, digest, judged, minutes  # noqa: E402
 
 ATTACKS = ["--attacks", "pgd-20", "pgd-50", "margin", "--restarts", 5]
 ACCURACIES = ("clean_accuracy", "pgd-20", "pgd-50", "margin", "adversarial_accuracy")
@@ -53,24 +53,29 @@ class Options:
     out: str = option("runs/losses", "folder of the runs", "run", metavar="PATH")
 
 
-def first_stage(run: Path, opt: Options) -> Path:
-    """What dat begins from: by default, the run of at with the same seed."""
-    return Path(opt.first_stage or run.with_name(run.name.replace("-dat-", "-at-")) / "ckpt.pt")
-
-
-def minutes(ckpt: Path) -> float:
-    return cem.load(ckpt).extra["training"]["seconds"] / 60
-
-
-def train(run: Path, loss: str, seed: int, parts: Parts, opt: Options, *more) -> Path:
-    """The run's checkpoint."""
-    words = ["--dataset", opt.dataset, "--loss", loss, "--seed", seed, "--out", run, "--resume"]
+def training(loss: str, seed: int, opt: Options) -> list:
+    """The options of a run."""
+    words = ["--dataset", opt.dataset, "--loss", loss, "--seed", seed]
     epochs = dict(zip(opt.losses, opt.epochs))
-    if loss in epochs:
-        words += ["--epochs", epochs[loss]]
-    if loss == "dat":
-        words += ["--init", first_stage(run, opt)]
-    words += [*more, *shlex.split(opt.options)]
+    words += ["--epochs", epochs[loss]] if loss in epochs else []
+    words += ["--init", first_stage(seed, opt)] if loss == "dat" else []
+    return [*words, *shlex.split(opt.options)]
+
+
+def folder(loss: str, seed: int, opt: Options) -> Path:
+    name = f"{opt.name}-{loss}-{seed}-{digest(training(loss, seed, opt))}"
+    return Path(opt.out) / name
+
+
+def first_stage(seed: int, opt: Options) -> Path:
+    """What dat begins from: by default, the run of at with the same seed."""
+    return Path(opt.first_stage or folder("at", seed, opt) / "ckpt.pt")
+
+
+def train(loss: str, seed: int, parts: Parts, opt: Options, *more) -> Path:
+    """The run's checkpoint."""
+    run = folder(loss, seed, opt)
+    words = [*training(loss, seed, opt), *more, "--out", run, "--resume"]
     return parts.run(run / "ckpt.pt", "train_sup.py", *words)
 
 
@@ -79,35 +84,21 @@ def attack(ckpt: Path, parts: Parts, opt: Options, *more) -> dict:
     trained = json.loads(ckpt.with_name("options.json").read_text())
     words = ["--ckpt", ckpt, "--dataset", opt.dataset]
     words += ["--norm", trained["norm"], "--eps", trained["eps"], *more]
-    folder = ckpt.with_name(f"accuracy-{digest(words)}")
-    path = parts.run(folder / "accuracy.json", "eval_robust.py", *words, "--out", folder)
+    out = ckpt.with_name(f"accuracy-{digest(words)}")
+    path = parts.run(out / "accuracy.json", "eval_robust.py", *words, "--out", out)
     return json.loads(path.read_text())
-
-
-def distances(ckpt: Path, judge: Path, parts: Parts, opt: Options) -> dict:
-    """C-FD of the samples of every sampler."""
-    folder, samples = ckpt.with_name(f"samples-{opt.n_samples}"), []
-    for sampler in SAMPLERS:
-        words = ["--sampler", sampler, "--n", opt.n_samples, "--ckpt", ckpt, "--out", folder]
-        samples.append(parts.run(folder / f"samples-{sampler}.npz", "sample.py", *words))
-    words = ["--samples", *samples, "--ref", opt.dataset, "--features", judge]
-    out = folder / f"c-fd-{digest(words)}.json"
-    parts.run(out, "eval_is_fid.py", *words, "--out", out)
-    rows = json.loads(out.read_text())["rows"]
-    return {f"c-fd_{name}": row["C-FD"] for name, row in zip(SAMPLERS, rows)}
 
 
 def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
     """Train and measure one run -> its figures and commands."""
-    run = Path(opt.out) / f"{opt.name}-{loss}-{seed}"
-    parts = Parts(run / "done.json", [])
+    parts = Parts(folder(loss, seed, opt) / "done.json", [])
     try:
-        ckpt = train(run, loss, seed, parts, opt, "--diagnose")
+        ckpt = train(loss, seed, parts, opt, "--diagnose")
     except cli.Diverged as error:
         return {"diverged": str(error)}
     row = {"minutes": minutes(ckpt)}
     if loss == "dat":
-        row["minutes"] += minutes(first_stage(run, opt))
+        row["minutes"] += minutes(first_stage(seed, opt))
     evaluation = shlex.split(opt.evaluation)
     if opt.autoattack:
         only = ["--attacks", "autoattack", "--n", opt.autoattack]
@@ -119,7 +110,8 @@ def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
         other = f"auroc_{Path(key.removeprefix('auroc_')).name}"
         row[other] = found[key]["log_p_x"]
         row[f"{other}_max_p"] = found[key]["max_p_y_x"]
-    row |= distances(ckpt, judge, parts, opt)
+    scores = judged(parts, ckpt, SAMPLERS, opt.n_samples, opt.dataset, judge)
+    row |= {f"c-fd_{name}": scores[name]["C-FD"] for name in SAMPLERS}
     return row | {"commands": [part["command"] for part in parts.used.values()]}
 
 
@@ -128,10 +120,12 @@ def main() -> None:
     opt.losses = opt.losses or list(cem.SUPERVISED_LOSSES)
     same = len(opt.epochs) in (0, len(opt.losses))
     cli.require(same, f"--epochs needs {len(opt.losses)} numbers, for {' '.join(opt.losses)}")
+    if opt.first_stage:
+        minutes(opt.first_stage)
     seeds = opt.seeds or range(5)
-    judge = Path(opt.judge or f"{opt.out}/{opt.name}-judge/ckpt.pt")
+    judge = Path(opt.judge or folder("st", 100, opt) / "ckpt.pt")
     if not opt.judge:
-        train(judge.parent, "st", 100, Parts(judge.with_name("done.json"), []), opt)
+        train("st", 100, Parts(judge.with_name("done.json"), []), opt)
     rows = {loss: [row_of(loss, seed, judge, opt) for seed in seeds] for loss in opt.losses}
     out = Path("results") / f"losses-{opt.name}.json"
     record = {"command": cli.command(), "rows": rows}

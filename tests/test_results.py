@@ -168,7 +168,7 @@ def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path):
     done = script("results/losses.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "results/losses-digits.json").read_text())["rows"]["dat"]
-    last = tmp_path / "runs/losses/digits-dat-0/ckpt.pt"
+    (last,) = tmp_path.glob("runs/losses/digits-dat-0-*/ckpt.pt")
     seconds = sum(cem.load(ckpt).extra["training"]["seconds"] for ckpt in (first, last))
     assert row["minutes"] == pytest.approx(seconds / 60)
     assert "--epochs 1" in row["commands"][0] and f"--init {first}" in row["commands"][0]
@@ -184,6 +184,8 @@ def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path):
     assert more.stdout.count("python ") == more.stdout.count("python eval_robust.py") == 2
     (other,) = json.loads((tmp_path / "results/losses-digits.json").read_text())["rows"]["dat"]
     assert other["n"] == 12 and "auroc_digits" not in other
+    longer = script("results/losses.py", *options, "--epochs", 2, cwd=tmp_path)
+    assert all(f"python {name}" in longer.stdout for name in ("train_sup.py", "eval_is_fid.py"))
     refused = script("results/losses.py", *options, "--epochs", 1, 2, cwd=tmp_path)
     assert_refused(refused, "--epochs needs 1 numbers, for dat")
 
@@ -198,11 +200,11 @@ def test_dual_trains_each_variant_and_judges_four_samplers(digits_run, tmp_path)
     assert [(row["variant"], row["seed"]) for row in rows] == [("recipe", 1), ("lambda 3", 0)]
     assert "--likelihood-weight 3" in rows[1]["command"]
     for row in rows:
-        run = tmp_path / f"runs/dual/digits-{row['variant'].replace(' ', '-')}-{row['seed']}"
+        (run,) = tmp_path.glob(f"runs/dual/digits-{row['variant'].replace(' ', '-')}-*")
         found = json.loads((run / "accuracy.json").read_text())
         assert row["PGD-20"] == 100 * found["pgd-20"] and found["n"] == 20
         assert row["minutes"] == cem.load(run / "ckpt.pt").extra["training"]["seconds"] / 60
-        (judged,) = run.glob("samples-20/fd-*.json")
+        (judged,) = run.glob("samples-20/scores-*.json")
         distances = {r["samples"]: r["C-FD"] for r in json.loads(judged.read_text())["rows"]}
         for path, distance in distances.items():
             assert row[f"{Path(path).stem.removeprefix('samples-')} 1"] == distance
