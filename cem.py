@@ -230,12 +230,12 @@ class NonParametricCEM(_CEM):
 
 def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """The names of every convolution and of the BatchNorm that follows it, until it is folded."""
+    pairs = dict.fromkeys((ResNet, BasicBlock, Bottleneck), [(f"conv{i}", f"bn{i}") for i in "123"])
+    pairs |= {nn.Sequential: [("0", "1")], WideBlock: [("conv1", "bn2")]}
     for name, module in model.named_modules():
-        pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")]
-        if isinstance(module, (WideResNet, WideBlock)):  # BatchNorm precedes its convolution
-            pairs = [("conv1", "bn2")]
-        for conv, bn in pairs:
-            if isinstance(getattr(module, bn, None), _BatchNorm):
+        for conv, bn in pairs.get(type(module), ()):
+            before, after = getattr(module, conv, None), getattr(module, bn, None)
+            if isinstance(before, nn.Conv2d) and isinstance(after, _BatchNorm):
                 yield f"{name}.{conv}".lstrip("."), f"{name}.{bn}".lstrip(".")
 
 

@@ -74,8 +74,8 @@ def check(opt: Options) -> None:
         cli.require(not opt.save_stats, "--save-stats needs --features inception")
         cli.require(opt.preprocess == "torch", "--preprocess tf1 needs --features inception")
     if opt.neighbours:
-        dataset = opt.ref in data.NAMES or Path(opt.ref, "train").is_dir()
-        cli.require(dataset, f"--neighbours needs a dataset as --ref, with both splits: {opt.ref}")
+        both = data.exists(opt.ref)
+        cli.require(both, f"--neighbours needs a dataset as --ref, with both splits: {opt.ref}")
 
 
 # --------------------------------------------------------------------------------------- samples

@@ -229,7 +229,7 @@ def check(opt: Options) -> None:
     cli.require(digits or chosen, f"--dataset {opt.dataset} needs a --budget such as 6h, or --full")
     if opt.budget:
         budget.seconds(opt.budget)
-    found = opt.dataset in data.NAMES or Path(opt.dataset, "train").is_dir()
+    found = data.exists(opt.dataset)
     cli.require(found, f"--dataset {opt.dataset} not found: see python train_sup.py --help")
     n = distributed.world_size()
     cli.require(128 % n == 0, f"{n} processes cannot share batches of 128 images: take 2, 4 or 8")

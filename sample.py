@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
@@ -113,17 +114,15 @@ def check(opt: Options) -> None:
     cli.require(sized, "--image-size needs the --dataset that it applies to")
 
 
-class Trace:
-    """A potential that keeps the images at which it is evaluated, for --gif."""
+def traced(potential: cem.Potential, frames: list[Tensor]) -> Callable:
+    """The potential, which keeps in `frames` the images at which it is evaluated, for --gif."""
+    values = potential.bind()
 
-    def __init__(self, potential: cem.Potential, frames: list[Tensor]):
-        self.model = potential.model
-        self.potential = potential.bind()
-        self.frames = frames
+    def keep(x: Tensor) -> Tensor:
+        frames.append(to_bytes(x))
+        return values(x)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        self.frames.append(to_bytes(x))
-        return self.potential(x)
+    return keep
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -159,7 +158,7 @@ def draw_batch(
         ascent = dict(steps=opt.steps, step_size=opt.step_size, norm=opt.norm, noise=opt.noise)
         with autocast(device, opt.precision):
             if frames is not None:
-                potential = Trace(potential, frames)
+                potential = traced(potential, frames)
             x = cem.ascend(potential, x, momentum=opt.momentum, generator=random, **ascent)
         cli.require(bool(x.isfinite().all()), "the images are not finite: the network overflows")
     return to_bytes(x), y if conditional else torch.full_like(y, -1)

@@ -205,7 +205,7 @@ def train(opt: Options) -> None:
     watch = None
     attack = pgd_options(opt)
     if opt.loss == "at" and attack["steps"] == 1 and attack["step_size"] >= opt.eps:
-        held_out, train_set = train_set.hold_out(min(256, len(train_set) // 10))
+        held_out, train_set = train_set.hold_out(min(256, max(len(train_set) // 10, 1)))
         watch = make_watch(opt, held_out)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])

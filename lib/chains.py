@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +70,8 @@ def chain_starts(where: str, data_dir: str, seeds, device) -> Callable:
     """
     if where == "gaussian":
         return seeds.sample
-    if where in data.NAMES:
-        images = data.load(where, "train", data_dir).images
-    else:
-        images, _ = data.read_samples(Path(where), seeds.shape[-1])
+    size = 0 if where in data.NAMES else seeds.shape[-1]
+    images = data.images(where, "train", data_dir, size)
     shape, wanted = tuple(images.shape[1:]), seeds.shape
     cem.require(shape == wanted, f"--chain-start has images of {shape}, the dataset of {wanted}")
     images = images.to(device)

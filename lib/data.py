@@ -110,6 +110,18 @@ def load(name: str, split: str, data_dir: str = "data", image_size: int = 0) -> 
     raise CEMError(f"unknown dataset {name!r}: not a folder and not one of {', '.join(NAMES)}")
 
 
+def exists(name: str) -> bool:
+    """Whether this names a dataset, or a folder with the two splits of one."""
+    return name in NAMES or Path(name, "train").is_dir()
+
+
+def images(name: str, split: str, data_dir: str, image_size: int = 0) -> Tensor:
+    """The images (N, C, H, W) of a dataset's split, of a folder of images or of an npz file."""
+    if exists(name) or not Path(name).exists():
+        return load(name, split, data_dir, image_size).images
+    return read_samples(Path(name), image_size)[0]
+
+
 def splits(name: str, data_dir: str, device, image_size: int = 0) -> tuple[Dataset, Dataset]:
     """Both splits, on the device. Raises CEMError if their images differ in shape."""
     train = load(name, "train", data_dir, image_size).to(device)

@@ -168,7 +168,9 @@ def extract(
     torchrun's processes divide the batches among them, and each returns all rows. Raises
     CEMError, which calls the images `name`, if a feature is not finite.
     """
-    size = min(batch_size, max(len(images) // distributed.world_size(), 1))
+    world = distributed.world_size()
+    cli.require(len(images) >= world, f"{name}: fewer images than the {world} processes")
+    size = min(batch_size, len(images) // world)
     batches = distributed.local_rows(images.split(size))
     parts = []
     for batch in cli.progress(batches, name, unit="batch"):

@@ -131,11 +131,8 @@ def load_images(opt, key: str) -> Tensor | Reference:
     """The images of --ref, uint8 (N, C, H, W), or the statistics in an npz of mu and sigma, which
     must be of the feature network `key`."""
     path = Path(opt.ref)
-    if path.suffix == ".npz" and path.is_file():
-        return read_statistics(path, key) or data.read_npz(path)[0]
-    if opt.ref not in data.NAMES and path.is_dir() and not (path / "train").is_dir():
-        return data.read_samples(path, opt.image_size)[0]
-    return data.load(opt.ref, opt.split, opt.data_dir, opt.image_size).images
+    found = read_statistics(path, key) if path.suffix == ".npz" and path.is_file() else None
+    return found or data.images(opt.ref, opt.split, opt.data_dir, opt.image_size)
 
 
 FORMAT = 1  # of cached statistics: to be raised when features or blocks change

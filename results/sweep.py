@@ -75,6 +75,9 @@ class Sweep:
             network = metrics.Checkpoint(path, device)
             images = reference.load_images(opt, network.key)
             self.rulers.append((network, reference.compute(images, network, opt)))
+        names = [network.names[1] for network, _ in self.rulers]
+        fits = names == ["C-FD", "E-FD"][: len(names)]
+        cli.require(fits, "--judge must be a classifier, --second an encoder")
         self.rows = []
 
     def point(self, **changes) -> dict:
@@ -115,6 +118,8 @@ class Sweep:
         step = settings["step_size"]
         if factor == "norm":
             pixels = math.prod(cem.load(self.ckpt).extra["image_shape"])
+            if settings["norm"] == "linf":
+                return [settings | {"norm": "l2", "step_size": step * math.sqrt(pixels)}]
             return [settings | {"norm": "linf", "step_size": step / math.sqrt(pixels)}]
         values = {"steps": STEPS, "step_size": [step * f for f in LENGTHS], "noise": NOISES}
         return [settings | {factor: v} for v in values[factor] if v != settings[factor]]

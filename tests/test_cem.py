@@ -90,6 +90,24 @@ def test_folded_is_the_same_function_and_leaves_the_model_alone(arch):
     torch.testing.assert_close(folded(x), model.eval()(x))  # float64: rounding alone
 
 
+class PreActivation(nn.Module):
+    """A block from elsewhere, with the names of torchvision's in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv1(F.relu(self.bn1(x)))
+
+
+@pytest.mark.parametrize("other", [PreActivation(), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))])
+def test_folded_is_the_same_function_for_networks_from_elsewhere(other):
+    nn.init.uniform_(next(m for m in other.modules() if isinstance(m, nn.BatchNorm2d)).bias)
+    x = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(cem.folded(other)(x), other.eval()(x))
+
+
 def test_cem_imports_only_torch_and_torchvision():
     imported = set()
     for node in ast.walk(ast.parse((ROOT / "cem.py").read_text())):  # inside functions, too

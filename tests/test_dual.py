@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchvision
 from conftest import assert_refused, script
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from test_data import write_folder
 from test_survival import assert_same_run, compute_in_float64, launch, training_of
@@ -292,6 +293,11 @@ def test_chains_start_at_images_of_a_folder(digits_run, tmp_path):
     write_folder(tmp_path / "colour", size=8)
     done = script("train_sup.py", *options, "--chain-start", "colour", cwd=tmp_path)
     assert_refused(done, "--chain-start has images of (3, 8, 8), the dataset of (1, 8, 8)")
+    for split, colour in (("train", 0), ("test", 255)):  # of a dataset, the training images
+        (tmp_path / "set" / split / "a").mkdir(parents=True)
+        Image.new("L", (8, 8), colour).save(tmp_path / "set" / split / "a/0.png")
+    start = chain_starts(str(tmp_path / "set"), "data", seeds, torch.device("cpu"))
+    assert not start(40, generator).any()
 
 
 def test_dat_without_init_says_what_it_expects(tmp_path):
