@@ -82,7 +82,6 @@ class Options:
         "", "ours or third-party (default: runs/{sup,unsup}/ckpt.pt if it exists, else shipped)",
         "checkpoint", metavar="PATH",
     )  # fmt: skip
-    raw: bool = option(False, "the last weights instead of their running average", "checkpoint")
     dataset: str = option(
         "", f"for a third-party checkpoint, gives seeds and class names: {data.HELP}", "checkpoint"
     )
@@ -164,20 +163,24 @@ def draw_batch(
     return to_bytes(x), y if conditional else torch.full_like(y, -1)
 
 
+def batch_at(first: int, n: int, opt: Options) -> int:
+    """The size of the batch of n images that begins at number `first`: the last may be smaller,
+    but coupled images depend on a whole one."""
+    return n if opt.sampler in cem.COUPLED else min(n, opt.n - first)
+
+
 def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, C, H, W) and labels (N,). Finished batches are kept and reused in `parts`.
 
     torchrun's processes share the batches; the first one collects them from that folder.
     """
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
-    couples = opt.sampler in cem.COUPLED
     torch.empty(opt.n, *seeds.shape, dtype=torch.uint8)  # fails now if they do not fit in memory
     starts = range(0, opt.n, opt.batch_size)
     drawn = {}
 
     def draw_at_most(n: int, first: int) -> tuple[Tensor, Tensor]:
-        size = n if couples else min(n, opt.n - first)  # coupled images need the whole batch
-        return draw_batch(model, seeds, opt, device, first, size)
+        return draw_batch(model, seeds, opt, device, first, batch_at(first, n, opt))
 
     for first in cli.progress(distributed.local_rows(starts), opt.sampler, unit="batch"):
         if parts is None or pictures.read_part(parts, first) is None:
@@ -197,9 +200,8 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
 def draw_frames(model, opt: Options, device) -> tuple[list[Tensor], Tensor]:
     """The first images again -> uint8 (N, C, H, W) before each step and at the end; labels."""
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
-    couples = opt.sampler in cem.COUPLED
     frames = []
-    size = opt.batch_size if couples else min(opt.n, opt.batch_size)
+    size = batch_at(0, opt.batch_size, opt)
     images, labels = draw_batch(model, seeds, opt, device, 0, size, frames)
     return [frame[: opt.n] for frame in (*frames, images)], labels[: opt.n]
 
@@ -219,7 +221,7 @@ def record(opt: Options, path: Path, model, seconds: float) -> dict:
 
 
 def main() -> None:
-    opt = cli.parse(Options, __doc__, moved={"--init": "use --start gaussian or --start noise"})
+    opt = cli.parse(Options, __doc__)
     check(opt)
     device = pick_device(opt.device)
     opt.precision = resolve_precision(device, opt.precision)

@@ -258,7 +258,7 @@ def train(opt: Options) -> None:
 
 
 def main() -> None:
-    opt = cli.parse(Options, __doc__, preset, options.MOVED)
+    opt = cli.parse(Options, __doc__, preset)
     check(opt)
     train(opt)
 

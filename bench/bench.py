@@ -106,7 +106,6 @@ def textbook_seconds(name: str, opt: Options, device: torch.device) -> float:
 def peak_memory(step: Callable, device: torch.device) -> int | None:
     """Bytes that a step allocates at most; None on the CPU."""
     if device.type != "cuda":
-        seconds(step, device)
         return None
     torch.cuda.reset_peak_memory_stats(device)
     seconds(step, device)

@@ -109,17 +109,13 @@ class _Parser(ArgumentParser):
         raise cem.CEMError(f"{message} (see {self.prog} --help)")
 
 
-def parse(options: type, description: str, preset=None, moved: dict | None = None, argv=None):
+def parse(options: type, description: str, preset=None, argv=None):
     """The command line as an instance of the dataclass `options`.
 
-    preset(options) returns other defaults, which explicit options override. `moved` maps options
-    of earlier versions to what replaces them.
+    preset(options) returns other defaults, which explicit options override.
     """
     argv = sys.argv[1:] if argv is None else argv
     require("\0" not in "".join(argv), "options must not contain null bytes")
-    for word in argv:
-        name = word.partition("=")[0]
-        require(name not in (moved or {}), f"{name} has moved: {(moved or {}).get(name)}")
     parser = _Parser(options, description)
     if preset:
         parser.set_defaults(**preset(parser.parse_args(argv)))

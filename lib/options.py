@@ -11,7 +11,6 @@ from lib.cli import option
 from lib.device import PRECISIONS
 from lib.run import FILES, MAY_CHANGE, resumes
 
-MOVED = {"--evaluate": "python eval_robust.py --ckpt CKPT measures a checkpoint"}
 ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
 
 

@@ -36,11 +36,6 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
         "third_party" in model.extra or not opt.dataset,
         f"--dataset is for third-party checkpoints: {path} has its seeds",
     )
-    if opt.raw:
-        stored = "training" in model.extra
-        cli.require(stored, f"--raw needs the last weights, but {path} stores the average only")
-        model.load_state_dict(model.extra["training"]["model"])
-        model.extra.pop("bank", None)  # of the average
     if "third_party" in model.extra:
         cli.require(opt.dataset, f"{path} has no seeds: name the --dataset to fit them to")
         dataset = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)

@@ -83,13 +83,14 @@ def cards(*records: dict) -> Iterator[dict]:
         yield row | {"test images": f"{found['n']:,}", "precision": found["precision"]}
 
 
-def sup(first: dict, second: dict) -> Iterator[dict]:
-    for name, scores in by_sampler(second).items():
-        row = {"1,000 images": f"[`{name}`](sup-{name}.png)"}
-        row["C-FD, first stage"] = figure(by_sampler(first)[name], "C-FD")
+def sup(first: dict, second: dict, real: dict) -> Iterator[dict]:
+    for name, scores in (by_sampler(second) | {"": real["rows"][0]}).items():
+        row = {"1,000 images": f"[`{name}`](sup-{name}.png)" if name else "test images"}
+        row["C-FD, first stage"] = figure(by_sampler(first)[name], "C-FD") if name else "–"
         row["C-FD"] = figure(scores, "C-FD")
         row |= {key: figure(scores, key, 2) for key in ("precision", "recall")}
-        yield row | {"wanted": share(scores, "wanted")}
+        row["wanted"] = share(scores, "wanted")
+        yield row if name else {column: str(cell) for column, cell in row.items()}  # never bold
 
 
 def dual(record: dict) -> Iterator[dict]:
@@ -139,7 +140,7 @@ LOSSES = {  # column -> kind of figure, key, unit or digits
     "ECE": (figure, "calibration_error", 3),
     "AUROC noise": (figure, "auroc_noise", 3),
     "AUROC constant": (figure, "auroc_constant", 3),
-    "AUROC held-out": (figure, "auroc_held-out", 3),
+    "AUROC digits": (figure, "auroc_digits", 3),
     "C-FD `cs`": (figure, "c-fd_cs", 1),
     "C-FD `rcs`": (figure, "c-fd_rcs", 1),
     "C-FD `langevin`": (figure, "c-fd_langevin", 1),
@@ -214,7 +215,7 @@ TABLES = {  # document -> marker -> function and its JSON files
         "sup-at-accuracy", "sup-at", "sup-accuracy", "sup",
         "unsup-probe", "unsup", "unsup-dat-probe", "unsup-dat")))},
     "results/README.md": {
-        "sup": (sup, "results/sup-at.json", "results/sup.json"),
+        "sup": (sup, *(f"results/{name}.json" for name in ("sup-at", "sup", "real"))),
         "dual-cifar10": (dual, "results/dual-cifar10.json"),
         "unsup": (unsup, "results/unsup.json"),
         "unsup-dat": (unsup_dat, "results/unsup-dat.json"),

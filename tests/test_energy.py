@@ -326,10 +326,8 @@ def test_a_resumed_run_keeps_its_bank(unsup_run, tmp_path):
     assert torch.equal(before["embeddings"], after["embeddings"])
 
 
-def test_raw_weights_have_no_bank(dual_run, tmp_path):
+def test_neighbour_of_a_class_starts_at_noise(dual_run, tmp_path):
     draw = ["--ckpt", dual_run / CKPT, "--n", 2, "--sampler", "neighbour", "--out", "."]
-    done = script("sample.py", *draw, "--raw", cwd=tmp_path)
-    assert_refused(done, "needs a bank")
     done = script("sample.py", *draw, "--cond", "--start", "noise", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

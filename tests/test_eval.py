@@ -399,7 +399,7 @@ def test_damaged_files(digits_run, tmp_path):
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """A folder with weights.pth, random but in the published file's format, and two sets of 128
+    """A folder with weights.pth, random but in the published file's format, and two sets of 64
     images, a and b, each as an npz file and as an image folder."""
     from pytorch_fid import inception
 
@@ -410,7 +410,7 @@ def inception(tmp_path_factory):
         network = inception.fid_inception_v3()
     random = np.random.default_rng(0)
     for name, contrast in (("a", 40), ("b", 90)):
-        small = torch.from_numpy(random.normal(128, contrast, (128, 3, 8, 8)))
+        small = torch.from_numpy(random.normal(128, contrast, (64, 3, 8, 8)))
         images = F.interpolate(small, (32, 32), mode="bilinear").clamp(0, 255).byte()
         pixels = images.permute(0, 2, 3, 1).numpy()
         np.savez(folder / f"{name}.npz", arr_0=pixels)
@@ -448,7 +448,7 @@ def pytorch_fid_features(inception):
     features = []
     for name in "ab":
         paths = sorted(str(path) for path in (inception / name).glob("*.png"))
-        options = dict(batch_size=64, dims=2048, device="cpu", num_workers=0)
+        options = dict(batch_size=32, dims=2048, device="cpu", num_workers=0)
         features.append(fid_score.get_activations(paths, network, **options))
     return network, *features
 
@@ -457,12 +457,12 @@ def pytorch_fid_features(inception):
 def test_inception_matches_pytorch_fid(inception, pytorch_fid_features):
     """Features, scores and warnings."""
     _, a, b = pytorch_fid_features
-    options = ["--weights", "weights.pth", "--batch-size", 60]
+    options = ["--weights", "weights.pth", "--batch-size", 30]
     done = evaluate(inception, "--samples", "a", "--ref", "b", *options)
     (row,) = read_rows(done, inception / "a/metrics.json")
     (cache,) = (inception / "b").glob("stats-b-train-inception-*.npz")
     assert f"cached the reference's statistics in b/{cache.name}" in done.stdout
-    few = "128 images, fewer than its 2,048 features"
+    few = "64 images, fewer than its 2,048 features"
     assert f"FID of a is far too high: {few}; KID is not biased" in done.stderr
     assert "the published weights 6726825d" in done.stderr
     with np.load(cache) as arrays:
@@ -516,7 +516,7 @@ def test_tf1_matches_torch_fidelity(inception):
             shutil.copy(path, inception / f"{name}4")
     expected = torch_fidelity.calculate_metrics(
         input1=str(inception / "a4"), input2=str(inception / "b4"),
-        isc=True, fid=True, kid=True, kid_subset_size=64, samples_shuffle=False,
+        isc=True, fid=True, kid=True, kid_subset_size=32, samples_shuffle=False,
         feature_extractor_weights_path=str(inception / "weights.pth"),
         cuda=False, cache=False, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
@@ -766,6 +766,21 @@ def test_sweep_writes_every_point_and_the_settings(second, digits_run, unsup_run
         row for row in rows if row["sampler"] == "cs" and settings["cs"].items() <= row.items()
     ]
     assert len(chosen) == 1
+
+
+def test_sweep_refuses_rulers_of_the_wrong_kind(digits_run, tmp_path):
+    ckpt = digits_run / CKPT
+    options = ["--ref", "digits", "--ckpt", ckpt, "--judge", ckpt, "--second", ckpt]
+    done = script("results/sweep.py", *options, "--out", "sweep.json", cwd=tmp_path)
+    assert_refused(done, "--second an encoder")
+
+
+def test_the_other_norm_walks_as_far(digits_run):
+    tuned = SimpleNamespace(ckpt=digits_run / CKPT)
+    settings = dict(steps=8, step_size=0.5, noise=0.0, norm="l2")
+    (signed,) = sweep.Sweep.variants(tuned, "norm", settings)
+    assert (signed["norm"], signed["step_size"]) == ("linf", 0.5 / 8)  # of 64 pixels
+    assert sweep.Sweep.variants(tuned, "norm", signed) == [settings]
 
 
 def test_the_best_point_is_good_by_both_rulers():

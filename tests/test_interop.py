@@ -64,7 +64,7 @@ def attacker_model(net):
 
 
 def plain_state():
-    return dict(perturb(cem.ParametricCEM("resnet18", 3)).net.state_dict())
+    return dict(perturb(cem.ParametricCEM("resnet18", 3, width=8)).net.state_dict())
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_robustbench_resnet_gives_the_same_logits(wrap, x, tmp_path):
 
 
 @pytest.mark.parametrize("stem, suffix", [(small_stem, ""), (imagenet_stem, "-imagenet")])
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torchvision_round_trip(name, stem, suffix, x, tmp_path):
     build = getattr(torchvision.models, name)
     theirs = perturb(stem(build(num_classes=5))).eval()
@@ -207,17 +207,6 @@ def test_our_own_damaged_checkpoint_is_reported_as_damaged(tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(cem.CEMError, match="own.pt is damaged"):
         interop.load(path)
-
-
-def test_missing_checkpoint(tmp_path):
-    with pytest.raises(cem.CEMError, match="checkpoint .*none.pt not found"):
-        interop.load(tmp_path / "none.pt", mean=0.0, std=1.0)
-
-
-def test_cem_load_refuses_a_third_party_file(tmp_path):
-    torch.save(plain_state(), tmp_path / "f.pt")
-    with pytest.raises(cem.CEMError, match="sample.py and eval_robust.py"):
-        cem.load(tmp_path / "f.pt")
 
 
 # ------------------------------------------------------------- files with more than tensors

@@ -736,30 +736,6 @@ def test_evaluation_writes_every_attack_and_score(digits_run):
         assert part in done.stdout
 
 
-@pytest.mark.parametrize(
-    "name, arguments, part",
-    [
-        ("eval_robust.py", "--attacks magic", "magic"),
-        ("eval_robust.py", "--restarts 0", "--restarts"),
-        ("eval_robust.py", "--ood nowhere --n 10", "nowhere"),
-        ("train_sup.py", "--evaluate", "eval_robust.py"),
-        ("train_sup.py", "--loss jem --buffer 10", "--buffer"),
-        ("train_sup.py", "--loss jem --reinit 2", "--reinit"),
-        ("train_sup.py", "--loss jem --sgld-steps 0", "--sgld-steps"),
-        ("train_sup.py", "--loss jeat --likelihood-weight 0", "--likelihood-weight"),
-        ("train_sup.py", "--loss jem --max-energy-gap 0", "--max-energy-gap"),
-    ],
-)
-def test_bad_options_are_refused(name, arguments, part, digits_run, tmp_path):
-    options = ["--dataset", "digits", *arguments.split()]
-    if name == "eval_robust.py":
-        (tmp_path / "ckpt.pt").write_bytes((digits_run / "runs/sup/ckpt.pt").read_bytes())
-        options += ["--ckpt", "ckpt.pt"]
-    before = files(tmp_path)
-    assert_refused(script(name, *options, cwd=tmp_path), part)
-    assert files(tmp_path) == before
-
-
 # ------------------------------------------------------------- torchvision's datasets, synthetic
 
 

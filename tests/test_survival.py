@@ -239,17 +239,6 @@ def test_epochs_may_grow_and_other_options_may_not(copy_of_whole, tmp_path):
 # ------------------------------------------------------------------------------------ damage
 
 
-def test_checksums_reveal_damage_that_torch_does_not_notice(whole, tmp_path):
-    """A block of zeros in the middle of the file, as a failing disk may leave it."""
-    content = bytearray((whole / "ckpt.pt").read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 4096] = bytes(4096)
-    (tmp_path / "ckpt.pt").write_bytes(content)
-    torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    with pytest.raises(cem.CEMError, match="checksum"):
-        cem.load(tmp_path / "ckpt.pt")
-
-
 def test_damaged_checkpoint_is_replaced_by_the_previous_one(copy_of_whole, whole, tmp_path):
     checkpoints = [copy_of_whole / name for name in ("ckpt-previous.pt", "ckpt.pt")]
     assert [training_of(path)["step"] for path in checkpoints] == [22, 33]
@@ -280,11 +269,6 @@ def test_full_disk_is_a_clear_error_and_keeps_the_checkpoint(copy_of_whole, tmp_
     assert_refused(new, "new/ckpt.pt")
     assert (copy_of_whole / "ckpt.pt").read_bytes() == before
     assert not [name for name in files(tmp_path) if name.endswith(".cem-tmp")]
-
-
-def test_file_in_the_place_of_the_run_folder_is_a_clear_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert_refused(script("train_sup.py", *TINY, "--out", "file/run", cwd=tmp_path), "file")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import threading
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import assert_refused, files, perturb, script
+from conftest import assert_refused, files, script
 from test_survival import ForkedScript, training_of
 
 import cem
@@ -103,54 +101,6 @@ def test_of_two_runs_started_together_exactly_one_goes_on(tmp_path):
         assert training_of(run / "ckpt.pt")["step"] == 2
         names = {"ckpt.pt", "log.jsonl", "options.json"}
         assert names <= set(files(run)) and not (run / "previous-1").exists()
-
-
-@pytest.mark.slow
-def test_threads_that_sample_and_train_do_not_disturb_each_other():
-    """8 threads of 50 iterations: half draw from their network, half train and attack theirs."""
-
-    def network(i: int) -> cem.ParametricCEM:
-        torch.manual_seed(i)
-        return perturb(cem.ParametricCEM("resnet18", 5, width=4, in_channels=1), i)
-
-    def sample_with(model) -> torch.Tensor:
-        x, y = torch.full((4, 1, 8, 8), 0.5), torch.arange(4)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(50):
-            potential = cem.potential("rcs", model, y)
-            settings = dict(steps=2, step_size=0.1, noise=0.01, generator=generator)
-            x = cem.ascend(potential, x, **settings)
-        return x
-
-    def train(model) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(1)
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        model.train()
-        for _ in range(50):
-            x, y = torch.rand(4, 1, 8, 8, generator=generator), torch.arange(4)
-            attack = cem.potential("ce", model, y)
-            x_adv = cem.pgd(attack, x, eps=0.5, steps=2, generator=generator)
-            loss, _ = cem.supervised_loss("at", model, x, y, x_adv)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return torch.cat([v.flatten().float() for v in model.state_dict().values()])
-
-    work = [sample_with, train] * 4
-    serial = [job(network(i)) for i, job in enumerate(work)]
-    models = [network(i) for i in range(8)]
-    parallel = [None] * 8
-
-    def run(i: int) -> None:
-        parallel[i] = work[i](models[i])
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for one, other in zip(serial, parallel):
-        assert torch.equal(one, other)
 
 
 def test_scripts_run_without_home_and_display_from_another_folder(digits_run, tmp_path):

@@ -456,23 +456,6 @@ def test_options_without_effect_on_an_encoder_are_refused(options, part, unsup_r
     assert files(unsup_run) == before
 
 
-@pytest.mark.parametrize(
-    "command, part",
-    [
-        ("train_unsup.py --dataset digits --temperature 0", "--temperature"),
-        ("train_unsup.py --dataset digits --batch-size 1", "--batch-size"),
-        ("train_unsup.py --dataset digits --min-crop 0", "--min-crop"),
-        ("train_unsup.py --dataset digits --loss mle", "mle"),
-        ("train_unsup.py --dataset digits --evaluate", "eval_robust.py"),
-        ("eval_robust.py --dataset digits --ckpt runs/unsup/ckpt.pt", "runs/unsup/ckpt.pt"),
-        ("sample.py --sampler maxent --batch-size 1", "--batch-size"),
-    ],
-)
-def test_bad_options_are_refused(command, part, tmp_path):
-    assert_refused(script(*command.split(), cwd=tmp_path), part)
-    assert files(tmp_path) == []
-
-
 def test_the_two_commands_of_the_paper(tmp_path, monkeypatch):
     """python train_unsup.py --arch resnet50; python sample.py --sampler maxent --cond: as they
     stand, but for a small dataset and network."""
