@@ -111,7 +111,9 @@ def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
         row[other] = found[key]["log_p_x"]
         row[f"{other}_max_p"] = found[key]["max_p_y_x"]
     scores = judged(parts, ckpt, SAMPLERS, opt.n_samples, opt.dataset, judge)
-    row |= {f"c-fd_{name}": scores[name]["C-FD"] for name in SAMPLERS}
+    for name in SAMPLERS:
+        row[f"c-fd_{name}"] = scores[name]["C-FD"]
+        row[f"c-fd_{name} std"] = scores[name]["C-FD std"]
     return row | {"commands": [part["command"] for part in parts.used.values()]}
 
 

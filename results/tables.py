@@ -142,7 +142,6 @@ LOSSES = {  # column -> kind of figure, key, unit or digits
     "AUROC constant": (figure, "auroc_constant", 3),
     "AUROC digits": (figure, "auroc_digits", 3),
     "C-FD `cs`": (figure, "c-fd_cs", 1),
-    "C-FD `rcs`": (figure, "c-fd_rcs", 1),
     "C-FD `langevin`": (figure, "c-fd_langevin", 1),
 }
 
@@ -152,7 +151,9 @@ def losses(record: dict) -> Iterator[dict]:
     measured = {key for runs in record["rows"].values() for run in runs for key in run}
     for loss, runs in record["rows"].items():
         finished = [run for run in runs if "diverged" not in run]
-        row = {"": f"`{loss}`", "finished": f"{len(finished)} of {len(runs)}"}
+        row = {"": f"`{loss}`"}
+        if len(runs) > 1:
+            row["finished"] = f"{len(finished)} of {len(runs)}"
         for column, (kind, key, form) in LOSSES.items():
             cells = [kind(run, key, form) for run in finished if key in run]
             if len(cells) > 1:
