@@ -12,8 +12,8 @@ from lib.parts import call, digest
 
 JUDGE = "--arch resnet18 --width 16 --lr 0.2 --schedule onecycle --ema 0.99"
 FAST = (
-    "--arch resnet18 --width {} --attack fgsm --optimizer muon --lr 0.2 --weight-decay 0.002 "
-    "--schedule onecycle --ema 0.995"
+    "--arch resnet18 --width {} --attack-steps 1 --attack-step-size 0.5 --optimizer muon --lr 0.2 "
+    "--weight-decay 0.002 --schedule onecycle --ema 0.995"
 )
 FAST_UNSUP = (
     "--arch resnet18 --width {} --batch-size 128 --lr 0.1 --schedule onecycle --ema 0.998 "
