@@ -223,6 +223,9 @@ def test_classifier_blocks_are_spatial_means_and_deviations(model, tmp_path):
     cem.save(tmp_path / "m.pt", model)
     network = metrics.Checkpoint(str(tmp_path / "m.pt"), torch.device("cpu"))
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    with mock.patch.object(metrics.distributed, "world_size", lambda: 8):
+        with pytest.raises(cem.CEMError, match="test: fewer images than the 8 processes"):
+            metrics.extract(network, images, 2, "test")
     blocks, logits = metrics.extract(network, images, 2, "test")
     x = images.double() / 255
     stages = model.double().stages(x)
