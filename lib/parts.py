@@ -82,9 +82,9 @@ class Parts:
 
 
 def minutes(ckpt: str | Path) -> float:
-    """Of the training run that wrote the checkpoint."""
+    """Training time of the run that wrote the checkpoint. Raises CEMError if it is not stored."""
     extra = cem.load(ckpt).extra
-    cli.require("training" in extra, f"{ckpt} stores no minutes: name the ckpt.pt of a run")
+    cli.require("training" in extra, f"{ckpt} has no training time: pass the ckpt.pt of a run")
     return extra["training"]["seconds"] / 60
 
 

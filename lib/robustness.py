@@ -73,7 +73,7 @@ def accuracy(
     on all. opt has norm, eps, batch_size, precision and seed.
     source: another classifier. Each PGD attack is also made with its gradients, under the key
     transfer-<attack>. Such an image is an adversarial example too: the worst case includes it.
-    Warns of attacks that are stronger so.
+    Warns if it makes an attack stronger.
     """
     model = cem.folded(model)
     device = dataset.images.device

@@ -92,7 +92,7 @@ def test_folded_is_the_same_function_and_leaves_the_model_alone(arch):
 
 
 class PreActivation(nn.Module):
-    """A block from elsewhere, with the names of torchvision's in another order."""
+    """A third-party block with torchvision's names, but BatchNorm before the convolution."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ class PreActivation(nn.Module):
 
 
 @pytest.mark.parametrize("other", [PreActivation(), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))])
-def test_folded_is_the_same_function_for_networks_from_elsewhere(other):
+def test_folded_is_the_same_function_for_third_party_networks(other):
     nn.init.uniform_(next(m for m in other.modules() if isinstance(m, nn.BatchNorm2d)).bias)
     x = torch.rand(2, 3, 4, 4)
     torch.testing.assert_close(cem.folded(other)(x), other.eval()(x))
