@@ -94,18 +94,8 @@ def load_source(opt: Options, model: nn.Module, device: torch.device) -> nn.Modu
     return source.to(memory_format=torch.channels_last)
 
 
-def check_size(path, model: nn.Module, test_set: data.Dataset) -> None:
-    own, given = model.extra.get("image_shape"), list(test_set.images.shape[1:])
-    differs = f"{path} is for images of {own}, {test_set.name} has {given}"
-    cli.require(own in (None, given), f"{differs}: name its --dataset and --image-size")
-
-
 def checked_logits(path, model, test_set: data.Dataset, opt: Options) -> torch.Tensor:
-    """f(x, ·) (N, K) on the chosen images. Raises CEMError if the classifier does not fit them."""
-    own = (model.config["in_channels"], model.config["num_classes"])
-    given = (test_set.images.shape[1], len(test_set.classes))
-    message = "{} has {} channels and {} classes".format(path, *own)
-    cli.require(own == given, f"{message}, but {test_set.name} has {given[0]} and {given[1]}")
+    """f(x, ·) (N, K) on the chosen images. Raises CEMError if they are not finite."""
     chosen = test_set.evenly_spaced(opt.n or len(test_set))
     logits = robustness.outputs(model, test_set, chosen, opt)
     cli.require(bool(logits.isfinite().all()), f"the logits of {path} are not finite")
@@ -131,11 +121,6 @@ def evaluate_classifier(path, model, source, test_set: data.Dataset, opt: Option
 def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt: Options) -> dict:
     """k-NN and a linear probe on all training images, attacked through encoder and probe."""
     cli.require(not opt.ood, "--ood needs a classifier, not an encoder")
-    channels = model.config["in_channels"]
-    cli.require(
-        train_set.images.shape[1] == channels,
-        f"the checkpoint takes {channels} channels, but {train_set.name} has others",
-    )
     model = cem.folded(model)
     known, asked = (
         robustness.outputs(model.features, s, s.evenly_spaced(len(s)), opt)
@@ -191,7 +176,7 @@ def main() -> None:
     files.check_output(folder / name, files.json_with("command", "ckpt", "eps"))
     if encoder:
         train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
-        check_size(path, model, test_set)
+        test_set.check_fits(model, path)
         result = evaluate_encoder(model, train_set, test_set, opt)
         report(name, path, folder, test_set, opt, result)
         return
@@ -199,7 +184,7 @@ def main() -> None:
     for where, network in ((path, model), (opt.transfer, source)):
         if network is None:
             continue
-        check_size(where, network, test_set)
+        test_set.check_fits(network, where)
         if "third_party" in network.extra:
             train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
             interop.check_third_party(network, where, train_set)

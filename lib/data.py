@@ -83,6 +83,16 @@ class Dataset:
         info = {"dataset": self.name, "classes": self.classes, "seeds": seeds.state_dict()}
         return info | {"image_shape": list(self.images.shape[1:])}
 
+    def check_fits(self, model, path) -> None:
+        """Raise CEMError unless the images and, of a classifier, the classes are the model's."""
+        shape, classes = list(self.images.shape[1:]), len(self.classes)
+        own = model.extra.get("image_shape") or [model.config["in_channels"], *shape[1:]]
+        differs = f"{path} is for images of {own}, but {self.name} has {shape}"
+        cli.require(own == shape, f"{differs}: name its --dataset and --image-size")
+        own = model.config.get("num_classes", classes)
+        differs = f"{path} has {own} classes, but {self.name} has {classes}"
+        cli.require(own == classes, f"{differs}: name its --dataset")
+
     def pixels(self, index=slice(None)) -> Tensor:
         """The images at `index` as floats in [0, 1], in channels_last memory format."""
         return self.images[index].float().div_(255).contiguous(memory_format=torch.channels_last)

@@ -224,14 +224,9 @@ def count_blocks(state: State, prefix: str) -> int:
 def check_third_party(model: nn.Module, path: Path, train_set) -> None:
     """Check a third-party model on its training set.
 
-    Raises CEMError if the numbers of classes or channels differ. A model without a normalisation
-    gets that of the training images, which is printed. Prints the accuracy on 500 of them, with a
-    warning if it is low.
+    A model without a normalisation gets that of the training images, which is printed. Prints the
+    accuracy on 500 of them, with a warning if it is low.
     """
-    classes, channels = model.config["num_classes"], model.config["in_channels"]
-    fits = (classes, channels) == (len(train_set.classes), train_set.images.shape[1])
-    differs = f"{train_set.name} differs: name the dataset it was trained on"
-    require(fits, f"{path} has {classes} classes and {channels} channels: {differs}")
     if not model.extra["normalised"]:
         for name, value in train_set.normalisation().items():
             getattr(model, name).copy_(value.view(-1, 1, 1))

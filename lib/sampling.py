@@ -12,7 +12,7 @@ from torch import Tensor
 import cem
 from lib import cli, data, interop, metrics
 
-SEED_RANK = 48  # of the seeds fitted for a third-party checkpoint
+SEED_RANK = 48  # of the seeds fitted for a checkpoint without any
 # the l2 distance that all steps together walk on 3x32x32 images, from results/sweep-*.json; of an
 # encoder, from maxent and pgd
 DISPLACEMENT = dict.fromkeys(cem.PARAMETRIC_SAMPLERS, 3.0)
@@ -32,17 +32,16 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
     cli.require(chosen or not encoder, "--classes of an encoder need --cond")
     noise = encoder and opt.cond and opt.start == "noise" and opt.sampler != "neighbour"
     cli.require(not noise, "--cond of an encoder chooses seeds: leave out --start noise")
-    cli.require(
-        "third_party" in model.extra or not opt.dataset,
-        f"--dataset is for third-party checkpoints: {path} has its seeds",
-    )
-    if "third_party" in model.extra:
+    if {"seeds", "classes", "dataset"} <= model.extra.keys():
+        own = f"--dataset is for checkpoints without seeds: {path} has its own"
+        cli.require(not opt.dataset, own)
+    else:
         cli.require(opt.dataset, f"{path} has no seeds: name the --dataset to fit them to")
         dataset = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
-        interop.check_third_party(model, path, dataset)
+        dataset.check_fits(model, path)
+        if "third_party" in model.extra:
+            interop.check_third_party(model, path, dataset)
         model.extra |= dataset.checkpoint_info(SEED_RANK)
-    complete = {"seeds", "classes", "dataset"} <= model.extra.keys()
-    cli.require(complete, f"{path} has no seeds or class names: a training script stores them")
     return cem.folded(model).to(memory_format=torch.channels_last)
 
 

@@ -90,7 +90,7 @@ def main() -> None:
     ours = isinstance(model, cem.ParametricCEM) and "third_party" not in model.extra
     cli.require(ours, f"{ckpt} is not a classifier of this project")
     test_set = data.load(settings.dataset, "test", opt.data_dir, settings.image_size).to(device)
-    eval_robust.check_size(ckpt, model, test_set)
+    test_set.check_fits(model, ckpt)
     eval_robust.checked_logits(ckpt, model, test_set, settings)
     record = {"command": cli.command(), "ckpt": str(ckpt), "dataset": test_set.name}
     record |= {"norm": opt.norm, "attack": opt.attack, "n": min(opt.n, len(test_set))}

@@ -569,8 +569,8 @@ def test_masked_gradients_are_reported(digits_run, tmp_path):
     "arguments, parts",
     [
         ("--transfer nowhere.pt", ["nowhere.pt not found"]),
-        ("--transfer other.pt", ["other.pt has 3 channels and 10 classes", "digits has 1 and 10"]),
-        ("--transfer few.pt", ["few.pt has 4 classes and 1 channels", "digits"]),
+        ("--transfer other.pt", ["other.pt is for images of [3, 8, 8]", "digits has [1, 8, 8]"]),
+        ("--transfer few.pt", ["few.pt has 4 classes, but digits has 10"]),
         ("--transfer unsup.pt", ["--transfer", "encoder"]),
         ("--ckpt unsup.pt --transfer sup.pt", ["--transfer", "encoder"]),
         ("--transfer sup.pt --attacks autoattack", ["--transfer", "PGD"]),

@@ -278,6 +278,20 @@ def test_options_of_sample_do_something(digits_run):
     assert labels.tolist() == [7, 2, 7, 2, 7]
 
 
+def test_a_checkpoint_without_seeds_takes_those_of_its_dataset(digits_run, tmp_path):
+    model = cem.load(digits_run / CKPT)
+    kept = {key: model.extra[key] for key in ("classes", "dataset", "image_shape")}
+    cem.save(tmp_path / "bare.pt", model, **kept)
+    before = files(tmp_path)
+    assert_refused(script("sample.py", "--ckpt", "bare.pt", cwd=tmp_path), "bare.pt has no seeds")
+    write_folder(tmp_path / "photos")
+    other = ["--ckpt", "bare.pt", "--dataset", "photos"]
+    assert_refused(script("sample.py", *other, cwd=tmp_path), "is for images of [1, 8, 8]")
+    expected, _ = drawn_images(digits_run, "--n", 20)
+    found, _ = drawn_images(tmp_path, "--n", 20, "--ckpt", "bare.pt", "--dataset", "digits")
+    assert np.array_equal(found, expected)
+
+
 DENSITIES = {  # written out
     "ta": lambda f, y: f.log_softmax(1)[range(len(y)), y],
     "langevin": lambda f, y: f.exp().sum(1).log(),
