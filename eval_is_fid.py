@@ -15,7 +15,6 @@ Writes the table as .md and .json beside the samples, and caches the statistics 
 dataset beside it as stats-*.npz.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,13 +202,11 @@ def check_outputs(samples: list, opt: Options) -> None:
         files.check_output(Path(opt.save_stats), is_statistics)
     if samples:
         path = output(samples, opt)
-        is_ours = files.json_with("command", "network", "reference", "rows")
-        files.check_output(path, is_ours)
         others = [path.with_suffix(".md")]
         if opt.neighbours:
             others += [picture(path, i) for i in range(len(samples))]
-        for other in others:
-            files.check_output(other, lambda _: is_ours(path))
+        is_ours = files.json_with("command", "network", "reference", "rows")
+        files.check_output(path, is_ours, *others)
 
 
 def picture(path: Path, i: int) -> Path:
@@ -242,7 +239,7 @@ def evaluate(network: FeatureNetwork, samples: list, reference: Reference, opt: 
         try:
             if neighbours:
                 pictures.write_grid(picture(out, i), grid)
-            cli.write_text(out, json.dumps(record, indent=2) + "\n")
+            files.write_json(out, record)
             cli.write_text(out.with_suffix(".md"), markdown(rows))
         except OSError:
             print(markdown(rows), end="")  # show what was computed

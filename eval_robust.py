@@ -10,7 +10,6 @@ Writes accuracy.json, or probe.json for an encoder. Figures are computed in floa
 images by default.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +154,7 @@ def report(name: str, path: Path, folder: Path, test_set, opt: Options, result: 
     if opt.transfer:
         record["transfer"] = opt.transfer
     record |= result | {"intervals": intervals}
-    cli.write_text(folder / name, json.dumps(record, indent=2) + "\n")
+    files.write_json(folder / name, record)
     print(f"wrote {folder / name}")
 
 

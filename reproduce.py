@@ -9,7 +9,6 @@ Writes table.md, table.json and grids.png into --out. If it is interrupted, the 
 command resumes; finished parts with the same options are reused.
 """
 
-import json
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ class Reproduction:
         distributed.barrier()
         if distributed.rank() == 0:
             shutil.rmtree(self.measured, ignore_errors=True)
-            cli.write_text(self.plan_file, json.dumps(plan, indent=1) + "\n")
+            files.write_json(self.plan_file, plan)
         return plan
 
     def training(self, model: str, options=None, first_stage: Path | None = None) -> list[str]:
@@ -122,7 +121,7 @@ class Reproduction:
         ckpt = self.train(model)
         product = ckpt.with_name("probe.json" if model.startswith("unsup") else "accuracy.json")
         words = ["--ckpt", ckpt, *self.data, "--n", self.plan["n_eval"]]
-        return json.loads(self.parts.run(product, "eval_robust.py", *words, alone=True).read_text())
+        return files.read_json(self.parts.run(product, "eval_robust.py", *words, alone=True))
 
     def draw(self, row: str) -> Path:
         """The samples of a row, .npz."""
@@ -146,7 +145,7 @@ class Reproduction:
         for name, network in networks.items():
             out = self.folder / f"scores-{digest(words + network)}.json"
             self.parts.run(out, "eval_is_fid.py", *words, *network, "--out", out)
-            found = json.loads(out.read_text())
+            found = files.read_json(out)
             for row, scores in zip(rows, found["rows"]):
                 # precision and recall remain the judge's
                 figures[row] = scores | figures[row] | {name: found["network"]}
@@ -215,7 +214,7 @@ def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
     shown = text(job, accuracies, figures)
     grids = {row: job.draw(row).with_suffix(".png") for row in figures}
     if distributed.rank() == 0:
-        cli.write_text(job.folder / "table.json", json.dumps(content, indent=1) + "\n")
+        files.write_json(job.folder / "table.json", content)
         cli.write_text(job.folder / "table.md", shown)
         pictures.write_overview(job.folder / "grids.png", grids)
     return shown
@@ -236,11 +235,9 @@ def check(opt: Options) -> None:
     folder = Path(opt.out)
     files.make_folder(folder)
     files.lock(folder, f"another process is at work in {folder}: name another --out")
-    is_ours = files.json_with("command", "plan", "rows")
     files.check_output(folder / "done.json", files.json_with("finished"))
-    files.check_output(folder / "table.json", is_ours)
-    for name in ("table.md", "grids.png"):
-        files.check_output(folder / name, lambda _: is_ours(folder / "table.json"))
+    beside = (folder / "table.md", folder / "grids.png")
+    files.check_output(folder / "table.json", files.json_with("command", "plan", "rows"), *beside)
 
 
 def main() -> None:

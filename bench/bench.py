@@ -12,7 +12,6 @@ attack is also compared with its PGD.
 """
 
 import functools
-import json
 import platform
 import statistics
 import sys
@@ -174,7 +173,7 @@ def main() -> None:
             )
     if opt.out:
         record = {"command": cli.command(), "machine": machine, "torch": torch.__version__}
-        cli.write_text(Path(opt.out), json.dumps(record | {"rows": rows}, indent=1) + "\n")
+        files.write_json(Path(opt.out), record | {"rows": rows})
         print(f"wrote {opt.out}")
 
 

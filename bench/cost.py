@@ -9,7 +9,6 @@ with a k-step attack costs 2 k + 3 forward passes, whose arithmetic grows with t
 A slope is the exponent of the time as a power of the arithmetic, from the halved to the doubled.
 """
 
-import json
 import math
 import statistics
 import sys
@@ -97,7 +96,7 @@ def main() -> None:
     if distributed.rank():
         return
     out = Path(opt.out)
-    cli.write_text(out, json.dumps(record | {"rows": rows}, indent=1) + "\n")
+    files.write_json(out, record | {"rows": rows})
     print(f"{markdown(rows)}wrote {out}")
 
 

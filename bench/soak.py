@@ -105,7 +105,7 @@ def main() -> None:
         rows.append(watch(words, minutes, opt.every))
         print(json.dumps(rows[-1]), flush=True)
     record = {"command": cli.command(), "rows": rows}
-    cli.write_text(Path(opt.out), json.dumps(record, indent=1) + "\n")
+    files.write_json(Path(opt.out), record)
     print(f"wrote {opt.out}")
 
 

@@ -12,7 +12,6 @@ evaluation does not. No choice may depend on test images.
 """
 
 import copy
-import json
 import statistics
 import sys
 import time
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import eval_robust  # noqa: E402
-from lib import augment, cli, data, markdown, optim, robustness  # noqa: E402
+from lib import augment, cli, data, files, markdown, optim, robustness  # noqa: E402
 from lib.attack import AttackCopy  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import PRECISIONS, autocast, pick_device  # noqa: E402
@@ -140,7 +139,7 @@ def main() -> None:
         accuracies = {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}
         rows.append({"run": seed, "seconds": seconds, **accuracies})
         record = {"command": cli.command(), "recipe": asdict(recipe), "rows": rows}
-        cli.write_text(out / f"{opt.track}.json", json.dumps(record, indent=1) + "\n")
+        files.write_json(out / f"{opt.track}.json", record)
     print(f"{table(rows)}wrote {out / opt.track}.json and {out / opt.track}-*.pt")
 
 

@@ -61,12 +61,14 @@ def lock(folder: Path, busy: str) -> None:
     cli.require(current, busy)
 
 
-def check_output(path: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Raise CEMError unless `path` can be written, and what is there was written by this script."""
+def check_output(path: Path, is_ours: Callable[[Path], bool], *beside: Path) -> None:
+    """Raise CEMError unless `path` and the files beside it can be written, and what is there was
+    written by this script: those beside it are ours if `path` is."""
     make_folder(path.parent)
-    if path.is_symlink() or path.exists():
-        ours = path.is_file() and not path.is_symlink() and is_ours(path)
-        cli.require(ours, f"{path} exists and this script did not write it: name another file")
+    for file in (path, *beside):
+        if file.is_symlink() or file.exists():
+            ours = file.is_file() and not file.is_symlink() and is_ours(path)
+            cli.require(ours, f"{file} exists and this script did not write it: name another file")
 
 
 def json_with(*keys: str) -> Callable[[Path], bool]:
@@ -85,3 +87,7 @@ def read_json(path: Path) -> object:
         return json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def write_json(path: Path, content: object) -> None:
+    cli.write_text(path, json.dumps(content, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import json
 import os
 import shlex
 import sys
@@ -77,7 +76,7 @@ class Parts:
         done = {"command": command, "seconds": seconds}
         self.finished[str(product)] = self.used[str(product)] = done
         if distributed.rank() == 0:
-            cli.write_text(self.path, json.dumps({"finished": self.finished}, indent=1) + "\n")
+            files.write_json(self.path, {"finished": self.finished})
         return product
 
 
@@ -97,4 +96,4 @@ def judged(parts: Parts, ckpt: Path, samplers: Sequence[str], n: int, ref, judge
     words = ["--samples", *samples, "--ref", ref, "--features", judge]
     out = folder / f"scores-{digest(words)}.json"
     parts.run(out, "eval_is_fid.py", *words, "--out", out)
-    return dict(zip(samplers, json.loads(out.read_text())["rows"]))
+    return dict(zip(samplers, files.read_json(out)["rows"]))

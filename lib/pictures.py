@@ -46,22 +46,18 @@ def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict)
     -> the path of the record.
     """
     path = claim(folder, name, record["set"])
+    npz = path.with_suffix(".npz")
+    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
     try:
-        _write(path, images, labels, record)
+        cem.write_atomically(npz, lambda file: np.savez_compressed(file, **arrays))
+        write_grid(path.with_suffix(".png"), grid(images, labels))
+        files.write_json(path, record)
     except BaseException:
         if "command" not in files.read_json(path):  # claimed now, with nothing in it yet
             path.unlink()
         raise
-    return path
-
-
-def _write(path: Path, images: Tensor, labels: Tensor, record: dict) -> None:
-    npz = path.with_suffix(".npz")
-    arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy(), "arr_1": labels.numpy()}
-    cem.write_atomically(npz, lambda file: np.savez_compressed(file, **arrays))
-    write_grid(npz.with_suffix(".png"), grid(images, labels))
-    cli.write_text(path, json.dumps(record, indent=2) + "\n")
     print(f"wrote {npz}, .png and .json")
+    return path
 
 
 def write_grid(path: Path, picture: Tensor) -> None:
@@ -167,7 +163,7 @@ def read_part(parts: Path, first: int) -> tuple[Tensor, Tensor] | None:
 
 
 def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]) -> None:
-    """Write one PNG file per image, folder/<index>.png, and link it as folder/<class>/<index>.png.
+    """Write one PNG file per image, folder/<index>.png, and again as folder/<class>/<index>.png.
 
     The folder appears once it is complete. Images with label -1 have no class folder.
     """
@@ -182,16 +178,8 @@ def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]
                 # class names come from a file and must not lead out of the folder
                 name = re.sub(r"[^\w -]", "_", classes[label]) or str(label)
                 (temporary / name).mkdir(exist_ok=True)
-                _link(path, temporary / name / path.name)
+                shutil.copyfile(path, temporary / name / path.name)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"wrote {len(images)} PNG files to {folder}")
-
-
-def _link(path: Path, target: Path) -> None:
-    """A hard link, or a copy on a file system without hard links."""
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copyfile(path, target)

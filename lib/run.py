@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import cem
-from lib import cli, distributed, schema
+from lib import cli, distributed, files, schema
 
 # The files of a run. Nothing else in its folder is moved, replaced or deleted.
 FILES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json")
@@ -53,7 +53,7 @@ class RunFolder:
                 os.replace(path, folder / path.name)
             print(f"moved the earlier run to {folder}")
         options = {k: v for k, v in asdict(self.opt).items() if v != math.inf}  # not in JSON
-        cli.write_text(self.path / "options.json", json.dumps(options, indent=2) + "\n")
+        files.write_json(self.path / "options.json", options)
 
     def board(self, step: int) -> SummaryWriter:
         """TensorBoard's writer; events after `step` are discarded."""

@@ -9,7 +9,6 @@ the four samplers. Calls the scripts as a user would. Finished parts are not rep
 processes can each do some of the --variants.
 """
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import tables  # noqa: E402
 
 import cem  # noqa: E402
-from lib import cli, markdown  # noqa: E402
+from lib import cli, files, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.parts import Parts, digest, judged, minutes  # noqa: E402
 
@@ -67,7 +66,7 @@ def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
     ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--out", run, "--resume")
     row = {"variant": variant, "seed": seed, "minutes": minutes(ckpt)}
     words = ["--ckpt", ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation)]
-    found = json.loads(parts.run(run / "accuracy.json", "eval_robust.py", *words).read_text())
+    found = files.read_json(parts.run(run / "accuracy.json", "eval_robust.py", *words))
     row |= {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}
     samplers = cem.PARAMETRIC_SAMPLERS
     for i, judge in enumerate(opt.judges, 1):
@@ -90,7 +89,7 @@ def main() -> None:
             rows.append(row_of(variant, variants[variant], seed, opt))
     out = Path("results") / f"dual-{opt.name}.json"
     record = {"command": cli.command(), "judges": opt.judges, "rows": rows}
-    cli.write_text(out, json.dumps(record, indent=1) + "\n")
+    files.write_json(out, record)
     print(f"{markdown.table(tables.dual(record))}wrote {out}")
 
 

@@ -6,7 +6,6 @@ The estimate is the mean over the batch of -log 1/(N-1) Σ_{j≠i} exp f(x_i, x_
 that draws: the potential of maxent. maxent raises it, pgd lowers it at first.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +52,8 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     plt = pictures.pyplot()
     device = pick_device(opt.device)
-    record = Path(f"{opt.out}.json")
-    is_ours = files.json_with("maxent, one Gaussian", "pgd, one Gaussian")
-    files.check_output(record, is_ours)
-    files.check_output(Path(f"{opt.out}.png"), lambda _: is_ours(record))
+    png, path = Path(f"{opt.out}.png"), Path(f"{opt.out}.json")
+    files.check_output(path, files.json_with("maxent, one Gaussian", "pgd, one Gaussian"), png)
     ckpt = Path(opt.ckpt or cli.SHIPPED / "unsup.pt")
     model = sampling.load_model(ckpt, device, sample.Options(sampler="maxent"))
     gaussians = cem.GaussianSeeds.from_state_dict(model.extra["seeds"], device)
@@ -74,10 +71,9 @@ def main() -> None:
     plt.xlabel(f"step (l2 length {opt.step_size:g})")
     plt.ylabel(f"entropy estimate of {opt.n} images")
     plt.legend()
-    png = Path(f"{opt.out}.png")
     pictures.write_figure(png, plt.gcf())
-    cli.write_text(Path(f"{opt.out}.json"), json.dumps(curves) + "\n")
-    print(f"wrote {png} and {opt.out}.json")
+    files.write_json(path, curves)
+    print(f"wrote {png} and {path}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ grow by eps / 2 up to 4 eps and double from there, until the accuracy is 0 or th
 images. The band is Wilson's 95 % interval.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -81,9 +80,7 @@ def main() -> None:
     plt = pictures.pyplot()
     device = pick_device(opt.device)
     png, path = Path(f"{opt.out}.png"), Path(f"{opt.out}.json")
-    is_ours = files.json_with("command", "radii", "accuracy")
-    files.check_output(path, is_ours)
-    files.check_output(png, lambda _: is_ours(path))
+    files.check_output(path, files.json_with("command", "radii", "accuracy"), png)
     ckpt = Path(opt.ckpt or cli.default_checkpoint("sup"))
     settings = eval_robust.Options(dataset=opt.dataset, norm=opt.norm, n=opt.n)
     model = eval_robust.load(settings, ckpt, device)
@@ -95,7 +92,7 @@ def main() -> None:
     record = {"command": cli.command(), "ckpt": str(ckpt), "dataset": test_set.name}
     record |= {"norm": opt.norm, "attack": opt.attack, "n": min(opt.n, len(test_set))}
     record |= curve(model, test_set, opt, settings)
-    cli.write_text(path, json.dumps(record) + "\n")
+    files.write_json(path, record)
     figure, axes = plt.subplots()
     draw(axes, record, len(test_set.classes))
     pictures.write_figure(png, figure)

@@ -8,7 +8,6 @@ encoder. Calls the scripts as a user would; an interrupted call resumes, and fin
 repeated.
 """
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import tables  # noqa: E402
 
-from lib import cli, markdown  # noqa: E402
+from lib import cli, files, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.parts import Parts, digest, minutes  # noqa: E402
 
@@ -43,7 +42,7 @@ def row_of(start: str, share: float, epochs: int, parts: Parts, opt: Options) ->
     run = Path(opt.out) / f"{start}-{digest(words)}"
     ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--out", run, "--resume")
     words = ["--dataset", opt.dataset, "--ckpt", ckpt, *shlex.split(opt.evaluation)]
-    found = json.loads(parts.run(run / "accuracy.json", "eval_robust.py", *words).read_text())
+    found = files.read_json(parts.run(run / "accuracy.json", "eval_robust.py", *words))
     row = {"start": start, "share": share, "minutes": minutes(ckpt)}
     return row | {key: found[key] for key in ("n", "clean_accuracy", "pgd-20")}
 
@@ -61,7 +60,7 @@ def main() -> None:
     out = Path("results") / f"finetune-{opt.name}.json"
     commands = [part["command"] for part in parts.used.values()]
     record = {"command": cli.command(), "rows": rows, "commands": commands}
-    cli.write_text(out, json.dumps(record, indent=1) + "\n")
+    files.write_json(out, record)
     print(f"{markdown.table(tables.finetune(record))}wrote {out}")
 
 

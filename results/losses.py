@@ -12,7 +12,6 @@ trained. For a comparison at equal minutes, choose --epochs, and --first-stage f
 minutes include those of its first stage.
 """
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 import tables  # noqa: E402
 
 import cem  # noqa: E402
-from lib import cli, markdown  # noqa: E402
+from lib import cli, files, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.parts import Parts, digest, judged, minutes  # noqa: E402
 
@@ -81,12 +80,12 @@ def train(loss: str, seed: int, parts: Parts, opt: Options, *more) -> Path:
 
 def attack(ckpt: Path, parts: Parts, opt: Options, *more) -> dict:
     """Measure a checkpoint -> the content of accuracy.json."""
-    trained = json.loads(ckpt.with_name("options.json").read_text())
+    trained = files.read_json(ckpt.with_name("options.json"))
     words = ["--ckpt", ckpt, "--dataset", opt.dataset]
     words += ["--norm", trained["norm"], "--eps", trained["eps"], *more]
     out = ckpt.with_name(f"accuracy-{digest(words)}")
     path = parts.run(out / "accuracy.json", "eval_robust.py", *words, "--out", out)
-    return json.loads(path.read_text())
+    return files.read_json(path)
 
 
 def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
@@ -131,7 +130,7 @@ def main() -> None:
     rows = {loss: [row_of(loss, seed, judge, opt) for seed in seeds] for loss in opt.losses}
     out = Path("results") / f"losses-{opt.name}.json"
     record = {"command": cli.command(), "rows": rows}
-    cli.write_text(out, json.dumps(record, indent=1) + "\n")
+    files.write_json(out, record)
     print(f"{markdown.table(tables.losses(record))}wrote {out}")
 
 

@@ -10,7 +10,6 @@ for which that is worse. Compare near-ties by eye. Writes all points to --out an
 copy of the checkpoint that contains the settings.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ class Sweep:
         self.rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         record = {"command": cli.command(), "rows": self.rows}
-        cli.write_text(Path(opt.out), json.dumps(record, indent=1) + "\n")
+        files.write_json(Path(opt.out), record)
         return row
 
     def tune(self, sampler: str) -> dict:
