@@ -169,7 +169,7 @@ class _CEM(nn.Module):
             value = torch.as_tensor(value, dtype=torch.get_default_dtype()).flatten()
             valid = len(value) in (1, in_channels) and (value.is_meta or value.isfinite().all())
             valid = valid and (value.is_meta or name == "mean" or value.min() > 0)
-            require(valid, f"{name} must be finite, one or one per channel, and std positive")
+            require(valid, "mean and std must be finite, one or one per channel, and std positive")
             self.register_buffer(name, value.expand(in_channels).reshape(-1, 1, 1).clone())
 
     def stages(self, x: Tensor) -> list[Tensor]:
@@ -408,7 +408,7 @@ def project(delta: Tensor, eps: float, norm: str) -> Tensor:
     return delta * (eps / _l2(delta).clamp_min(1e-12)).clamp(max=1)
 
 
-def _draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Tensor:
+def draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Tensor:
     """random(shape) in the dtype and on the device of `like`.
 
     generator: None, one torch.Generator, a sequence of one per image, or an object whose method
@@ -467,7 +467,7 @@ def ascend(
     norm        d: "none" the gradient itself, "l2" scaled to unit length, "linf" its sign.
     noise       standard deviation; √(2 step_size) with norm "none" is Langevin dynamics.
     eps, clip   radius of the ball around x, in `norm`; range of the pixels. None disables.
-    generator   of the noise (see `_draw`); with one per image, noise does not depend on the batch.
+    generator   of the noise (see `draw`); with one per image, noise does not depend on the batch.
     start       where to begin, if not at x.
     model       to be in eval mode during the ascent, by default potential.model. Pass the network
                 of a plain function: in train mode, the ascent would change BatchNorm's statistics.
@@ -497,7 +497,7 @@ def ascend(
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)
             x = x.detach() + step_size * velocity
             if noise:
-                x = x + noise * _draw(torch.randn, x.shape, generator, x)
+                x = x + noise * draw(torch.randn, x.shape, generator, x)
             if eps is not None:
                 x = center + project(x - center, eps, norm)
             if clip is not None:
@@ -523,10 +523,10 @@ def pgd(
     start = x.detach()
     if random_start and eps > 0:
         if norm == "linf":
-            delta = 2 * _draw(torch.rand, x.shape, generator, x) - 1
+            delta = 2 * draw(torch.rand, x.shape, generator, x) - 1
         else:  # a uniform direction, and a radius whose d-th power is uniform
-            delta = DIRECTIONS["l2"](_draw(torch.randn, x.shape, generator, x))
-            radius = _draw(torch.rand, (len(x), *[1] * (x.dim() - 1)), generator, x)
+            delta = DIRECTIONS["l2"](draw(torch.randn, x.shape, generator, x))
+            radius = draw(torch.rand, (len(x), *[1] * (x.dim() - 1)), generator, x)
             delta = delta * radius ** (1 / math.prod(x.shape[1:]))
         start = (start + random_start * eps * delta).clamp(0, 1)
     step_size = 2.5 * eps / steps if step_size is None else step_size
@@ -703,7 +703,7 @@ class GaussianSeeds:
             _check_labels(labels, self.num_classes)
         labels = labels.to(self.mean.device)
         dim, rank = self.factor.shape[1:]
-        draws = _draw(torch.randn, (len(labels), rank + dim), generator, self.mean)
+        draws = draw(torch.randn, (len(labels), rank + dim), generator, self.mean)
         x = (draws[:, rank:] * self.residual[labels]).view(-1, *self.shape)
         x = _cosine(x, self.channels, inverse=True).flatten(1) + self.mean[labels]
         of_class = torch.eye(len(self.mean), dtype=x.dtype, device=x.device)[labels]

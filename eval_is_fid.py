@@ -202,7 +202,7 @@ def check_outputs(samples: list, opt: Options) -> None:
         files.check_output(Path(opt.save_stats), is_statistics)
     if samples:
         path = output(samples, opt)
-        others = [path.with_suffix(".md")]
+        others = [path.parent / f"{path.stem}.md"]
         if opt.neighbours:
             others += [picture(path, i) for i in range(len(samples))]
         is_ours = files.json_with("command", "network", "reference", "rows")
@@ -211,7 +211,7 @@ def check_outputs(samples: list, opt: Options) -> None:
 
 def picture(path: Path, i: int) -> Path:
     """The file of the closest training images of the set i, beside the JSON file."""
-    return path.with_name(f"{path.stem}-neighbours{f'-{i}' * (i > 0)}.png")
+    return path.parent / f"{path.stem}-neighbours{f'-{i}' * (i > 0)}.png"
 
 
 def is_statistics(path: Path) -> bool:

@@ -158,10 +158,9 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
             if not chains.updates:
                 chains.begin(network(torch.cat([x, x_s])), torch.cat([y, y_s]))
             weight, (b, b_posterior) = opt.likelihood_weight, chains.offsets.tolist()
-            outputs = model(torch.cat([x_adv, x, x_s]))
-            energies = dict(weight=weight, x_s=x_s, offset=b)
-            loss, logits = cem.supervised_loss("dat", lambda _: outputs, x, y, x_adv, **energies)
-            _, logits_x, logits_s = outputs.tensor_split(3)
+            logits, logits_x, logits_s = model(torch.cat([x_adv, x, x_s])).chunk(3)
+            log_p, log_p_s = cem.log_marginal(logits_x), cem.log_marginal(logits_s)
+            loss = F.cross_entropy(logits, y) + weight * cem.data_or_samples(log_p, log_p_s, b)
             if "ta" in samplers:  # it raises p(y | x) beyond that of data, which log p(x) misses
                 posteriors = cem.log_posterior(logits_x, y), cem.log_posterior(logits_s, y_s)
                 weights = (which == samplers.index("ta")) * len(samplers)
@@ -172,7 +171,6 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
                 kept = F.kl_div(now, before, reduction="batchmean", log_target=True)
                 loss = loss + opt.keep * kept
         accuracy = (logits.argmax(1) == y).float().mean()
-        log_p, log_p_s = cem.log_marginal(logits_x), cem.log_marginal(logits_s)
         return loss, {"train_accuracy": accuracy, **chains.update(log_p, log_p_s)}
 
     return batch_loss

@@ -141,21 +141,15 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
     return batch_loss
 
 
-@torch.no_grad()
-def standardise(energy: nn.Sequential, features: Tensor) -> None:
-    """Begin the learned log p(x) with the mean and variance of the features (N, D)."""
-    energy[0].running_mean.copy_(features.mean(0))
-    energy[0].running_var.copy_(features.var(0))
-
-
 def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> ClusterSeeds:
     """Fit the clusters of the model's features of all training images and, if its energy is new,
     standardise its input."""
     everything = torch.arange(len(train_set), device=train_set.images.device)
     features = robustness.outputs(cem.folded(model).features, train_set, everything, opt)
     features = distributed.mean(features)  # identical in all processes, hence identical clusters
-    if not model.energy[1].weight.any():
-        standardise(model.energy, features)
+    norm, linear = model.energy
+    if not linear.weight.any():
+        norm.running_var, norm.running_mean = torch.var_mean(features, 0)
     rank = max(opt.seed_rank // 2, 1)
     return ClusterSeeds.fit(train_set.images, features, opt.clusters, rank, opt.seed)
 

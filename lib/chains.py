@@ -1,7 +1,6 @@
 """The chains of energy-based training: a replay buffer, or chains that grow."""
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,8 +20,6 @@ class ReplayBuffer(nn.Module):
 
     def __init__(self, size: int, shape: Sequence[int], reinit=0.05, fresh: Callable | None = None):
         super().__init__()
-        fits = 1 <= size < math.inf and 0 <= reinit <= 1
-        cem.require(fits, f"size must be at least 1, reinit in [0, 1], not {size} and {reinit}")
         self.reinit = reinit
         self.shape = tuple(shape)
         self.fresh = fresh or self._uniform
@@ -34,13 +31,8 @@ class ReplayBuffer(nn.Module):
         return torch.rand(n, *self.shape, generator=generator, **like).float()
 
     def sample(self, potential: Callable, n: int, generator=None, **options) -> Tensor:
-        """n distinct chains climb a potential (cem.ascend's options) and are stored again.
-
-        -> x_s (n, C, H, W), detached. Raises CEMError where the buffer has fewer than n chains.
-        """
-        enough = 0 <= n <= len(self.images)
-        cem.require(enough, f"the replay buffer has {len(self.images)} chains, fewer than {n}")
-        cem.require(not isinstance(generator, (list, tuple)), "chains need a single generator")
+        """n distinct chains, at most all, climb a potential (cem.ascend's options) and are stored
+        again -> x_s (n, C, H, W), detached."""
         device = self.images.device
         index = torch.randperm(len(self.images), generator=generator, device=device)[:n]
         drawn = torch.rand(n, 1, 1, 1, generator=generator, device=device)

@@ -115,7 +115,6 @@ def parse(options: type, description: str, preset=None, argv=None):
     preset(options) returns other defaults, which explicit options override.
     """
     argv = sys.argv[1:] if argv is None else argv
-    require("\0" not in "".join(argv), "options must not contain null bytes")
     parser = _Parser(options, description)
     if preset:
         parser.set_defaults(**preset(parser.parse_args(argv)))

@@ -36,16 +36,10 @@ class ClusterSeeds:
         return cls(gaussians, labels.bincount(minlength=clusters) / len(labels))
 
     def sample(self, n: int, generator) -> Tensor:
-        """n seeds (n, C, H, W), each of a cluster drawn by its share of the images.
-
-        generator: a list of one per image, or one with the method `draw` (lib/distributed.py).
-        """
-        if isinstance(generator, list):
-            drawn = torch.stack([torch.rand((), generator=g) for g in generator])
-        else:
-            drawn = generator.draw(torch.rand, (n,), self.shares)
+        """n seeds (n, C, H, W), each of a cluster drawn by its share of the images."""
+        drawn = cem.draw(torch.rand, (n,), generator, self.shares)
         last = len(self.shares) - 1
-        labels = torch.searchsorted(self.shares.cumsum(0), drawn.to(self.shares)).clamp(max=last)
+        labels = torch.searchsorted(self.shares.cumsum(0), drawn).clamp(max=last)
         return self.gaussians.sample(labels, generator)
 
     def state_dict(self) -> dict:

@@ -144,12 +144,8 @@ def third_party_model(state: State, given: dict) -> cem.ParametricCEM:
     normalised = normalisation.keys() == {"mean", "std"}
     if not normalised:
         normalisation = {"mean": torch.zeros(1), "std": torch.ones(1)}
-    for name, value in normalisation.items():
-        valid = len(value) in (1, config["in_channels"])
-        valid = valid and bool(((value >= 0) & (value <= 1)).all())
-        if not valid or (name == "std" and value.min() == 0):
-            allowed = "one number or one per channel, in [0, 1], and std must not be 0"
-            raise cem.CEMError(f"mean and std must be {allowed}")
+    inside = all(((v >= 0) & (v <= 1)).all() for v in normalisation.values())
+    require(inside, "mean and std must be in [0, 1], the range of pixels")
     model = cem.ParametricCEM(**config, **normalisation)
     require(all(v.isfinite().all() for v in network.values()), "its weights are not finite")
     model.net.load_state_dict(network)

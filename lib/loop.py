@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import cem
 from lib import cli, distributed, optim
@@ -39,11 +38,9 @@ def learning_rate(progress: float, peak: float, schedule: str) -> float:
 @torch.no_grad()
 def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average ← decay average + (1 - decay) model; AveragedModel would synchronise the GPU."""
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-    get_ema_multi_avg_fn(decay)(*map(list, zip(*floats)), None)
-    torch._foreach_copy_(*map(list, zip(*counts)))
+    state, now = average.state_dict(), model.state_dict()
+    names = [name for name, value in state.items() if value.is_floating_point()]
+    torch._foreach_lerp_([state[k] for k in names], [now[k] for k in names], 1 - decay)
 
 
 class Trainer:

@@ -232,13 +232,10 @@ class Probe(nn.Module):
 
     def __init__(self, model: nn.Module, weight: Tensor, bias: Tensor):
         super().__init__()
-        self.model = model
-        self.fc = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
-        self.fc.weight.data.copy_(weight)
-        self.fc.bias.data.copy_(bias)
+        self.model, self.weight, self.bias = model, weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.model.features(x)).to(x.dtype)
+        return F.linear(self.model.features(x), self.weight, self.bias).to(x.dtype)
 
 
 def fit_probe(model: nn.Module, known: Tensor, labels: Tensor) -> Probe:

@@ -596,12 +596,8 @@ WRONG = [
     "cem.potential('ce', encoder, y)", "cem.potential('pgd', encoder)",
     "cem.potential('maxent', model)", "cem.potential(None, model, y)",
     "cem.potential('maxent', encoder)(x[:1])", "cem.potential('maxent', encoder)(x[:0])",
-    *(f"ReplayBuffer(8, (3, 8, 8), reinit={v})" for v in ("nan", "inf", "-1", "1.5")),
-    *(f"ReplayBuffer({v}, (3, 8, 8))" for v in ("nan", "inf", "-1", "0")),
-    *(f"buffer.sample(log_p, {n}, steps=1, step_size=0.1)" for n in ("9", "nan", "inf", "-1")),
     *(f"buffer.sample(log_p, 2, **dict(steps=1, step_size=1) | dict({name}={v}))" for name in (
         "steps", "step_size", "noise") for v in ("nan", "inf", "-1")),
-    "buffer.sample(log_p, 2, generator=[g], steps=1, step_size=0.1)",
     *(f"cem.ParametricCEM(**dict(width=4) | dict({name}={v}))" for name in (
         "width", "num_classes", "in_channels") for v in ("nan", "inf", "-1", "0")),
     *(f"cem.ParametricCEM(width=4, {name}={v})" for name in ("mean", "std") for v in (

@@ -236,14 +236,6 @@ def test_buffer_draws_distinct_chains_and_stores_them_again():
     assert len(buffer.sample(bowl, 50, generator, steps=1, step_size=0.1)) == 50
 
 
-def test_buffer_refuses_to_draw_more_chains_than_it_has():
-    buffer = ReplayBuffer(50, (1, 2, 2))
-    before = buffer.images.clone()
-    with pytest.raises(cem.CEMError, match="50 chains, fewer than 80"):
-        buffer.sample(bowl, 80, steps=1, step_size=0.1)
-    assert torch.equal(buffer.images, before)
-
-
 @pytest.mark.parametrize("reinit", [0.0, 0.3, 1.0])
 def test_chains_start_anew_with_the_given_probability(reinit):
     buffer = ReplayBuffer(4000, (1, 1, 1), reinit, lambda n, _: torch.full((n, 1, 1, 1), 0.25))
