@@ -3,7 +3,7 @@
     model = cem.ParametricCEM("resnet18", num_classes=10)        # p(x, y) = exp f(x, y) / Z
     x_adv = cem.pgd(cem.potential("ce", model, y), x, eps=0.5)   # inner maximisation
     loss, logits = cem.supervised_loss("at", model, x, y, x_adv) # outer minimisation
-    images = cem.ascend(cem.potential("rcs", model, y), seeds, steps=8, step_size=0.25)
+    images = cem.ascend(cem.potential("rcs", model, y), seeds.sample(y), steps=8, step_size=0.25)
 
 Images are float tensors (N, C, H, W) in [0, 1]; the channel normalisation is a layer of the model.
 Energies are negative log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k), where LSE is
@@ -31,7 +31,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -235,7 +234,7 @@ def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, module in model.named_modules():
         for conv, bn in pairs.get(type(module), ()):
             before, after = getattr(module, conv, None), getattr(module, bn, None)
-            if isinstance(before, nn.Conv2d) and isinstance(after, _BatchNorm):
+            if isinstance(before, nn.Conv2d) and getattr(after, "running_mean", None) is not None:
                 yield f"{name}.{conv}".lstrip("."), f"{name}.{bn}".lstrip(".")
 
 
@@ -389,23 +388,26 @@ def _batch_statistics_of_first(n: int, model: nn.Module):
 # ------------------------------------------------------------------ ascent: attack and samplers
 
 
-def _l2(x: Tensor) -> Tensor:
-    """The l2 norm of each image, broadcastable to x."""
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
+def _norm(x: Tensor, order: float = 2) -> Tensor:
+    """The norm of each image, broadcastable to x."""
+    return torch.linalg.vector_norm(x, order, dim=tuple(range(1, x.dim())), keepdim=True)
 
 
-DIRECTIONS = {  # d(∇U)
-    "none": lambda g: g,
-    "l2": lambda g: g / _l2(g).clamp_min(torch.finfo(g.dtype).tiny),
-    "linf": torch.sign,
-}
+def _unit(g: Tensor) -> Tensor:
+    """g / ‖g‖ of each image, 0 where g is. Squares of small gradients would underflow."""
+    tiny = torch.finfo(g.dtype).tiny
+    g = g / _norm(g, math.inf).clamp_min(tiny)
+    return g / _norm(g).clamp_min(tiny)
+
+
+DIRECTIONS = {"none": lambda g: g, "l2": _unit, "linf": torch.sign}  # d(∇U)
 
 
 def project(delta: Tensor, eps: float, norm: str) -> Tensor:
     """The nearest point to delta (N, ...) in the l2 or linf ball of radius eps, image by image."""
     if norm == "linf":
         return delta.clamp(-eps, eps)
-    return delta * (eps / _l2(delta).clamp_min(1e-12)).clamp(max=1)
+    return delta * (eps / _norm(delta).clamp_min(1e-12)).clamp(max=1)
 
 
 def draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Tensor:
@@ -421,8 +423,7 @@ def draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Ten
         return random(shape, generator=generator, dtype=like.dtype, device=device).to(like.device)
     n = len(generator)
     require(n == shape[0], f"{shape[0]} images need as many generators, not {n}")
-    row = dict(size=shape[1:], dtype=like.dtype)
-    rows = [random(generator=g, device=g.device, **row) for g in generator]
+    rows = [random(shape[1:], generator=g, dtype=like.dtype, device=g.device) for g in generator]
     return torch.stack(rows).to(like.device) if n else like.new_empty(shape)
 
 
@@ -472,8 +473,8 @@ def ascend(
     model       to be in eval mode during the ascent, by default potential.model. Pass the network
                 of a plain function: in train mode, the ascent would change BatchNorm's statistics.
 
-    -> the last iterate, detached. No weight gradient is computed, and parameters, their .grad and
-    buffers are left as they were. Raises CEMError for options out of range.
+    -> the last iterate, detached. Parameters, their .grad and buffers in eval mode are left as they
+    were. Raises CEMError for options out of range.
     """
     _require_one_of(DIRECTIONS, norm, "norm")
     numbers = (steps, step_size, noise, momentum, 0 if eps is None else eps)
@@ -648,9 +649,7 @@ class GaussianSeeds:
     """
 
     def __init__(self, mean: Tensor, factor: Tensor, shape, residual=None, channels=None):
-        self.mean = mean
-        self.factor = factor
-        self.shape = tuple(shape)
+        self.mean, self.factor, self.shape = mean, factor, tuple(shape)
         self.residual = torch.zeros_like(mean) if residual is None else residual
         self.channels = torch.eye(self.shape[0]).to(mean) if channels is None else channels
         self.num_classes = len(mean) - 1
@@ -666,8 +665,8 @@ class GaussianSeeds:
     def fit(
         cls, images: Tensor, labels: Tensor, rank=None, num_classes=None, progress=iter
     ) -> GaussianSeeds:
-        """images (N, C, H, W), uint8 or in [0, 1], at least 2 per class; labels (N,) in 0..K-1, K
-        = num_classes; rank None: full; progress wraps the loop over the classes, such as tqdm."""
+        """images (N, C, H, W), uint8 or in [0, 1], at least 2 per class; labels (N,) in 0..K-1, 0
+        without any, K = num_classes; rank None: full; progress wraps the loop, such as tqdm."""
         scale = 255 if images.dtype == torch.uint8 else 1
         if scale == 1:
             _check_images(images, (0, 1))
@@ -688,7 +687,7 @@ class GaussianSeeds:
             centered = rows.sub_(mean).div_((len(rows) - 1) ** 0.5)
             if channels is None:
                 planes = centered.view(-1, *shape).transpose(0, 1).flatten(1)
-                channels = torch.linalg.eigh(planes @ planes.T)[1].T.contiguous()
+                channels = torch.linalg.eigh((planes @ planes.T).cpu())[1].T.contiguous().to(planes)
             factor = _principal_factor(centered, rank, seed=k)
             fitted.append((mean, factor, _residual(centered, factor, channels, shape)))
         mean, factor, residual = (torch.stack(rows).roll(-1, 0) for rows in zip(*fitted))
@@ -717,7 +716,7 @@ class GaussianSeeds:
 
     @classmethod
     def from_state_dict(cls, state: dict, device="cpu") -> GaussianSeeds:
-        """The inverse of state_dict."""
+        """The inverse of state_dict, up to its dtype."""
         try:
             tensors = {k: v.to(device) for k, v in state.items() if k != "shape"}
             floats = len(tensors) == 4 and all(v.is_floating_point() for v in tensors.values())
@@ -754,7 +753,8 @@ def _principal_factor(centered: Tensor, rank: int, seed: int) -> Tensor:
     """A (D, rank) with A Aᵀ the best approximation of centeredᵀ centered, padded with zeros."""
     if 4 * rank < min(centered.shape):  # randomised: seconds instead of minutes for 3 x 32 x 32
         with torch.random.fork_rng(devices=[centered.device] if centered.is_cuda else []):
-            (torch.cuda if centered.is_cuda else torch.default_generator).manual_seed(seed)
+            own = torch.cuda.default_generators if centered.is_cuda else [torch.default_generator]
+            own[centered.get_device()].manual_seed(seed)  # -1 on the CPU
             _, s, v = torch.svd_lowrank(centered, min(rank + 16, *centered.shape), niter=4)
     else:
         _, s, vt = torch.linalg.svd(centered, full_matrices=False)

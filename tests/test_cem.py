@@ -102,7 +102,17 @@ class PreActivation(nn.Module):
         return self.conv1(F.relu(self.bn1(x)))
 
 
-@pytest.mark.parametrize("other", [PreActivation(), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))])
+WITHOUT_STATISTICS = nn.BatchNorm2d(3, track_running_stats=False)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        PreActivation(),
+        nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)),
+        nn.Sequential(nn.Conv2d(3, 3, 1), WITHOUT_STATISTICS),
+    ],
+)
 def test_folded_is_the_same_function_for_third_party_networks(other):
     nn.init.uniform_(next(m for m in other.modules() if isinstance(m, nn.BatchNorm2d)).bias)
     x = torch.rand(2, 3, 4, 4)
@@ -314,7 +324,9 @@ def test_directions():
     g = torch.tensor([[3.0, -4.0], [0.0, 0.0]])
     assert torch.equal(cem.DIRECTIONS["none"](g), g)
     assert torch.equal(cem.DIRECTIONS["linf"](g), g.sign())
-    torch.testing.assert_close(cem.DIRECTIONS["l2"](g), torch.tensor([[0.6, -0.8], [0.0, 0.0]]))
+    for scale in (1, 1e-30, 1e30):  # squares underflow, overflow
+        found = cem.DIRECTIONS["l2"](scale * g)
+        torch.testing.assert_close(found, torch.tensor([[0.6, -0.8], [0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
