@@ -15,6 +15,7 @@ Writes the table as .md and .json beside the samples, and caches the statistics 
 dataset beside it as stats-*.npz.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,8 +168,7 @@ class Neighbours:
         of_test, _ = manifold.nearest(self.features(test, "test images"), self.known)
         medians = {"distance": distances[:, 0].median().item()}
         medians["test distance"] = of_test.median().item()
-        generator = torch.Generator().manual_seed(0)
-        shown = torch.randperm(len(images), generator=generator)[:20].tolist()  # of all classes
+        shown = data.shuffled(len(images))[:20].tolist()
         rows = [torch.cat([images[i : i + 1], self.train.images[index[i]]]) for i in shown]
         return medians, pictures.grid(torch.cat(rows), torch.full((1,), -1))
 
@@ -193,8 +193,8 @@ def markdown(rows: list[dict]) -> str:
 
 def output(samples: list, opt: Options) -> Path:
     """The JSON file to write, of which evaluate also writes the table as .md."""
-    first = samples[0][0]
-    return Path(opt.out or (first if first.is_dir() else first.parent) / "metrics.json")
+    folder = os.path.normpath(samples[0][0] / "..")  # beside, not among, a folder's images
+    return Path(opt.out or Path(folder, "metrics.json"))
 
 
 def check_outputs(samples: list, opt: Options) -> None:

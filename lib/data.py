@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,11 @@ def evenly_spaced(n: int, total: int, device="cpu") -> Tensor:
     """The indices of n evenly spaced ones of `total` images, or of all if these are fewer."""
     n = min(n, total)
     return torch.arange(n, device=device) * total // max(n, 1)
+
+
+def shuffled(n: int) -> Tensor:
+    """A fixed permutation of n: sample.py's images cycle through the classes."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass
@@ -165,9 +171,10 @@ def _torchvision(name: str, split: str, data_dir: str) -> Dataset:
             raw = dataset[name](data_dir, part)
         except RuntimeError:  # not found
             files.make_folder(Path(data_dir))
-            files.lock(Path(data_dir), f"another process is downloading to {data_dir}: try later")
-            bar = partial(cli.progress, None, name)
-            with mock.patch.object(datasets.utils, "tqdm", bar):  # torchvision's own has no option
+            busy = f"another process is downloading to {data_dir}: try later"
+            bar = partial(cli.progress, None, name)  # torchvision's own has no option
+            with ExitStack() as done, mock.patch.object(datasets.utils, "tqdm", bar):
+                files.lock(Path(data_dir), busy, done)
                 raw = dataset[name](data_dir, part, download=True)
         images = torch.from_numpy(raw.data)
         if name == "svhn":
@@ -197,8 +204,12 @@ def _folder(root: Path, split: str, image_size: int) -> Dataset:
     if differing:
         names = ", ".join(sorted(differing)[:5])
         raise CEMError(f"{root}: train and test have different classes ({names})")
-    listing = listings[split]
+    listing = listings.pop(split)
     images = read_images([path for path, _ in listing.samples], image_size)
+    if images.shape[1] == 1:  # in three channels, if the other split has colours
+        (other,) = listings.values()
+        channels = read_images([path for path, _ in other.samples], image_size).shape[1]
+        images = images.repeat(1, channels, 1, 1)
     height, width = images.shape[2:]
     if image_size:
         print(f"{root / split}: images of other sizes are resized and cropped to {width}x{height}")
@@ -232,6 +243,7 @@ def _read_image(path: str, image_size: int) -> Image.Image:
     cli.require(Path(path).is_file(), f"cannot read the image {path}: it is not a regular file")
     try:
         with Image.open(path) as image:
+            cli.require(image.mode[0] not in "IF", "it has more than 8 bits")  # clipped by convert
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         if image_size:
             image = tv.resize(image, [image_size], antialias=True)
@@ -279,6 +291,5 @@ def read_samples(path: Path, image_size: int = 0) -> tuple[Tensor, Tensor]:
     cli.require(bool(found), f"{path} contains no images")
     files = [name for name in found if Path(name).parent == path]
     if not files:
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-        files = [found[i] for i in order]
+        files = [found[i] for i in shuffled(len(found))]
     return read_images(files, image_size), torch.full((len(files),), -1)

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import cem
@@ -38,8 +39,8 @@ def _remove_if_empty(folder: Path) -> None:
         pass
 
 
-def lock(folder: Path, busy: str) -> None:
-    """Lock the folder itself until the script ends, in the first process of torchrun.
+def lock(folder: Path, busy: str, until: ExitStack | None = None) -> None:
+    """Lock the folder itself until the script ends, or `until`, in the first process of torchrun.
 
     Raises CEMError, with the message `busy`, if another process has locked it.
     """
@@ -49,7 +50,8 @@ def lock(folder: Path, busy: str) -> None:
         cli.warn("this system has no file locks: start one run at a time")
         return
     descriptor = os.open(folder, os.O_RDONLY)
-    cli.AT_END.callback(os.close, descriptor)  # which unlocks, as the death of the process does
+    end = until or cli.AT_END
+    end.callback(os.close, descriptor)  # which unlocks, as the death of the process does
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         current = os.path.samestat(os.fstat(descriptor), os.stat(folder))

@@ -70,7 +70,7 @@ class Reference:
 
     def manifold(self, blocks: list[Tensor]) -> dict[str, float]:
         """manifold.scores of up to KERNEL_IMAGES images of either kind."""
-        index = data.evenly_spaced(KERNEL_IMAGES, len(blocks[0]))
+        index = data.shuffled(len(blocks[0]))[:KERNEL_IMAGES]
         samples = self.joined([block[index] for block in blocks])
         return manifold.scores(self.joined(self.features), samples)
 
@@ -132,7 +132,8 @@ def load_images(opt, key: str) -> Tensor | Reference:
     must be of the feature network `key`."""
     path = Path(opt.ref)
     found = read_statistics(path, key) if path.suffix == ".npz" and path.is_file() else None
-    return found or data.images(opt.ref, opt.split, opt.data_dir, opt.image_size)
+    images = found or data.images(opt.ref, opt.split, opt.data_dir, opt.image_size)
+    return images[data.shuffled(len(images))] if path.is_file() and not found else images
 
 
 FORMAT = 1  # of cached statistics: to be raised when features or blocks change

@@ -3,12 +3,14 @@
 import contextlib
 import fcntl
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import files
 from PIL import Image
 
 import cem
@@ -211,6 +213,42 @@ def test_image_size_resizes_the_shorter_side_antialiased_and_crops_the_centre(si
 def test_image_size_of_a_named_dataset_is_refused():
     with pytest.raises(cem.CEMError, match="--image-size is for image folders"):
         data.load("digits", "train", image_size=16)
+
+
+def test_splits_are_downloaded_one_after_the_other(tmp_path, monkeypatch):
+    """SVHN has one file per split."""
+
+    def svhn(root, split, download=False):
+        if download:
+            (Path(root) / split).write_text("")
+        elif not (Path(root) / split).exists():
+            raise RuntimeError("not found")
+        return SimpleNamespace(data=np.zeros((20, 3, 32, 32), np.uint8), labels=[*range(10)] * 2)
+
+    monkeypatch.setattr("lib.data.datasets.SVHN", svhn)
+    with contextlib.ExitStack() as at_end:
+        monkeypatch.setattr(cli, "AT_END", at_end)
+        train, test = data.splits("svhn", str(tmp_path / "data"), "cpu")
+    assert len(train) == len(test) == 20 and files(tmp_path) == ["data/test", "data/train"]
+
+
+def test_a_grey_split_has_three_channels_if_the_other_has_colours(tmp_path):
+    write_folder(tmp_path / "train-only", mode="L")
+    Image.new("RGB", (10, 10), "red").save(tmp_path / "train-only/train/ant/0.png")
+    train, test = data.splits(str(tmp_path / "train-only"), "", "cpu")
+    assert train.images.shape == test.images.shape == (6, 3, 10, 10)
+    assert torch.equal(test.images[:, 0], test.images[:, 2])
+    grey = data.load(str(write_folder(tmp_path / "grey", mode="L")), "test").images
+    assert torch.equal(test.images[:, :1], grey)
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    """Pillow would clip them."""
+    root = write_folder(tmp_path / "deep", mode="L")
+    pixels = np.arange(100, dtype=np.uint16).reshape(10, 10) * 600
+    Image.fromarray(pixels).save(root / "train/ant/1.png")
+    with pytest.raises(cem.CEMError, match="ant/1.png: it has more than 8 bits"):
+        data.load(str(root), "train")
 
 
 def test_a_second_download_into_one_folder_is_refused_and_an_existing_dataset_is_read(

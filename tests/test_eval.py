@@ -242,6 +242,28 @@ def test_classifier_blocks_are_spatial_means_and_deviations(model, tmp_path):
 CPU = torch.device("cpu")
 
 
+def test_precision_and_recall_of_a_part_see_every_class(monkeypatch, tmp_path):
+    """Ten clusters, in the order of sample.py: every fifth image shows two of them."""
+    monkeypatch.setattr(reference, "KERNEL_IMAGES", 400)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2000) % 10
+
+    def features():
+        noise = torch.randn(2000, 10, generator=generator, dtype=torch.float64)
+        return 20 * torch.eye(10, dtype=torch.float64)[labels] + noise
+
+    real = features()[data.shuffled(2000)]
+    found = Reference.from_blocks([real]).manifold([features()])
+    assert found["recall"] > 0.8 and found["coverage"] > 0.8
+    images = labels.byte().view(-1, 1, 1, 1).expand(-1, 8, 8, 1)
+    np.savez(tmp_path / "ref.npz", arr_0=images.numpy())
+    opt = SimpleNamespace(ref=str(tmp_path / "ref.npz"), split="train", data_dir="", image_size=0)
+    read = reference.load_images(opt, "inception")
+    kept = read[data.evenly_spaced(400, 2000), 0, 0, 0]
+    assert kept.unique().tolist() == [*range(10)]
+    assert read[:, 0, 0, 0].bincount().tolist() == [200] * 10
+
+
 def test_standardised_distances_do_not_depend_on_scale_and_are_means_over_blocks():
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(-2, 2, 6, dtype=torch.float64)
@@ -462,7 +484,7 @@ def test_inception_matches_pytorch_fid(inception, pytorch_fid_features):
     _, a, b = pytorch_fid_features
     options = ["--weights", "weights.pth", "--batch-size", 30]
     done = evaluate(inception, "--samples", "a", "--ref", "b", *options)
-    (row,) = read_rows(done, inception / "a/metrics.json")
+    (row,) = read_rows(done, inception / "metrics.json")
     (cache,) = (inception / "b").glob("stats-b-train-inception-*.npz")
     assert f"cached the reference's statistics in b/{cache.name}" in done.stdout
     few = "64 images, fewer than its 2,048 features"
