@@ -69,9 +69,16 @@ def check(opt: Options) -> None:
     cli.require(pgd or not opt.transfer, "--transfer needs a PGD attack, such as pgd-20")
 
 
+def load_network(opt: Options, path, other, device: torch.device) -> nn.Module:
+    """The checkpoint at `path`. --mean and --std are for the third-party ones of both."""
+    of_other = other and interop.is_ours(path) and not interop.is_ours(other)
+    given = (None, None) if of_other else (opt.mean or None, opt.std or None)
+    return interop.load(path, device, *given)
+
+
 def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     """The checkpoint. It fills in opt.dataset and opt.image_size where they are not given."""
-    model = interop.load(path, device, opt.mean or None, opt.std or None)
+    model = load_network(opt, path, opt.transfer, device)
     own = model.extra.get("dataset", "")
     known = own in data.NAMES or (own != "" and Path(own).is_dir())
     if not opt.dataset and not known:
@@ -83,11 +90,11 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def load_source(opt: Options, model: nn.Module, device: torch.device) -> nn.Module | None:
+def load_source(opt: Options, path, model: nn.Module, device: torch.device) -> nn.Module | None:
     """The classifier of --transfer; None without it."""
     if not opt.transfer:
         return None
-    source = interop.load(opt.transfer, device)
+    source = load_network(opt, opt.transfer, path, device)
     encoder = any(isinstance(network, cem.NonParametricCEM) for network in (model, source))
     cli.require(not encoder, "--transfer needs two classifiers, and one of these is an encoder")
     return source.to(memory_format=torch.channels_last)
@@ -167,7 +174,7 @@ def main() -> None:
     opt.precision = resolve_precision(device, opt.precision)
     path = Path(opt.ckpt) if opt.ckpt else cli.default_checkpoint("sup")
     model = load(opt, path, device)
-    source = load_source(opt, model, device)
+    source = load_source(opt, path, model, device)
     third_party = "third_party" in model.extra
     folder = Path(opt.out or cli.output_folder(path, third_party))
     encoder = isinstance(model, cem.NonParametricCEM)

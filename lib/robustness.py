@@ -36,9 +36,10 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, opt) -> Tensor:
         raise cem.CEMError("--attacks autoattack needs: pip install pyautoattack") from error
     norm = {"l2": "L2", "linf": "Linf"}[opt.norm]
     adversary = library.AutoAttack(model, norm=norm, eps=opt.eps, seed=opt.seed, device=x.device)
-    targets = min(9, model(x[:1]).shape[1] - 1)
-    adversary.apgd_targeted.n_target_classes = targets
-    adversary.fab.n_target_classes = targets
+    classes = model(x[:1]).shape[1]
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = min(9, classes - 1)
+    if classes < 4:  # apgd-t compares with the fourth-largest logit
+        adversary.attacks_to_run = [name for name in adversary.attacks_to_run if name != "apgd-t"]
     x = x.contiguous()  # the library flattens with view
     with torch.enable_grad():
         x_adv, _ = adversary.run_standard_evaluation(x, y, batch_size=opt.batch_size)
@@ -157,7 +158,8 @@ def ood_dataset(name: str, like: data.Dataset, data_dir: str, seed: int) -> data
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         images = images.expand(-1, -1, *size)
     else:
-        images = data.load(name, "test", data_dir).images
+        side = 0 if name in data.NAMES else size[0]
+        images = data.load(name, "test", data_dir, side).images
         if list(images.shape[2:]) != size:
             images = tv.resize(images, size, antialias=True)
         if images.shape[1] != channels and channels == 1:

@@ -21,6 +21,7 @@ import torchvision
 from conftest import assert_refused, files, script
 from PIL import Image
 from test_data import write_folder
+from torch import nn
 
 import cem
 import train_sup
@@ -431,6 +432,23 @@ def test_worst_of_own_attacks_is_close_to_autoattack(robust_model):
     assert 0 <= excess <= 0.04 + 1e-6
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_autoattack_of_few_classes(classes):
+    """Without apgd-t, whose loss needs four. A linear network: the distances are known."""
+    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, classes)).requires_grad_(False)
+    x = 0.3 + 0.4 * torch.rand(20, 3, 8, 8)
+    logits, weight = network(x), network[1].weight
+    y = logits.argmax(1)
+    gaps = logits.gather(1, y[:, None]) - logits
+    distance = (gaps / (weight[y][:, None] - weight).norm(dim=2)).nan_to_num(math.inf).amin(1)
+    eps = distance.median().item()
+    found = robustness.autoattack(network, x, y, settings(norm="l2", eps=eps))
+    clear = (distance / eps - 1).abs() > 0.01
+    assert torch.equal(found[clear], (distance > eps)[clear]) and 0 < found.sum() < 20
+
+
 def test_autoattack_without_its_library_says_what_to_install(digits_run):
     with mock.patch.dict("sys.modules", {"pyautoattack": None}):
         done = script("eval_robust.py", "--attacks", "autoattack", cwd=digits_run)
@@ -591,6 +609,23 @@ def test_a_third_party_source_is_normalised_as_its_dataset(digits_run, tmp_path)
     assert result["transfer-pgd-10"] == pytest.approx(result["pgd-10"], abs=2 / 60)
 
 
+def test_mean_and_std_are_for_the_third_party_one(digits_run, tmp_path):
+    """The same weights and normalisation as attacked network and as source, either way round."""
+    model = cem.load(digits_run / "runs/sup/ckpt.pt")
+    cem.save(tmp_path / "ours.pt", model)
+    interop.export(tmp_path / "theirs.pt", model)
+    given = ["--mean", model.mean.item(), "--std", model.std.item()]
+    common = [*given, *"--dataset digits --attacks pgd-10 --n 60 --out out".split()]
+    for ckpt, source in (("ours", "theirs"), ("theirs", "ours"), ("theirs", "theirs")):
+        options = ["--ckpt", f"{ckpt}.pt", "--transfer", f"{source}.pt", *common]
+        done = script("eval_robust.py", *options, cwd=tmp_path)
+        assert done.returncode == 0 and "no pixel normalisation" not in done.stdout, done.stderr
+        result = json.loads((tmp_path / "out/accuracy.json").read_text())
+        assert result["transfer-pgd-10"] == pytest.approx(result["pgd-10"], abs=2 / 60)
+    options = ["--ckpt", "ours.pt", "--transfer", "ours.pt", *common]
+    assert_refused(script("eval_robust.py", *options, cwd=tmp_path), "mean and std are for")
+
+
 # ----------------------------------------------------------------------------- results/epsilon.py
 
 
@@ -680,6 +715,9 @@ def test_ood_datasets_take_the_shape_of_the_test_set(tmp_path):
     assert other.images.shape == (8, 1, 8, 8)
     assert other.images.dtype == torch.uint8
     assert robustness.ood_dataset("digits", colour, "data", seed=0).images.shape == (360, 3, 10, 10)
+    wide = write_folder(tmp_path / "wide", size=20)
+    Image.new("RGB", (30, 24)).save(wide / "test/ant/0.png")
+    assert robustness.ood_dataset(str(wide), colour, "data", seed=0).images.shape == (6, 3, 10, 10)
     constant = robustness.ood_dataset("constant", digits, "data", seed=0).images.flatten(1)
     assert (constant == constant[:, :1]).all()
     assert len(constant.unique()) > 100
