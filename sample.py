@@ -257,9 +257,9 @@ def main() -> None:
     path = pictures.write(folder, name, images, labels, content)
     if opt.gif:
         pictures.write_gif(path.with_suffix(".gif"), *draw_frames(model, opt, device))
-    shutil.rmtree(parts)
     if opt.png:
         pictures.write_files(Path(opt.png), images, labels, model.extra["classes"])
+    shutil.rmtree(parts)
 
 
 if __name__ == "__main__":

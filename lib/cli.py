@@ -145,8 +145,10 @@ def default_checkpoint(kind: str) -> Path:
 
 def output_folder(ckpt: Path, third_party: bool = False) -> Path:
     """Beside the checkpoint; for a shipped one runs/shipped, for a third-party one its name."""
-    if third_party:
+    if third_party and ckpt.suffix in (".pt", ".pth", ".ckpt"):
         return ckpt.with_suffix("")
+    if third_party:  # such as MadryLab's checkpoint.pt.best
+        return ckpt.with_name(f"{ckpt.name}-cem")
     return Path("runs/shipped") if ckpt.resolve().parent == SHIPPED else ckpt.parent
 
 

@@ -337,6 +337,17 @@ def test_sampling_from_a_third_party_checkpoint(third_party):
     assert again.returncode == 2 and "--png pictures" in again.stderr
 
 
+def test_files_of_one_stem_have_folders_of_their_own(third_party):
+    names = "checkpoint.pt.best", "checkpoint.pt.latest", "bare"
+    for name in names:
+        (third_party / name).write_bytes((third_party / "f.pt").read_bytes())
+        options = f"--ckpt {name} --dataset digits --n 20 --mean 0.3 --std 0.4".split()
+        done = script("eval_robust.py", *options, cwd=third_party)
+        assert done.returncode == 0, done.stderr
+    written = {f"{name}-cem/accuracy.json" for name in names}
+    assert set(files(third_party)) == {*names, "f.pt"} | written
+
+
 def test_evaluating_a_third_party_checkpoint(third_party):
     arguments = "--ckpt f.pt --dataset digits --n 20 --mean 0.3 --std 0.4".split()
     done = script("eval_robust.py", *arguments, cwd=third_party)
