@@ -77,10 +77,7 @@ def preset(opt: Options) -> dict:
     if loss == "dat":
         defaults |= DAT | (DAT_DIGITS if digits else {})
     if loss in ENERGY_BASED:
-        if digits:
-            defaults |= ENERGY_BASED_DIGITS
-        if distributed.world_size() > 1:
-            defaults["batch_norm"] = "local"
+        defaults |= {"batch_norm": "local"} | (ENERGY_BASED_DIGITS if digits else {})
     return defaults | stored
 
 
@@ -200,6 +197,7 @@ def train(opt: Options) -> None:
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
     if opt.share < 1:
         train_set = train_set.share(opt.share)
+    info = train_set.checkpoint_info(opt.seed_rank)
     watch = None
     attack = pgd_options(opt)
     if opt.loss == "at" and attack["steps"] == 1 and attack["step_size"] >= opt.eps:
@@ -213,7 +211,6 @@ def train(opt: Options) -> None:
     model = model.to(device, memory_format=torch.channels_last)
     if opt.compile and opt.loss not in ENERGY_BASED:  # these patch BatchNorm.forward every step
         compile_network(model, device)
-    info = train_set.checkpoint_info(opt.seed_rank)
     seeds = cem.GaussianSeeds.from_state_dict(info["seeds"], device)
     buffer = None
     if opt.loss in ENERGY_BASED:
@@ -229,7 +226,7 @@ def train(opt: Options) -> None:
         state = buffer
         batch_loss = make_batch_loss(opt, train_set, buffer)
 
-    def extra():
+    def extra(model):
         return info | ({"settings": state["chains"].settings} if opt.loss == "dat" else {})
 
     def measure(model, epoch):

@@ -165,28 +165,35 @@ def uniformity(z: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, train_set, test_set, opt: Options) -> tuple[dict, dict]:
-    """-> alignment, uniformity and k-NN accuracy on opt.n_eval test images; the checkpoint's bank:
-    embeddings of 10 times as many training images, and their labels."""
+def measure(model: nn.Module, train_set, test_set, opt: Options) -> dict[str, float]:
+    """Alignment, uniformity and k-NN accuracy on opt.n_eval test images."""
     model = cem.folded(model)
     query = test_set.evenly_spaced(opt.n_eval)
-    bank = train_set.evenly_spaced(10 * opt.n_eval)
-    known = robustness.outputs(model.features, train_set, bank, opt)
+    known, labels = bank_features(model, train_set, opt)
     asked = robustness.outputs(model.features, test_set, query, opt)
-    labels = train_set.labels[bank], test_set.labels[query]
     _, u = augment.draws(len(query), VIEWS, opt.seed, 0, query.device)
     views = two_views(test_set.pixels(query), u, test_set, opt)
     with autocast(query.device, opt.precision):
         z1, z2 = (torch.cat([model(x) for x in view.split(opt.batch_size)]) for view in views)
-    found = {
+    return {
         "alignment": alignment(z1, z2),
         "uniformity": uniformity(z1),
-        "knn_accuracy": robustness.knn_accuracy(known, labels[0], asked, labels[1]),
+        "knn_accuracy": robustness.knn_accuracy(known, labels, asked, test_set.labels[query]),
     }
-    return found, {
-        "embeddings": F.normalize(model.net.fc(known), dim=1).half(),
-        "labels": labels[0],
-    }
+
+
+def bank_features(model: nn.Module, train_set, opt: Options) -> tuple[Tensor, Tensor]:
+    """The features of 10 * opt.n_eval training images, evenly spaced, and their labels."""
+    index = train_set.evenly_spaced(10 * opt.n_eval)
+    return robustness.outputs(model.features, train_set, index, opt), train_set.labels[index]
+
+
+@torch.no_grad()
+def make_bank(model: nn.Module, train_set: data.Dataset, opt: Options) -> dict[str, Tensor]:
+    """The checkpoint's bank: embeddings of training images, and their labels."""
+    model = cem.folded(model)
+    known, labels = bank_features(model, train_set, opt)
+    return {"embeddings": F.normalize(model.net.fc(known), dim=1).half(), "labels": labels}
 
 
 def train(opt: Options) -> None:
@@ -203,12 +210,10 @@ def train(opt: Options) -> None:
         compile_network(model, device)
     info = train_set.checkpoint_info(opt.seed_rank)
     state = None
-    kept = RunFolder(opt).load(torch.device("cpu")).extra if resumes(opt) else {}
-    info |= {name: kept[name] for name in ("bank", "clusters") if name in kept}
     if dual:
         state = dual_state(opt, model, TUNED)
-        if "clusters" not in info:
-            info["clusters"] = prepare_dual(opt, model, train_set).state_dict()
+        kept = RunFolder(opt).load(torch.device("cpu")).extra if resumes(opt) else {}
+        info["clusters"] = kept.get("clusters") or prepare_dual(opt, model, train_set).state_dict()
         clusters = ClusterSeeds.from_state_dict(info["clusters"], device)
         start = chain_starts(opt.chain_start, opt.data_dir, clusters, device)
         batch_loss = make_dual_loss(opt, train_set, start, state)
@@ -218,15 +223,16 @@ def train(opt: Options) -> None:
     def measure_when_due(model, epoch):
         if epoch % opt.eval_every and epoch != opt.epochs:
             return {}
-        found, info["bank"] = measure(model, train_set, test_set, opt)
-        return found
+        return measure(model, train_set, test_set, opt)
 
-    def extra():
+    def extra(model):
+        if trainer.step:
+            info["bank"] = make_bank(model, train_set, opt)
         return info | ({"settings": state["chains"].settings} if dual else {})
 
     n = len(train_set)
     per_image = VIEWS + 3 * dual
-    Trainer(
+    trainer = Trainer(
         opt,
         model,
         n,
@@ -237,7 +243,8 @@ def train(opt: Options) -> None:
         bounds={"energy_gap": opt.max_energy_gap},
         freeze_batch_norm=dual,
         extra=extra,
-    ).fit()
+    )
+    trainer.fit()
 
 
 def main() -> None:

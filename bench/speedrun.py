@@ -131,9 +131,11 @@ def main() -> None:
     given = {k: v for k, v in (("epochs", opt.epochs), ("width", opt.width)) if v}
     recipe = replace(TRACKS[opt.track], **given)
     out, rows = Path(opt.out), []
+    weights = [out / f"{opt.track}-{seed}.pt" for seed in range(opt.runs)]
+    files.check_output(out / f"{opt.track}.json", files.json_with("command", "recipe"), *weights)
     for seed in range(opt.runs):
         model, seconds = train(recipe, train_set, seed, opt.precision)
-        cem.save(out / f"{opt.track}-{seed}.pt", model)
+        cem.save(weights[seed], model)
         test = eval_robust.Options(eps=EPS, precision="float32")
         found = robustness.accuracy(model, test_set, ["pgd-20"], test, opt.n_eval)
         accuracies = {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}

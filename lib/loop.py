@@ -56,7 +56,7 @@ class Trainer:
     chains: a module with further state: chains, and the first stage's network (lib/chains.py)
     bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
     freeze_batch_norm: keep its statistics, and normalise by them
-    extra() -> what the checkpoint stores beside the model
+    extra(model) -> what the checkpoint stores beside the model
 
     Under torchrun every process runs this with the same weights; the first measures and writes.
     """
@@ -64,7 +64,7 @@ class Trainer:
     def __init__(
         self, opt, model: nn.Module, num_images: int, *, shuffle, batch_loss, measure,
         watch=None, chains: nn.Module | None = None, bounds: dict | None = None,
-        freeze_batch_norm: bool = False, extra: Callable[[], dict] = dict
+        freeze_batch_norm: bool = False, extra: Callable[[nn.Module], dict] = lambda model: {}
     ):  # fmt: skip
         if distributed.world_size() > 1 and opt.batch_size > num_images:
             message = f"--batch-size {opt.batch_size} exceeds the {num_images} training images"
@@ -240,7 +240,9 @@ class Trainer:
             training["chains"] = dict(state)
         keep = name == "ckpt.pt" and self.step > self.began
         if self.first:
-            self.folder.save(name, self.average, keep, training=training, **self.extra())
+            self.folder.save(
+                name, self.average, keep, training=training, **self.extra(self.average)
+            )
             self.folder.write_log(self.progress["log"])
         distributed.barrier()
 

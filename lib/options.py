@@ -9,7 +9,7 @@ import cem
 from lib import cli, data, distributed, files, init
 from lib.cli import option
 from lib.device import PRECISIONS
-from lib.run import FILES, MAY_CHANGE, resumes
+from lib.run import FILES, OF_THIS_CALL, resumes
 
 ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
 
@@ -104,7 +104,7 @@ def stored(opt: TrainOptions) -> dict:
     content = files.read_json(Path(opt.out) / "options.json")
     found = content if isinstance(content, dict) else {}
     same = [name for name, value in asdict(opt).items() if type(value) is type(found.get(name))]
-    return {name: found[name] for name in same if name not in MAY_CHANGE}
+    return {name: found[name] for name in same if name not in OF_THIS_CALL}
 
 
 def claim(folder: Path) -> None:

@@ -18,9 +18,10 @@ from lib import cli, distributed, files, schema
 FILES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json")
 EVENTS = ".cem"  # suffix of TensorBoard's event files
 
-# Options that may change when a run is resumed.
-MAY_CHANGE = ("resume", "max_minutes", "out", "data_dir", "device", "n_eval", "eval_every")
-MAY_CHANGE += ("on_diverge", "max_energy_gap", "diagnose", "quiet")
+# Options that a resumed run does not take from the run, and those that may differ from the run's.
+OF_THIS_CALL = ("resume", "max_minutes", "out", "device", "quiet")
+MAY_CHANGE = (*OF_THIS_CALL, "data_dir", "n_eval", "eval_every", "on_diverge", "max_energy_gap")
+MAY_CHANGE += ("diagnose",)
 
 
 def resumes(opt) -> bool:

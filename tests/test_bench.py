@@ -6,7 +6,7 @@ import json
 import pytest
 import speedrun
 import torch
-from conftest import script
+from conftest import assert_refused, files, script
 
 import cem
 from lib import data
@@ -59,6 +59,11 @@ def test_speedrun_trains_and_reports_every_seed(tmp_path):
     first, second = record["rows"]
     assert first["run"] == 0 and second["run"] == 1 and first["seconds"] > 0
     assert f"| 1 | {second['seconds']:.0f} | {second['clean']:.2f} |" in done.stdout
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "sprint-1.pt").write_text("mine")
+    assert_refused(script("bench/speedrun.py", *options, "--out", "mine", cwd=tmp_path), "sprint-1")
+    assert files(mine) == ["sprint-1.pt"]
     models = [cem.load(tmp_path / f"runs/speedrun/sprint-{seed}.pt") for seed in (0, 1)]
     assert not models[0].net.conv1.weight.equal(models[1].net.conv1.weight)
 

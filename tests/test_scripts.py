@@ -543,6 +543,26 @@ def test_under_torchrun_processes_have_their_own_gpus_and_only_the_attack_is_com
     assert AttackCopy("float32", True)(network)._compiled_call_impl is not None
 
 
+def test_png_files_that_cannot_be_written_cost_no_finished_batch(digits_run, tmp_path):
+    draw = ["--ckpt", digits_run / CKPT, "--n", 20, "--png", "p", "--out", "."]
+    with mock.patch.object(pictures, "write_files", side_effect=OSError("disk full")):
+        assert_refused(script("sample.py", *draw, cwd=tmp_path), "disk full")
+    done = script("sample.py", *draw, cwd=tmp_path)
+    assert done.returncode == 0 and "resuming with 1 finished batch" in done.stdout
+    assert {path for path in files(tmp_path) if "/" not in path} == {
+        "samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"
+    }  # fmt: skip
+
+
+def test_an_interrupted_set_is_written_again_under_its_name(digits_run, tmp_path):
+    draw = ["--ckpt", digits_run / CKPT, "--n", 20, "--out", "."]
+    with mock.patch.object(pictures, "write_grid", side_effect=OSError("disk full")):
+        assert_refused(script("sample.py", *draw, cwd=tmp_path), "disk full")
+    done = script("sample.py", *draw, cwd=tmp_path)
+    assert done.returncode == 0 and "stays as it is" not in done.stdout
+    assert files(tmp_path) == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
+
+
 def test_auto_precision_is_the_one_that_it_stands_for(digits_run, tmp_path):
     """Batches of an interrupted draw are continued in the same one only."""
     draw = ["--ckpt", digits_run / "runs/sup/ckpt.pt", "--n", 2, "--steps", 1, "--out", "."]
@@ -607,11 +627,13 @@ def test_average_of_a_short_run_does_not_remember_the_first_weights(tmp_path):
 
 def test_resume_takes_the_options_of_the_run_and_names_a_contradiction(tmp_path):
     options = ["--dataset", "digits", "--width", 8, "--epochs", 1, "--loss", "mle", "--lr", 0.05]
+    options += "--n-eval 30 --on-diverge restart --diagnose".split()
     assert script("train_sup.py", *options, "--out", "r", cwd=tmp_path).returncode == 0
     done = script("train_sup.py", "--resume", "--out", "r", "--epochs", 2, cwd=tmp_path)
     assert done.returncode == 0 and "resuming at step 11 of 22" in done.stdout, done.stderr
     stored = json.loads((tmp_path / "r/options.json").read_text())
     assert (stored["lr"], stored["loss"], stored["width"], stored["epochs"]) == (0.05, "mle", 8, 2)
+    assert (stored["n_eval"], stored["on_diverge"], stored["diagnose"]) == (30, "restart", True)
     for name, then, now in (("--lr", 0.05, 0.1), ("--dataset", "digits", tmp_path / "none")):
         done = script("train_sup.py", "--resume", "--out", "r", name, now, cwd=tmp_path)
         assert done.returncode == 2 and "error: " in done.stderr
