@@ -69,7 +69,7 @@ def shipped(*records: dict) -> Iterator[dict]:
         row["PGD-20"] = share(accuracy, "adversarial_accuracy")  # its only attack
         found = by_sampler(scores)
         distances = [f"`{name}` {figure(found[name], 'C-FD')}" for name in samplers.split()]
-        yield row | {"C-FD of 1,000 images": ", ".join(distances)}
+        yield row | {"C-FD of 1,000 images, by [sampler](#samplers)": ", ".join(distances)}
 
 
 def cards(*records: dict) -> Iterator[dict]:

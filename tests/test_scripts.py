@@ -644,6 +644,15 @@ def test_resume_takes_the_options_of_the_run_and_names_a_contradiction(tmp_path)
     assert_refused(done)
 
 
+def test_held_out_images_leave_every_class_its_seeds(tmp_path):
+    """Of two images per class, the watch over a single step holds one out."""
+    write_folder(tmp_path / "set", per_class=20)
+    options = "--dataset set --share 0.1 --attack fgsm --width 8 --n-eval 4 --max-minutes 1e-9"
+    done = script("train_sup.py", *options.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert cem.load(tmp_path / CKPT).extra["seeds"]["mean"].shape == (3, 300)
+
+
 def test_quiet_hides_progress_and_nothing_else(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
