@@ -230,19 +230,20 @@ class NonParametricCEM(_CEM):
 def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """The names of every convolution and of the BatchNorm that follows it, until it is folded."""
     pairs = dict.fromkeys((ResNet, BasicBlock, Bottleneck), [(f"conv{i}", f"bn{i}") for i in "123"])
-    pairs |= {nn.Sequential: [("0", "1")], WideBlock: [("conv1", "bn2")]}
+    pairs |= {"downsample": [("0", "1")], WideBlock: [("conv1", "bn2")]}
     for name, module in model.named_modules():
-        for conv, bn in pairs.get(type(module), ()):
+        kind = "downsample" if name.endswith(".downsample") else type(module)
+        for conv, bn in pairs.get(kind, ()):
             before, after = getattr(module, conv, None), getattr(module, bn, None)
-            if isinstance(before, nn.Conv2d) and getattr(after, "running_mean", None) is not None:
+            if type(before) is nn.Conv2d and getattr(after, "running_mean", None) is not None:
                 yield f"{name}.{conv}".lstrip("."), f"{name}.{bn}".lstrip(".")
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A frozen copy in eval mode; in networks of this file, BatchNorm is folded into convolutions.
+    """A frozen copy in eval mode, the same function up to rounding.
 
-    Computes the same function, up to rounding; attacks and samplers are up to twice as fast.
-    """
+    In networks of this file and torchvision's ResNets, BatchNorm is folded into convolutions, which
+    makes attacks and samplers up to twice as fast."""
     model = copy.deepcopy(model).eval()
     for conv, bn in list(conv_bn_pairs(model)):
         fused = fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(bn))
@@ -345,7 +346,7 @@ def supervised_loss(
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
-    require(seen is not None, f"loss {name!r} needs x_adv, the attacked images")
+    require(seen is not None and len(seen) == len(x), f"loss {name!r} needs x_adv, as many as x")
     energies = name in ("jem", "jeat", "dat")
     require(not energies or x_s is not None, f"loss {name!r} needs x_s, samples of the model")
     if name == "dat":
@@ -385,7 +386,7 @@ def _batch_statistics_of_first(n: int, model: nn.Module):
         yield
 
 
-# ------------------------------------------------------------------ ascent: attack and samplers
+# ------------------------------------------------ ascent: attack and samplers, their potentials
 
 
 def _norm(x: Tensor, order: float = 2) -> Tensor:
@@ -407,7 +408,7 @@ def project(delta: Tensor, eps: float, norm: str) -> Tensor:
     """The nearest point to delta (N, ...) in the l2 or linf ball of radius eps, image by image."""
     if norm == "linf":
         return delta.clamp(-eps, eps)
-    return delta * (eps / _norm(delta).clamp_min(1e-12)).clamp(max=1)
+    return delta * (eps / _norm(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp(max=1)
 
 
 def draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Tensor:
@@ -428,10 +429,8 @@ def draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Ten
 
 
 def _check_images(x: Tensor, clip: tuple[float, float] | None) -> None:
-    """Raise CEMError unless x is a floating-point batch, finite and in the range `clip`.
-
-    Values are checked on the CPU only: on a GPU the host would wait for them.
-    """
+    """Raise CEMError unless x is a floating-point batch, finite and in the range `clip`: checked on
+    the CPU only, as the host would wait for a GPU."""
     batch = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
     require(batch, "x must be a batch of floating-point images: divide uint8 images by 255")
     if x.device.type == "cpu" and x.numel():
@@ -470,8 +469,8 @@ def ascend(
     eps, clip   radius of the ball around x, in `norm`; range of the pixels. None disables.
     generator   of the noise (see `draw`); with one per image, noise does not depend on the batch.
     start       where to begin, if not at x.
-    model       to be in eval mode during the ascent, by default potential.model. Pass the network
-                of a plain function: in train mode, the ascent would change BatchNorm's statistics.
+    model       to be in eval mode during the ascent; by default the potential, if a module, or its
+                `model`. Pass the network of a function, whose BatchNorm statistics would change.
 
     -> the last iterate, detached. Parameters, their .grad and buffers in eval mode are left as they
     were. Raises CEMError for options out of range.
@@ -486,7 +485,8 @@ def ascend(
     x = (x if start is None else start).detach().clone()
     require((x.shape, x.dtype) == (center.shape, center.dtype), "start must be in x's shape, dtype")
     velocity = 0
-    with _eval_mode(getattr(potential, "model", None) if model is None else model):
+    own = potential if isinstance(potential, nn.Module) else getattr(potential, "model", None)
+    with _eval_mode(own if model is None else model):
         if isinstance(potential, Potential):
             potential = potential.bind()
         for _ in range(steps):
@@ -534,8 +534,6 @@ def pgd(
     walk = dict(steps=steps, step_size=step_size, norm=norm, start=start, model=model)
     return ascend(potential, x, eps=eps if random_start <= 1 else None, **walk)
 
-
-# ----------------------------------------------------------------------------------- potentials
 
 PARAMETRIC_SAMPLERS = {  # (logits f(x, ·), y) -> U(x)
     # log p(y | x) = f(x, y) - LSE_k f(x, k), precise near 0 too: targeted attack
@@ -592,6 +590,7 @@ class Potential:
     """
 
     def __init__(self, name: str, model: nn.Module, y: Tensor | None = None):
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.name, self.model, self.y = name, model, y
         formulas = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS | NON_PARAMETRIC_SAMPLERS
         _require_one_of(formulas, name, "potential")
@@ -603,7 +602,8 @@ class Potential:
         without = name in WITHOUT_Y or name in MARGINAL and hasattr(model, "energy")
         require(y is not None or without, f"potential {name!r} needs y, {what}")
         if y is not None and self.labelled:
-            _check_labels(y, getattr(model, "config", {}).get("num_classes", math.inf))
+            ours = isinstance(model, ParametricCEM)
+            _check_labels(y, model.config["num_classes"] if ours else math.inf)
 
     def bind(self) -> Callable[[Tensor], Tensor]:
         """U with the positives of "pgd" embedded now, once, by the network as it is."""
@@ -611,8 +611,8 @@ class Potential:
         if self.labelled:
             return lambda x: formula(model(x), y)
         learned = self.name in MARGINAL and y is None
-        with torch.no_grad():  # a copy, as CUDA graphs write the next output in the same place
-            others = model(y).clone() if self.name == "pgd" else y
+        with torch.enable_grad():  # else autocast, before torch 2.11, keeps weights without a graph
+            others = model(y).detach().clone() if self.name == "pgd" else y  # CUDA graphs overwrite
 
         def potential(x: Tensor) -> Tensor:
             z, _, log_p = model(x, details=True) if learned else (model(x), None, None)
@@ -629,8 +629,8 @@ potential = Potential  # the public constructor
 
 def _check_labels(y: Tensor, num_classes: float) -> None:
     """Raise CEMError unless y is int64 (N,) and, which is checked on the CPU only, in range."""
-    integers = y.dtype == torch.int64 and y.dim() == 1
-    require(integers, f"labels must be int64 (N,), not {y.dtype} {tuple(y.shape)}")
+    integers = isinstance(y, Tensor) and y.dtype == torch.int64 and y.dim() == 1
+    require(integers, f"labels must be an int64 tensor (N,), not {' '.join(repr(y).split()):.50}")
     if y.device.type == "cpu" and len(y):
         require(0 <= y.min() and y.max() < num_classes, f"labels must be in 0..{num_classes - 1}")
 
@@ -672,8 +672,8 @@ class GaussianSeeds:
             _check_images(images, (0, 1))
         fits = images.dim() == 4 and len(images) == len(labels) > 1
         require(fits, "the fit needs images (N, C, H, W) and labels (N,), N at least 2")
+        _check_labels(labels, math.inf if num_classes is None else num_classes)
         num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-        _check_labels(labels, num_classes)
         dim = images[0].numel()
         rank = min(dim if rank is None else rank, dim, len(images) - 1)
         require(rank >= 1, f"rank must be at least 1, not {rank}")

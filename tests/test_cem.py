@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -102,7 +103,28 @@ class PreActivation(nn.Module):
         return self.conv1(F.relu(self.bn1(x)))
 
 
-WITHOUT_STATISTICS = nn.BatchNorm2d(3, track_running_stats=False)
+class Active(nn.BatchNorm2d):
+    """A third-party BatchNorm with its activation."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Standardised(nn.Conv2d):
+    """A third-party convolution that standardises its weight."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+class Shortcut(nn.Module):
+    def __init__(self, conv, norm):
+        super().__init__()
+        self.downsample = nn.Sequential(conv, norm)
+
+    def forward(self, x):
+        return self.downsample(x)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +132,10 @@ WITHOUT_STATISTICS = nn.BatchNorm2d(3, track_running_stats=False)
     [
         PreActivation(),
         nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)),
-        nn.Sequential(nn.Conv2d(3, 3, 1), WITHOUT_STATISTICS),
+        nn.Sequential(nn.Conv2d(3, 3, 1), Active(3)),
+        Shortcut(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
+        Shortcut(Standardised(3, 3, 1), nn.BatchNorm2d(3)),
+        Shortcut(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)),
     ],
 )
 def test_folded_is_the_same_function_for_third_party_networks(other):
@@ -318,6 +343,63 @@ def test_momentum_is_the_heavy_ball():
         clip=None,
     )
     assert x.item() == pytest.approx(0.1 * 3 * (1 + 1.5 + 1.75))
+
+
+class Energy(nn.Module):
+    """A potential that is a network itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8), nn.Dropout())
+
+    def forward(self, x):
+        return self.head(self.model(x)).sum(1)
+
+
+def test_a_network_as_the_potential_is_in_eval_mode():
+    energy, x = Energy(), torch.rand(5, 3, 4, 4)
+    before = copy.deepcopy(energy.state_dict())
+    first, second = (cem.ascend(energy, x, steps=2, step_size=0.1) for _ in range(2))
+    assert torch.equal(first, second) and all(m.training for m in energy.modules())
+    assert all(torch.equal(before[k], v) for k, v in energy.state_dict().items())
+
+
+def test_a_radius_of_zero_in_half_precision(batch):
+    x = batch[0].half()
+    x_adv = cem.pgd(lambda x: x.flatten(1).sum(1), x, eps=0.0)
+    assert torch.equal(x_adv, x)
+
+
+def test_networks_of_others_may_have_a_config(batch):
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    network.config = SimpleNamespace(num_labels=10)
+    cem.pgd(cem.potential("ce", network, batch[1]), batch[0], eps=0.1)
+
+
+def test_the_attack_leaves_synchronisation_to_the_training(batch, encoder_in_a_wrapper):
+    """DistributedDataParallel counts the forward passes that it sees."""
+    wrapped, seen = encoder_in_a_wrapper
+    assert cem.potential("maxent", wrapped)(batch[0]).shape == (len(batch[0]),)
+    assert cem.potential("pgd", wrapped, batch[0])(batch[0]).shape == (len(batch[0]),)
+    assert not seen and wrapped(batch[0]) is not None and len(seen) == 1
+
+
+@pytest.fixture
+def encoder_in_a_wrapper():
+    """An encoder in DistributedDataParallel, and the passes that go through the wrapper."""
+    seen = []
+
+    class Wrapper(nn.parallel.DistributedDataParallel):
+        def __init__(self, module):
+            nn.Module.__init__(self)
+            self.module = module
+
+        def forward(self, x):
+            seen.append(x)
+            return self.module(x)
+
+    return Wrapper(cem.NonParametricCEM("resnet18", width=4)), seen
 
 
 def test_directions():
@@ -585,7 +667,7 @@ def test_a_potential_has_one_number_per_image(batch):
         (torch.tensor([0, 5]), r"in 0\.\.4"),
         (torch.tensor([-1, 0]), r"in 0\.\.4"),
         (torch.tensor([0.0, 1.0]), "int64"),
-        (torch.tensor([[0], [1]]), r"int64 \(N,\)"),
+        (torch.tensor([[0], [1]]), r"int64 tensor"),
     ],
 )
 def test_potential_refuses_bad_labels(y, part, model):

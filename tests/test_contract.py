@@ -577,6 +577,7 @@ FIT = "cem.GaussianSeeds.fit({})"
 IMAGES = ["255 * x", "(x - 0.5) / 0.25", "x.mul(255).byte()", "x * nan", "x - inf", "x[0, 0, 0]"]
 IMAGES += ["x.numpy()", "x.long()", "None", "x > 0.5", "x.tolist()", "x.to(torch.complex64)"]
 LABELS = ["y.float()", "y.int()", "y[:, None]", "y + 5", "y - 1", "None", "y == 1", "y[0]"]
+LABELS += ["y.numpy()", "y.tolist()"]
 WRONG = [
     *(ASCEND.format(f"{name}={value}") for value in ("nan", "inf", "-1") for name in (
         "steps", "step_size", "noise", "momentum", "eps")),
@@ -610,6 +611,7 @@ WRONG = [
     "cem.info_nce(z, z[:2], 0.3)", "cem.info_nce(z[:1], z[:1], 0.3)",
     "cem.info_nce(z, z, 0.3, 'sum')", "cem.info_nce(z[:0], z[:0], 0.3)",
     "cem.supervised_loss('x', model, x, y)", "cem.supervised_loss('at', model, x, y)",
+    "cem.supervised_loss('dat', model, x[:2], y[:2], x, x_s=x)",
     "cem.supervised_loss('mle', model, x, y)", "cem.supervised_loss('jeat', model, x, y)",
     SEEDS.format("m[0], f, (3, 8, 8)"), SEEDS.format("m, f[0], (3, 8, 8)"),
     SEEDS.format("m, f, (8, 8)"), SEEDS.format("m, f, (3, 9, 9)"), SEEDS.format("m[:2], f, s"),
