@@ -19,7 +19,7 @@ from lib import budget, cli, data, distributed, files, metrics, paper, pictures
 from lib.cli import option
 from lib.device import pick_device
 from lib.markdown import table
-from lib.parts import Parts, digest
+from lib.parts import Parts, digest, evaluated
 
 SAMPLERS = {  # of each model: a classifier, its second stage, an encoder, a larger encoder
     "sup": ["seeds", *cem.PARAMETRIC_SAMPLERS],
@@ -119,9 +119,9 @@ class Reproduction:
 
     def accuracy(self, model: str) -> dict:
         ckpt = self.train(model)
-        product = ckpt.with_name("probe.json" if model.startswith("unsup") else "accuracy.json")
-        words = ["--ckpt", ckpt, *self.data, "--n", self.plan["n_eval"]]
-        return files.read_json(self.parts.run(product, "eval_robust.py", *words, alone=True))
+        name = "probe.json" if model.startswith("unsup") else "accuracy.json"
+        words = [*self.data, "--n", self.plan["n_eval"]]
+        return evaluated(self.parts, ckpt, *words, name=name, alone=True)
 
     def draw(self, row: str) -> Path:
         """The samples of a row, .npz."""
@@ -212,8 +212,11 @@ def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
     content = {"command": cli.command(), "plan": job.plan, "parts": job.parts.used}
     content |= {"accuracies": accuracies, "rows": figures}
     shown = text(job, accuracies, figures)
-    grids = {row: job.draw(row).with_suffix(".png") for row in figures}
+    samples = {row: job.draw(row) for row in figures}
     if distributed.rank() == 0:
+        grids = {row: path.with_suffix(".png") for row, path in samples.items()}
+        for row in (row for row in grids if not grids[row].exists()):
+            pictures.write_grid(grids[row], pictures.grid(*data.read_npz(samples[row])))
         files.write_json(job.folder / "table.json", content)
         cli.write_text(job.folder / "table.md", shown)
         pictures.write_overview(job.folder / "grids.png", grids)

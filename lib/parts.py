@@ -72,6 +72,8 @@ class Parts:
             with mock.patch.dict(os.environ, WORLD_SIZE="1"):
                 call(script, *words, *self.common)
         distributed.barrier()
+        left = f"delete what is left of it, {product.stem}.*, and repeat"
+        cli.require(product.exists(), f"{command} did not write {product}: {left}")
         seconds = round(time.monotonic() - begin, 1)
         done = {"command": command, "seconds": seconds}
         self.finished[str(product)] = self.used[str(product)] = done
@@ -85,6 +87,14 @@ def minutes(ckpt: str | Path) -> float:
     extra = cem.load(ckpt).extra
     cli.require("training" in extra, f"{ckpt} has no training time: pass the ckpt.pt of a run")
     return extra["training"]["seconds"] / 60
+
+
+def evaluated(parts: Parts, ckpt: Path, *words, name="accuracy.json", alone=False) -> dict:
+    """What eval_robust.py writes to `name` with these options, in a folder of its own."""
+    words = ["--ckpt", ckpt, *words]
+    out = ckpt.with_name(f"accuracy-{digest(words)}")
+    words += ["--out", out]
+    return files.read_json(parts.run(out / name, "eval_robust.py", *words, alone=alone))
 
 
 def judged(parts: Parts, ckpt: Path, samplers: Sequence[str], n: int, ref, judge) -> dict:

@@ -21,7 +21,7 @@ import tables  # noqa: E402
 import cem  # noqa: E402
 from lib import cli, files, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
-from lib.parts import Parts, digest, judged, minutes  # noqa: E402
+from lib.parts import Parts, digest, evaluated, judged, minutes  # noqa: E402
 
 VARIANTS = {  # name -> what differs from the recipe
     "recipe": "",
@@ -65,8 +65,7 @@ def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
     run = parts.path.parent
     ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--out", run, "--resume")
     row = {"variant": variant, "seed": seed, "minutes": minutes(ckpt)}
-    words = ["--ckpt", ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation)]
-    found = files.read_json(parts.run(run / "accuracy.json", "eval_robust.py", *words))
+    found = evaluated(parts, ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation))
     row |= {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}
     samplers = cem.PARAMETRIC_SAMPLERS
     for i, judge in enumerate(opt.judges, 1):

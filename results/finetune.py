@@ -19,7 +19,7 @@ import tables  # noqa: E402
 
 from lib import cli, files, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
-from lib.parts import Parts, digest, minutes  # noqa: E402
+from lib.parts import Parts, digest, evaluated, minutes  # noqa: E402
 
 
 @dataclass
@@ -41,8 +41,7 @@ def row_of(start: str, share: float, epochs: int, parts: Parts, opt: Options) ->
     words += ["--init", opt.encoder or "runs/unsup/ckpt.pt"] if start == "encoder" else []
     run = Path(opt.out) / f"{start}-{digest(words)}"
     ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--out", run, "--resume")
-    words = ["--dataset", opt.dataset, "--ckpt", ckpt, *shlex.split(opt.evaluation)]
-    found = files.read_json(parts.run(run / "accuracy.json", "eval_robust.py", *words))
+    found = evaluated(parts, ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation))
     row = {"start": start, "share": share, "minutes": minutes(ckpt)}
     return row | {key: found[key] for key in ("n", "clean_accuracy", "pgd-20")}
 

@@ -24,7 +24,7 @@ import tables  # noqa: E402
 import cem  # noqa: E402
 from lib import cli, files, markdown  # noqa: E402
 from lib.cli import option  # noqa: E402
-from lib.parts import Parts, digest, judged, minutes  # noqa: E402
+from lib.parts import Parts, digest, evaluated, judged, minutes  # noqa: E402
 
 ATTACKS = ["--attacks", "pgd-20", "pgd-50", "margin", "--restarts", 5]
 ACCURACIES = ("clean_accuracy", "pgd-20", "pgd-50", "margin", "adversarial_accuracy")
@@ -81,11 +81,8 @@ def train(loss: str, seed: int, parts: Parts, opt: Options, *more) -> Path:
 def attack(ckpt: Path, parts: Parts, opt: Options, *more) -> dict:
     """Measure a checkpoint -> the content of accuracy.json."""
     trained = files.read_json(ckpt.with_name("options.json"))
-    words = ["--ckpt", ckpt, "--dataset", opt.dataset]
-    words += ["--norm", trained["norm"], "--eps", trained["eps"], *more]
-    out = ckpt.with_name(f"accuracy-{digest(words)}")
-    path = parts.run(out / "accuracy.json", "eval_robust.py", *words, "--out", out)
-    return files.read_json(path)
+    ball = ["--norm", trained["norm"], "--eps", trained["eps"]]
+    return evaluated(parts, ckpt, "--dataset", opt.dataset, *ball, *more)
 
 
 def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import cem  # noqa: E402
 import eval_is_fid  # noqa: E402
 import sample  # noqa: E402
-from lib import cli, data, files, metrics, reference, sampling  # noqa: E402
+from lib import cli, data, files, interop, metrics, reference, sampling  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import pick_device  # noqa: E402
 
@@ -140,6 +140,8 @@ def main() -> None:
     unsupervised = samplers[0] in cem.NON_PARAMETRIC_SAMPLERS
     ckpt = Path(opt.ckpt or cli.default_checkpoint("unsup" if unsupervised else "sup"))
     files.check_output(Path(opt.out), files.json_with("command", "rows"))
+    if opt.save:
+        files.check_output(Path(opt.save), interop.is_ours)
     sweep = Sweep(opt, ckpt, device)
     sweep.point(sampler="seeds")
     found = {}

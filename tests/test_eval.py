@@ -798,6 +798,10 @@ def test_sweep_refuses_rulers_of_the_wrong_kind(digits_run, tmp_path):
     options = ["--ref", "digits", "--ckpt", ckpt, "--judge", ckpt, "--second", ckpt]
     done = script("results/sweep.py", *options, "--out", "sweep.json", cwd=tmp_path)
     assert_refused(done, "--second an encoder")
+    (tmp_path / "notes.txt").write_text("mine")
+    save = [*options[:-2], "--out", "sweep.json", "--save", "notes.txt"]
+    assert_refused(script("results/sweep.py", *save, cwd=tmp_path), "notes.txt exists and this")
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not (tmp_path / "sweep.json").exists()
 
 
 def test_the_other_norm_walks_as_far(digits_run):

@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -81,6 +82,21 @@ def test_parts_are_reused_where_their_options_agree(folder):
     assert "C-FD" in first["rows"]["sup-cs"] and "FID" not in first["rows"]["sup-cs"]
     done = script("reproduce.py", *COMMAND, cwd=folder)
     assert done.returncode == 0 and "\npython " not in done.stdout
+    (checkpoint,) = folder.glob(f"{OUT}/sup-*/ckpt.pt")
+    evaluation = ["--ckpt", checkpoint, "--attacks", "margin", "--n", 20]
+    assert script("eval_robust.py", *evaluation, cwd=folder).returncode == 0
+    (grid,) = folder.glob(f"{OUT}/sup-*/samples-*/samples-cs.png")
+    before = grid.read_bytes()
+    grid.unlink()
+    done = script("reproduce.py", *COMMAND, cwd=folder)
+    assert done.returncode == 0 and "\npython " not in done.stdout, done.stderr
+    assert grid.read_bytes() == before
+    assert json.loads((folder / OUT / "table.json").read_text())["rows"] == first["rows"]
+    grid.with_suffix(".npz").rename(folder / "elsewhere.npz")
+    with mock.patch.object(parts, "call"):
+        done = script("reproduce.py", *COMMAND, cwd=folder)
+    assert_refused(done, "samples-cs.npz: delete what is left of it, samples-cs.*, and repeat")
+    (folder / "elsewhere.npz").rename(grid.with_suffix(".npz"))
     write_plan(folder, sup=f"{SMALL} --seed 1")
     done = script("reproduce.py", *COMMAND, cwd=folder)
     assert done.returncode == 0, done.stderr

@@ -201,7 +201,8 @@ def test_dual_trains_each_variant_and_judges_four_samplers(digits_run, tmp_path)
     assert "--likelihood-weight 3" in rows[1]["command"]
     for row in rows:
         (run,) = tmp_path.glob(f"runs/dual/digits-{row['variant'].replace(' ', '-')}-*")
-        found = json.loads((run / "accuracy.json").read_text())
+        (measured,) = run.glob("accuracy-*/accuracy.json")
+        found = json.loads(measured.read_text())
         assert row["PGD-20"] == 100 * found["pgd-20"] and found["n"] == 20
         assert row["minutes"] == cem.load(run / "ckpt.pt").extra["training"]["seconds"] / 60
         (judged,) = run.glob("samples-20/scores-*.json")
