@@ -82,6 +82,8 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     own = model.extra.get("dataset", "")
     known = own in data.NAMES or (own != "" and Path(own).is_dir())
     if not opt.dataset and not known:
+        of_cifar10 = own == "" or path.resolve().parent == cli.SHIPPED
+        cli.require(of_cifar10, f"the dataset of {path}, {own}, is not here: name the --dataset")
         print(f"measuring on cifar10: the checkpoint's ({own or 'unknown'}) is not available")
     opt.dataset = opt.dataset or (own if known else "cifar10")
     shape = model.extra.get("image_shape")
@@ -141,9 +143,9 @@ def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt
 
 
 def report(name: str, path: Path, folder: Path, test_set, opt: Options, result: dict) -> None:
-    """Print the result and write it, with its settings, to the file `name` in `folder`."""
+    """Write the result, with its settings, to the file `name` in `folder`, and print it."""
     n = min(opt.n or len(test_set), len(test_set))
-    print(f"{path} on {n} test images of {test_set.name}, {opt.norm} eps {opt.eps:g}:")
+    lines = [f"{path} on {n} test images of {test_set.name}, {opt.norm} eps {opt.eps:g}:"]
     intervals = {}
     for key, value in result.items():
         if isinstance(value, dict):
@@ -154,14 +156,17 @@ def report(name: str, path: Path, folder: Path, test_set, opt: Options, result: 
             trials = len(test_set) if key == "knn_accuracy" else n
             low, high = intervals[key] = metrics.interval(round(value * trials), trials)
             shown = f"{value:.2%} ({low:.2%} to {high:.2%})"
-        print(f"  {key.replace('_', ' ')}: {shown}")
+        lines.append(f"  {key.replace('_', ' ')}: {shown}")
     record = {"command": cli.command(), "ckpt": str(path), "dataset": test_set.name, "n": n}
     for key in ("norm", "eps", "restarts", "precision", "seed"):
         record[key] = getattr(opt, key)
     if opt.transfer:
         record["transfer"] = opt.transfer
     record |= result | {"intervals": intervals}
-    files.write_json(folder / name, record)
+    try:
+        files.write_json(folder / name, record)
+    finally:
+        print("\n".join(lines))
     print(f"wrote {folder / name}")
 
 

@@ -207,7 +207,7 @@ def train(opt: Options) -> None:
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     classes = len(train_set.classes)
     model = cem.ParametricCEM(opt.arch, classes, **shape, **train_set.normalisation())
-    init.start(model, opt)
+    init.start(model, opt, train_set)
     model = model.to(device, memory_format=torch.channels_last)
     if opt.compile and opt.loss not in ENERGY_BASED:  # these patch BatchNorm.forward every step
         compile_network(model, device)

@@ -204,7 +204,7 @@ def train(opt: Options) -> None:
     dual = opt.loss == "dat"
     head = dict(embed_dim=opt.embed_dim, temperature=opt.temperature, energy=dual)
     model = cem.NonParametricCEM(opt.arch, **head, **shape, **train_set.normalisation())
-    init.start(model, opt)
+    init.start(model, opt, train_set)
     model = model.to(device, memory_format=torch.channels_last)
     if opt.compile:
         compile_network(model, device)

@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -244,6 +244,7 @@ def _read_image(path: str, image_size: int) -> Image.Image:
     try:
         with Image.open(path) as image:
             cli.require(image.mode[0] not in "IF", "it has more than 8 bits")  # clipped by convert
+            image = ImageOps.exif_transpose(image)  # upright, as it is shown elsewhere
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         if image_size:
             image = tv.resize(image, [image_size], antialias=True)

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+import cem
 from lib import cli, interop
 from lib.run import resumes
 
@@ -16,11 +17,12 @@ def defaults(opt) -> dict:
     return {name: value for name, value in load(opt).config.items() if hasattr(opt, name)}
 
 
-def start(model: nn.Module, opt) -> None:
+def start(model: nn.Module, opt, train_set) -> None:
     """Copy weights and normalisation of opt.init into the model, unless the run is resumed.
 
-    A last layer of another size or kind stays new, which is printed. Raises CEMError for another
-    network, and for a new last layer in the second stage, which keeps the first one's posterior.
+    A last layer of another size or kind, or for other classes, stays new, which is printed. Raises
+    CEMError for another network, and in the second stage, which keeps the first one's posterior,
+    for a new last layer and for images of another size.
     """
     if not opt.init or resumes(opt):
         return
@@ -34,9 +36,15 @@ def start(model: nn.Module, opt) -> None:
         print("(many RobustBench models need --mean 0 --std 1)")
         stored |= {name: own[name] for name in ("mean", "std")}
     last = [{k: v.shape for k, v in s.items() if k.startswith("net.fc.")} for s in (stored, own)]
-    if last[0] != last[1]:
-        first = f"the last layer of {opt.init} does not fit: train a new one with --loss at first"
-        cli.require(opt.loss != "dat", first)
-        print(f"the last layer of {opt.init} does not fit: starting with a new one")
+    shape = list(train_set.images.shape[1:])
+    size = source.extra.get("image_shape") or shape
+    same = opt.loss != "dat" or size == shape
+    cli.require(same, f"{opt.init} is for images of {size}, not {shape}: --loss at fine-tunes it")
+    classes = source.extra.get("classes") or train_set.classes
+    others = isinstance(model, cem.ParametricCEM) and classes != train_set.classes
+    if last[0] != last[1] or others:
+        differs = f"the last layer of {opt.init} does not fit{' these classes' * others}"
+        cli.require(opt.loss != "dat", f"{differs}: train a new one with --loss at first")
+        print(f"{differs}: starting with a new one")
         stored = {k: v for k, v in stored.items() if not k.startswith("net.fc.")}
     model.load_state_dict(own | {k: v for k, v in stored.items() if k in own})

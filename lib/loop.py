@@ -249,6 +249,11 @@ class Trainer:
     def restore(self) -> None:
         saved = self.folder.load(self.device)
         training = saved.extra["training"]
+        now = self.extra(self.average)
+        for name in ("classes", "image_shape"):
+            then = saved.extra.get(name)
+            same = then == now.get(name)
+            cli.require(same, f"--resume: the run has {name} {then}, the dataset {now.get(name)}")
         found = self.chains is None or "chains" in training
         cli.require(found, f"{self.folder.checkpoint} has no chains: an earlier version wrote it")
         self.model.load_state_dict(training["model"])

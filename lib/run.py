@@ -80,6 +80,8 @@ class RunFolder:
     def _check_resumable(self, extra: dict) -> None:
         message = f"{self.checkpoint} has no training state: it cannot be resumed"
         cli.require("training" in extra, message)
+        unknown = extra["options"].keys() - asdict(self.opt).keys()
+        cli.require(not unknown, f"--resume: another script made the run in {self.path}")
         for name, now in asdict(self.opt).items():
             then = extra["options"].get(name, now)
             agrees = name in MAY_CHANGE or now == then or (name == "epochs" and now > then)

@@ -242,6 +242,16 @@ def test_a_grey_split_has_three_channels_if_the_other_has_colours(tmp_path):
     assert torch.equal(test.images[:, :1], grey)
 
 
+def test_photos_are_upright(tmp_path):
+    root = write_folder(tmp_path / "set")
+    pixels = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(pixels).save(root / "train/ant/0.png", exif=exif)
+    found = data.load(str(root), "train").images[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(found, np.rot90(pixels, -1))
+
+
 def test_images_of_more_than_8_bits_are_refused(tmp_path):
     """Pillow would clip them."""
     root = write_folder(tmp_path / "deep", mode="L")

@@ -1,6 +1,7 @@
 """JEM, JEAT and robust evaluation, against float64 definitions, closed forms, torchattacks and
 AutoAttack."""
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -24,6 +25,7 @@ from test_data import write_folder
 from torch import nn
 
 import cem
+import eval_robust
 import train_sup
 from lib import augment, cli, data, distributed, interop, loop, options, robustness
 from lib.chains import ReplayBuffer
@@ -447,6 +449,17 @@ def test_autoattack_of_few_classes(classes):
     found = robustness.autoattack(network, x, y, settings(norm="l2", eps=eps))
     clear = (distance / eps - 1).abs() > 0.01
     assert torch.equal(found[clear], (distance > eps)[clear]) and 0 < found.sum() < 20
+
+
+def test_results_are_written_before_they_are_printed(tmp_path):
+    """A closed pipe must not cost them."""
+    opt, test_set = eval_robust.Options(), data.load("digits", "test")
+    with (
+        mock.patch("builtins.print", side_effect=BrokenPipeError),
+        contextlib.suppress(BrokenPipeError),
+    ):
+        eval_robust.report("a.json", "x.pt", tmp_path, test_set, opt, {"clean_accuracy": 0.5})
+    assert json.loads((tmp_path / "a.json").read_text())["clean_accuracy"] == 0.5
 
 
 def test_autoattack_without_its_library_says_what_to_install(digits_run):

@@ -644,6 +644,33 @@ def test_resume_takes_the_options_of_the_run_and_names_a_contradiction(tmp_path)
     assert_refused(done)
 
 
+def test_resume_names_another_script_and_other_classes(tmp_path):
+    write_folder(tmp_path / "set")
+    options = (
+        "--dataset set --width 8 --epochs 2 --batch-size 4 --n-eval 4 --out r --resume".split()
+    )
+    start = [*options, "--loss", "st", "--max-minutes", 1e-9]
+    assert script("train_sup.py", *start, cwd=tmp_path).returncode == 0
+    done = script("train_unsup.py", "--out", "r", "--resume", "--dataset", "set", cwd=tmp_path)
+    assert_refused(done, "another script made the run in r")
+    for part in ("train", "test"):
+        (tmp_path / "set" / part / "ant").rename(tmp_path / "set" / part / "wasp")
+    done = script("train_sup.py", *start, cwd=tmp_path)
+    assert_refused(done, "the run has classes ['ant', 'bee'], the dataset ['bee', 'wasp']")
+
+
+def test_a_checkpoint_is_not_measured_on_another_dataset(tmp_path, monkeypatch):
+    """Where its own is not found, such as in another working directory."""
+    cem.save(tmp_path / "x.pt", cem.ParametricCEM("resnet18", 10, width=8), dataset="photos")
+    done = script("eval_robust.py", "--ckpt", "x.pt", cwd=tmp_path)
+    assert_refused(done, "the dataset of x.pt, photos, is not here: name the --dataset")
+    cem.save(tmp_path / "checkpoints/x.pt", cem.load(tmp_path / "x.pt"), dataset="photos")
+    monkeypatch.setattr(cli, "SHIPPED", tmp_path / "checkpoints")
+    with mock.patch.object(data, "load", side_effect=cem.CEMError("no network")):
+        done = script("eval_robust.py", "--ckpt", "checkpoints/x.pt", cwd=tmp_path)
+    assert "measuring on cifar10" in done.stdout and "no network" in done.stderr
+
+
 def test_held_out_images_leave_every_class_its_seeds(tmp_path):
     """Of two images per class, the watch over a single step holds one out."""
     write_folder(tmp_path / "set", per_class=20)
