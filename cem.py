@@ -229,12 +229,11 @@ class NonParametricCEM(_CEM):
 
 def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """The names of every convolution and of the BatchNorm that follows it, until it is folded."""
-    pairs = dict.fromkeys((ResNet, BasicBlock, Bottleneck), [(f"conv{i}", f"bn{i}") for i in "123"])
-    pairs |= {"downsample": [("0", "1")], WideBlock: [("conv1", "bn2")]}
+    names = [*((f"conv{i}", f"bn{i}") for i in "123"), ("downsample.0", "downsample.1")]
+    pairs = dict.fromkeys((ResNet, BasicBlock, Bottleneck), names) | {WideBlock: [("conv1", "bn2")]}
     for name, module in model.named_modules():
-        kind = "downsample" if name.endswith(".downsample") else type(module)
-        for conv, bn in pairs.get(kind, ()):
-            before, after = getattr(module, conv, None), getattr(module, bn, None)
+        for conv, bn in pairs.get(type(module), ()):
+            before, after = (dict(module.named_modules()).get(part) for part in (conv, bn))
             if type(before) is nn.Conv2d and getattr(after, "running_mean", None) is not None:
                 yield f"{name}.{conv}".lstrip("."), f"{name}.{bn}".lstrip(".")
 
@@ -346,7 +345,9 @@ def supervised_loss(
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
-    require(seen is not None and len(seen) == len(x), f"loss {name!r} needs x_adv, as many as x")
+    require(
+        seen is not None and len(seen) == len(x), f"loss {name!r} needs x_adv, one for each of x"
+    )
     energies = name in ("jem", "jeat", "dat")
     require(not energies or x_s is not None, f"loss {name!r} needs x_s, samples of the model")
     if name == "dat":
@@ -470,7 +471,7 @@ def ascend(
     generator   of the noise (see `draw`); with one per image, noise does not depend on the batch.
     start       where to begin, if not at x.
     model       to be in eval mode during the ascent; by default the potential, if a module, or its
-                `model`. Pass the network of a function, whose BatchNorm statistics would change.
+                `model`. For a function, pass its network, whose BatchNorm statistics would change.
 
     -> the last iterate, detached. Parameters, their .grad and buffers in eval mode are left as they
     were. Raises CEMError for options out of range.
@@ -630,7 +631,7 @@ potential = Potential  # the public constructor
 def _check_labels(y: Tensor, num_classes: float) -> None:
     """Raise CEMError unless y is int64 (N,) and, which is checked on the CPU only, in range."""
     integers = isinstance(y, Tensor) and y.dtype == torch.int64 and y.dim() == 1
-    require(integers, f"labels must be an int64 tensor (N,), not {' '.join(repr(y).split()):.50}")
+    require(integers, "labels must be an int64 tensor (N,)")
     if y.device.type == "cpu" and len(y):
         require(0 <= y.min() and y.max() < num_classes, f"labels must be in 0..{num_classes - 1}")
 
@@ -653,7 +654,7 @@ class GaussianSeeds:
         self.residual = torch.zeros_like(mean) if residual is None else residual
         self.channels = torch.eye(self.shape[0]).to(mean) if channels is None else channels
         self.num_classes = len(mean) - 1
-        fits = len(self.shape) == 3 and all(isinstance(n, int) for n in self.shape)
+        fits = len(self.shape) == 3 and all(isinstance(n, int) and n > 0 for n in self.shape)
         fits = fits and mean.shape == self.residual.shape == (len(mean), math.prod(self.shape))
         fits = fits and factor.dim() == 3 and factor.shape[:2] == mean.shape
         fits = fits and self.channels.shape == (self.shape[0],) * 2
@@ -753,8 +754,8 @@ def _principal_factor(centered: Tensor, rank: int, seed: int) -> Tensor:
     """A (D, rank) with A Aᵀ the best approximation of centeredᵀ centered, padded with zeros."""
     if 4 * rank < min(centered.shape):  # randomised: seconds instead of minutes for 3 x 32 x 32
         with torch.random.fork_rng(devices=[centered.device] if centered.is_cuda else []):
-            own = torch.cuda.default_generators if centered.is_cuda else [torch.default_generator]
-            own[centered.get_device()].manual_seed(seed)  # -1 on the CPU
+            own = centered.is_cuda and torch.cuda.default_generators[centered.device.index]
+            (own or torch.default_generator).manual_seed(seed)
             _, s, v = torch.svd_lowrank(centered, min(rank + 16, *centered.shape), niter=4)
     else:
         _, s, vt = torch.linalg.svd(centered, full_matrices=False)
@@ -799,8 +800,7 @@ def save(path: str | os.PathLike, model: nn.Module, **extra) -> None:
         with torch.device("meta"):
             rebuilt = KINDS[kind](**model.config).state_dict()
     same = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in rebuilt.items()}
-    advice = "save a ParametricCEM or NonParametricCEM, or torch.save the state_dict yourself"
-    require(same, f"load could not rebuild this {kind} from its config: {advice}")
+    require(same, f"load could not rebuild this {kind} from its config: torch.save its state_dict")
     _check_plain(extra, "extra")
     content = dict(format="cem", kind=kind, config=model.config, state=state, extra=extra)
     write_atomically(path, lambda file: torch.save(content, file))

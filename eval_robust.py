@@ -69,21 +69,18 @@ def check(opt: Options) -> None:
     cli.require(pgd or not opt.transfer, "--transfer needs a PGD attack, such as pgd-20")
 
 
-def load_network(opt: Options, path, other, device: torch.device) -> nn.Module:
-    """The checkpoint at `path`. --mean and --std are for the third-party ones of both."""
-    of_other = other and interop.is_ours(path) and not interop.is_ours(other)
-    given = (None, None) if of_other else (opt.mean or None, opt.std or None)
-    return interop.load(path, device, *given)
-
-
 def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     """The checkpoint. It fills in opt.dataset and opt.image_size where they are not given."""
-    model = load_network(opt, path, opt.transfer, device)
+    of_transfer = opt.transfer and interop.is_ours(path)
+    given = (None, None) if of_transfer else (opt.mean or None, opt.std or None)
+    model = interop.load(path, device, *given)
     own = model.extra.get("dataset", "")
     known = own in data.NAMES or (own != "" and Path(own).is_dir())
     if not opt.dataset and not known:
         of_cifar10 = own == "" or path.resolve().parent == cli.SHIPPED
-        cli.require(of_cifar10, f"the dataset of {path}, {own}, is not here: name the --dataset")
+        cli.require(
+            of_cifar10, f"the dataset of {path}, {own}, is not available: name it by --dataset"
+        )
         print(f"measuring on cifar10: the checkpoint's ({own or 'unknown'}) is not available")
     opt.dataset = opt.dataset or (own if known else "cifar10")
     shape = model.extra.get("image_shape")
@@ -92,11 +89,16 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     return model.to(memory_format=torch.channels_last)
 
 
-def load_source(opt: Options, path, model: nn.Module, device: torch.device) -> nn.Module | None:
-    """The classifier of --transfer; None without it."""
+def load_source(opt: Options, model: nn.Module, device: torch.device) -> nn.Module | None:
+    """The classifier of --transfer; None without it. --mean and --std are for it if it has none, or
+    if the attacked classifier is ours."""
     if not opt.transfer:
         return None
-    source = load_network(opt, opt.transfer, path, device)
+    source = interop.load(opt.transfer, device)
+    given = opt.mean or None, opt.std or None
+    plain = not source.extra.get("normalised", True)
+    if any(given) and (plain or "third_party" not in model.extra):
+        source = interop.load(opt.transfer, device, *given)
     encoder = any(isinstance(network, cem.NonParametricCEM) for network in (model, source))
     cli.require(not encoder, "--transfer needs two classifiers, and one of these is an encoder")
     return source.to(memory_format=torch.channels_last)
@@ -179,7 +181,7 @@ def main() -> None:
     opt.precision = resolve_precision(device, opt.precision)
     path = Path(opt.ckpt) if opt.ckpt else cli.default_checkpoint("sup")
     model = load(opt, path, device)
-    source = load_source(opt, path, model, device)
+    source = load_source(opt, model, device)
     third_party = "third_party" in model.extra
     folder = Path(opt.out or cli.output_folder(path, third_party))
     encoder = isinstance(model, cem.NonParametricCEM)

@@ -227,7 +227,7 @@ def train(opt: Options) -> None:
         batch_loss = make_batch_loss(opt, train_set, buffer)
 
     def extra(model):
-        return info | ({"settings": state["chains"].settings} if opt.loss == "dat" else {})
+        return {"settings": state["chains"].settings} if opt.loss == "dat" else {}
 
     def measure(model, epoch):
         result = robustness.accuracy(model, test_set, ["pgd-10"], opt, opt.n_eval)
@@ -248,6 +248,7 @@ def train(opt: Options) -> None:
         chains=state,
         bounds={"energy_gap": opt.max_energy_gap},
         freeze_batch_norm=opt.loss == "dat",
+        info=info,
         extra=extra,
     ).fit()
 

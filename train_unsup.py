@@ -226,9 +226,10 @@ def train(opt: Options) -> None:
         return measure(model, train_set, test_set, opt)
 
     def extra(model):
-        if trainer.step:
-            info["bank"] = make_bank(model, train_set, opt)
-        return info | ({"settings": state["chains"].settings} if dual else {})
+        found = {"settings": state["chains"].settings} if dual else {}
+        if trainer.step and not trainer.stop.signal:  # after which there is little time
+            found["bank"] = make_bank(model, train_set, opt)
+        return found
 
     n = len(train_set)
     per_image = VIEWS + 3 * dual
@@ -242,6 +243,7 @@ def train(opt: Options) -> None:
         chains=state,
         bounds={"energy_gap": opt.max_energy_gap},
         freeze_batch_norm=dual,
+        info=info,
         extra=extra,
     )
     trainer.fit()

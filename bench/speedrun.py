@@ -24,7 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem  # noqa: E402
 import eval_robust  # noqa: E402
-from lib import augment, cli, data, files, markdown, optim, robustness  # noqa: E402
+from lib import augment, cli, data, files, interop, markdown, optim, robustness  # noqa: E402
 from lib.attack import AttackCopy  # noqa: E402
 from lib.cli import option  # noqa: E402
 from lib.device import PRECISIONS, autocast, pick_device  # noqa: E402
@@ -132,7 +132,9 @@ def main() -> None:
     recipe = replace(TRACKS[opt.track], **given)
     out, rows = Path(opt.out), []
     weights = [out / f"{opt.track}-{seed}.pt" for seed in range(opt.runs)]
-    files.check_output(out / f"{opt.track}.json", files.json_with("command", "recipe"), *weights)
+    files.check_output(out / f"{opt.track}.json", files.json_with("command", "recipe"))
+    for path in weights:
+        files.check_output(path, interop.is_ours)
     for seed in range(opt.runs):
         model, seconds = train(recipe, train_set, seed, opt.precision)
         cem.save(weights[seed], model)

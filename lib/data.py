@@ -140,8 +140,9 @@ def images(name: str, split: str, data_dir: str, image_size: int = 0) -> Tensor:
 
 def splits(name: str, data_dir: str, device, image_size: int = 0) -> tuple[Dataset, Dataset]:
     """Both splits, on the device. Raises CEMError if their images differ in shape."""
-    train = load(name, "train", data_dir, image_size).to(device)
-    test = load(name, "test", data_dir, image_size).to(device)
+    parts = [load(name, split, data_dir, image_size).to(device) for split in ("train", "test")]
+    channels = max(part.images.shape[1] for part in parts)  # 3, if one of them has colours
+    train, test = (replace(part, images=part.images.expand(-1, channels, -1, -1)) for part in parts)
     shapes = [tuple(dataset.images.shape[1:]) for dataset in (train, test)]
     if shapes[0] != shapes[1]:
         differ = f"training images have shape {shapes[0]}, test images {shapes[1]}"
@@ -204,12 +205,8 @@ def _folder(root: Path, split: str, image_size: int) -> Dataset:
     if differing:
         names = ", ".join(sorted(differing)[:5])
         raise CEMError(f"{root}: train and test have different classes ({names})")
-    listing = listings.pop(split)
+    listing = listings[split]
     images = read_images([path for path, _ in listing.samples], image_size)
-    if images.shape[1] == 1:  # in three channels, if the other split has colours
-        (other,) = listings.values()
-        channels = read_images([path for path, _ in other.samples], image_size).shape[1]
-        images = images.repeat(1, channels, 1, 1)
     height, width = images.shape[2:]
     if image_size:
         print(f"{root / split}: images of other sizes are resized and cropped to {width}x{height}")
@@ -251,7 +248,9 @@ def _read_image(path: str, image_size: int) -> Image.Image:
             image = tv.center_crop(image, [image_size])
         return image
     except Exception as error:  # decoders of damaged files fail with errors of any type
-        raise CEMError(f"cannot read the image {path}: {error}") from error
+        raise CEMError(
+            f"cannot read the image {path}: {str(error) or type(error).__name__}"
+        ) from error
 
 
 # --------------------------------------------------------------------------------------- samples

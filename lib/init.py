@@ -39,12 +39,14 @@ def start(model: nn.Module, opt, train_set) -> None:
     shape = list(train_set.images.shape[1:])
     size = source.extra.get("image_shape") or shape
     same = opt.loss != "dat" or size == shape
-    cli.require(same, f"{opt.init} is for images of {size}, not {shape}: --loss at fine-tunes it")
+    cli.require(
+        same, f"{opt.init} is for images of {size}, not {shape}: first fine-tune it with --loss at"
+    )
     classes = source.extra.get("classes") or train_set.classes
     others = isinstance(model, cem.ParametricCEM) and classes != train_set.classes
     if last[0] != last[1] or others:
         differs = f"the last layer of {opt.init} does not fit{' these classes' * others}"
-        cli.require(opt.loss != "dat", f"{differs}: train a new one with --loss at first")
+        cli.require(opt.loss != "dat", f"{differs}: first train a new one with --loss at")
         print(f"{differs}: starting with a new one")
         stored = {k: v for k, v in stored.items() if not k.startswith("net.fc.")}
     model.load_state_dict(own | {k: v for k, v in stored.items() if k in own})

@@ -41,6 +41,8 @@ def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
     state, now = average.state_dict(), model.state_dict()
     names = [name for name, value in state.items() if value.is_floating_point()]
     torch._foreach_lerp_([state[k] for k in names], [now[k] for k in names], 1 - decay)
+    for name in state.keys() - set(names):  # BatchNorm's counts of batches
+        state[name].copy_(now[name])
 
 
 class Trainer:
@@ -56,7 +58,8 @@ class Trainer:
     chains: a module with further state: chains, and the first stage's network (lib/chains.py)
     bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
     freeze_batch_norm: keep its statistics, and normalise by them
-    extra(model) -> what the checkpoint stores beside the model
+    info: what the checkpoint stores about the dataset; classes and image_shape stay the same
+    extra(model) -> what it stores beside
 
     Under torchrun every process runs this with the same weights; the first measures and writes.
     """
@@ -64,7 +67,8 @@ class Trainer:
     def __init__(
         self, opt, model: nn.Module, num_images: int, *, shuffle, batch_loss, measure,
         watch=None, chains: nn.Module | None = None, bounds: dict | None = None,
-        freeze_batch_norm: bool = False, extra: Callable[[nn.Module], dict] = lambda model: {}
+        freeze_batch_norm: bool = False, info: dict | None = None,
+        extra: Callable[[nn.Module], dict] = lambda model: {}
     ):  # fmt: skip
         if distributed.world_size() > 1 and opt.batch_size > num_images:
             message = f"--batch-size {opt.batch_size} exceeds the {num_images} training images"
@@ -75,7 +79,7 @@ class Trainer:
         self.opt = opt
         self.model = model
         self.chains = chains
-        self.extra = extra
+        self.info, self.extra = info or {}, extra
         self.shuffle = shuffle
         self.batch_loss = batch_loss
         self.measure = measure
@@ -240,20 +244,19 @@ class Trainer:
             training["chains"] = dict(state)
         keep = name == "ckpt.pt" and self.step > self.began
         if self.first:
-            self.folder.save(
-                name, self.average, keep, training=training, **self.extra(self.average)
-            )
+            stored = self.info | self.extra(self.average)
+            self.folder.save(name, self.average, keep, training=training, **stored)
             self.folder.write_log(self.progress["log"])
         distributed.barrier()
 
     def restore(self) -> None:
         saved = self.folder.load(self.device)
         training = saved.extra["training"]
-        now = self.extra(self.average)
-        for name in ("classes", "image_shape"):
-            then = saved.extra.get(name)
-            same = then == now.get(name)
-            cli.require(same, f"--resume: the run has {name} {then}, the dataset {now.get(name)}")
+        same = type(saved) is type(self.model)
+        cli.require(same, f"--resume: another script made the run in {self.folder.path}")
+        for name in self.info.keys() & {"classes", "image_shape"}:
+            then, now = saved.extra.get(name), self.info[name]
+            cli.require(then == now, f"--resume: the run has {name} {then}, the dataset {now}")
         found = self.chains is None or "chains" in training
         cli.require(found, f"{self.folder.checkpoint} has no chains: an earlier version wrote it")
         self.model.load_state_dict(training["model"])

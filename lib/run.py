@@ -19,9 +19,8 @@ FILES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.jso
 EVENTS = ".cem"  # suffix of TensorBoard's event files
 
 # Options that a resumed run does not take from the run, and those that may differ from the run's.
-OF_THIS_CALL = ("resume", "max_minutes", "out", "device", "quiet")
+OF_THIS_CALL = ("resume", "max_minutes", "out", "device", "quiet", "diagnose")
 MAY_CHANGE = (*OF_THIS_CALL, "data_dir", "n_eval", "eval_every", "on_diverge", "max_energy_gap")
-MAY_CHANGE += ("diagnose",)
 
 
 def resumes(opt) -> bool:
@@ -80,8 +79,6 @@ class RunFolder:
     def _check_resumable(self, extra: dict) -> None:
         message = f"{self.checkpoint} has no training state: it cannot be resumed"
         cli.require("training" in extra, message)
-        unknown = extra["options"].keys() - asdict(self.opt).keys()
-        cli.require(not unknown, f"--resume: another script made the run in {self.path}")
         for name, now in asdict(self.opt).items():
             then = extra["options"].get(name, now)
             agrees = name in MAY_CHANGE or now == then or (name == "epochs" and now > then)

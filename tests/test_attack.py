@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cem
 import train_sup
-from lib import cli, data, distributed, loop
-from lib.attack import AttackCopy, make_watch
+from lib import cli, data, distributed, loop, options
+from lib.attack import AttackCopy, make_watch, pgd_options
 from lib.device import autocast
 
 SMALL = dict(width=8, in_channels=3)
@@ -106,6 +106,50 @@ def test_a_step_with_samples_reads_no_value_from_the_device(loss, own, monkeypat
     for count in calls_of_steps(monkeypatch, tmp_path, **options):
         assert count["aten._local_scalar_dense.default"] <= own
         assert not {"aten.nonzero.default", "aten._unique2.default"} & count.keys()
+
+
+class Bright(torch.nn.Module):
+    def forward(self, x):
+        mean = x.mean((1, 2, 3))
+        return torch.stack([mean, 1 - mean], 1)
+
+
+@pytest.mark.parametrize("single, several, noticed", [(4, 1, True), (4, 2, False), (2, 0, False)])
+def test_overfitting_is_half_of_more_than_30_percent(single, several, noticed, monkeypatch):
+    def pgd(potential, x, *, steps, **_):
+        return x * (torch.arange(len(x)) < (single if steps == 1 else several)).view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(cem, "pgd", pgd)
+    white = torch.full((10, 3, 8, 8), 255, dtype=torch.uint8)
+    options = train_sup.Options(attack="fgsm", precision="float32")
+    watch = make_watch(options, data.Dataset("white", white, torch.zeros(10).long(), "ab"))
+    if noticed:
+        with pytest.raises(cli.Diverged):
+            watch(Bright())
+    else:
+        assert watch(Bright())["single_step_accuracy"] == pytest.approx(single / 10)
+
+
+def test_the_watch_looks_every_200_steps(tmp_path):
+    opt = options.TrainOptions(out=str(tmp_path), batch_size=2, ema=0.0, epochs=1)
+    steps = []
+    trainer = loop.Trainer(
+        opt,
+        cem.ParametricCEM("resnet18", 2, width=4),
+        850,
+        shuffle=lambda epoch: (torch.arange(850), torch.zeros(850, 1)),
+        batch_loss=lambda model, *_: (model.net.fc.bias.sum(), {}),
+        measure=lambda *_: {},
+        watch=lambda model: steps.append(trainer.step) or {},
+    )
+    trainer.fit()
+    assert steps == [200, 400, 425]
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_fgsm_is_one_step_of_eps_from_noise_of_twice_the_radius(norm):
+    expected = dict(eps=0.1, norm=norm, steps=1, step_size=0.1, random_start=2)
+    assert pgd_options(train_sup.Options(attack="fgsm", norm=norm, eps=0.1)) == expected
 
 
 class Rippled(torch.nn.Module):

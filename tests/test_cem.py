@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from conftest import ARCHS, ROOT, perturb
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 import cem
 
@@ -118,13 +119,9 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
 
 
-class Shortcut(nn.Module):
-    def __init__(self, conv, norm):
-        super().__init__()
-        self.downsample = nn.Sequential(conv, norm)
-
-    def forward(self, x):
-        return self.downsample(x)
+def block(conv, norm):
+    """torchvision's, with this shortcut."""
+    return nn.Sequential(BasicBlock(3, 4, downsample=nn.Sequential(conv, norm)))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +130,10 @@ class Shortcut(nn.Module):
         PreActivation(),
         nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)),
         nn.Sequential(nn.Conv2d(3, 3, 1), Active(3)),
-        Shortcut(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
-        Shortcut(Standardised(3, 3, 1), nn.BatchNorm2d(3)),
-        Shortcut(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)),
+        block(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+        block(Standardised(3, 4, 1), nn.BatchNorm2d(4)),
+        block(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)),
+        block(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)),
     ],
 )
 def test_folded_is_the_same_function_for_third_party_networks(other):

@@ -262,10 +262,10 @@ LEGAL = [  # extreme values which may succeed or be refused
     f"{SAMPLE} --norm none --step-size 1e308 --steps 3",
     f"{FID} --batch-size 9223372036854775807",
     f"{ROBUST} --n 9223372036854775807 --batch-size 9223372036854775807",
-    f"{ROBUST} --seed 9223372036854775807 --attacks pgd-1",
-    f"{ROBUST} --seed -9223372036854775808 --attacks pgd-1",
-    f"{ROBUST} --eps 1e308 --attacks pgd-1",
-    f"{ROBUST} --eps 0 --attacks pgd-1",
+    f"{ROBUST} --seed 9223372036854775807 --attacks pgd-10",
+    f"{ROBUST} --seed -9223372036854775808 --attacks pgd-10",
+    f"{ROBUST} --eps 1e308 --attacks pgd-10",
+    f"{ROBUST} --eps 0 --attacks pgd-10",
 ]
 
 
@@ -322,7 +322,7 @@ s['shape'] = [8, 8]; s['shape'] = [1, 4, 16]; s['shape'] = 3; s['shape'] = 'abc'
 s['shape'] = [1, 8, 8.0]; s['shape'] = None; s['mean'] = s['mean'].to_sparse(); e['seeds'] = None
 del s['residual']; del s['channels']; s['residual'][3, 3] = nan; s['channels'] = torch.zeros(2, 2)
 s['residual'] = s['residual'][1:]; s['unknown'] = torch.zeros(2)
-s['shape'] = [1, -8, -8], e.pop('image_shape'); e['seeds'] = 3; e['seeds'] = []; e['seeds'] = 'x'
+s.update(shape=[1, -8, -8]), e.pop('image_shape'); e['seeds'] = 3; e['seeds'] = []; e['seeds'] = 'x'
 s['shape'] = [torch.tensor(1), 8, 8]; s['mean'] = s['mean'].to(torch.complex64) + 1j
 e['classes'] = 3; e['classes'] = 'abcdefghij'; e['classes'] = ['a']; e['classes'] = []
 e['classes'] = ['a'] * 10; e['classes'][3] = '../../evil'; e['classes'][3] = ''

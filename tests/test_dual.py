@@ -307,11 +307,11 @@ def test_dat_without_init_says_what_it_expects(tmp_path):
     assert not [key for key in training_of(tmp_path / CKPT)["chains"] if "reference" in key]
     cem.save(tmp_path / "seven.pt", cem.ParametricCEM("resnet18", 7, width=8, in_channels=1))
     done = script("train_sup.py", *DAT, "--init", "seven.pt", "--out", "new", cwd=tmp_path)
-    assert_refused(done, "does not fit: train a new one with --loss at first")
+    assert_refused(done, "does not fit: first train a new one with --loss at")
     other = cem.ParametricCEM("resnet18", 10, width=8, in_channels=1)
     cem.save(tmp_path / "names.pt", other, classes=[f"c{i}" for i in range(10)])
     done = script("train_sup.py", *DAT, "--init", "names.pt", "--out", "new", cwd=tmp_path)
-    assert_refused(done, "names.pt does not fit these classes: train a new one with --loss at")
+    assert_refused(done, "names.pt does not fit these classes: first train a new one")
     cem.save(tmp_path / "large.pt", other, image_shape=[1, 16, 16])
     done = script("train_sup.py", *DAT, "--init", "large.pt", "--out", "new", cwd=tmp_path)
     assert_refused(done, "large.pt is for images of [1, 16, 16], not [1, 8, 8]")

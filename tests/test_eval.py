@@ -264,6 +264,23 @@ def test_precision_and_recall_of_a_part_see_every_class(monkeypatch, tmp_path):
     assert read[:, 0, 0, 0].bincount().tolist() == [200] * 10
 
 
+def test_c_fd_is_of_features_standardised_by_the_reference(model, tmp_path):
+    cem.save(tmp_path / "m.pt", model)
+    network = metrics.Checkpoint(str(tmp_path / "m.pt"), torch.device("cpu"))
+    (tmp_path / "ref.npz").touch()  # statistics of a file are not cached
+    opt = SimpleNamespace(ref=str(tmp_path / "ref.npz"), split="", data_dir="", batch_size=50)
+    images = torch.randint(0, 256, (2, 50, 3, 8, 8), dtype=torch.uint8)
+    images[1] //= 2
+    against = reference.compute(images[0], network, opt)
+    real, fake = (metrics.extract(network, part, 50, "")[0] for part in images)
+    distances = []
+    for y, x in zip(real, fake):
+        mu, std = y.double().mean(0), y.double().std(0).clamp_min(1e-6)
+        y, x = (y - mu) / std, (x - mu) / std
+        distances.append(metrics.frechet_distance(x, *metrics.statistics(y)))
+    assert against.frechet(fake) == pytest.approx(np.mean(distances), rel=1e-6)
+
+
 def test_standardised_distances_do_not_depend_on_scale_and_are_means_over_blocks():
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(-2, 2, 6, dtype=torch.float64)

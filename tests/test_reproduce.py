@@ -205,6 +205,23 @@ def test_less_than_an_epoch_is_a_share_of_the_images(plan):
         plan("5m", 300)
 
 
+def test_a_second_stage_is_planned_slower_than_its_first_minute(monkeypatch, tmp_path):
+    extra = {"options": {"batch_size": 128}, "training": {"step": 30, "seconds": 12.0}}
+    monkeypatch.setattr(budget, "call", lambda *_: None)
+    monkeypatch.setattr(budget.cem, "load", lambda _: SimpleNamespace(extra=extra))
+    common = SimpleNamespace(common=[])
+    job = SimpleNamespace(training=lambda *_: [], measured=tmp_path, parts=common)
+    rates = [budget.measured(job, model, "", 1, 50_000)[1] for model in ("sup", "dat")]
+    assert rates == pytest.approx([320, 320 / 1.5])
+
+
+def test_a_plan_leaves_out_the_time_that_measuring_took(plan, monkeypatch):
+    clock = iter([0, 1800])
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    made, _ = plan("60m", 500)
+    assert sum(made["minutes"].values()) < 30
+
+
 def test_budgets():
     times = [budget.seconds(text) for text in ("90m", "6h", "1.5d")]
     assert times == [5400, 21600, 129600]

@@ -5,10 +5,13 @@ import contextlib
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import math
 import pickle
+import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -27,7 +30,7 @@ from torch import nn
 import cem
 import eval_robust
 import train_sup
-from lib import augment, cli, data, distributed, interop, loop, options, robustness
+from lib import augment, cli, data, distributed, interop, loop, metrics, options, robustness
 from lib.chains import ReplayBuffer
 
 # ---------------------------------------------------------------------------------------- losses
@@ -434,12 +437,115 @@ def test_worst_of_own_attacks_is_close_to_autoattack(robust_model):
     assert 0 <= excess <= 0.04 + 1e-6
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-def test_autoattack_of_few_classes(classes):
+def test_training_runs_sgld_with_its_options():
+    opt = train_sup.Options(sgld_steps=3, sgld_step_size=0.2, sgld_noise=0.01)
+    assert train_sup.sgld(opt) == dict(steps=3, step_size=0.2, noise=0.01)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
+def test_a_run_follows_its_schedule(schedule, tmp_path):
+    def batch_loss(model, *_):
+        return model.net.fc.bias.sum(), {}
+
+    fit(
+        tmp_path,
+        cem.ParametricCEM("resnet18", 2, width=4),
+        batch_loss,
+        epochs=2,
+        schedule=schedule,
+        lr=0.1,
+    )
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    expected = [loop.learning_rate(step / 40, 0.1, schedule) for step in (19, 39)]
+    assert rates == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_restart_draws_anew_and_a_second_one_steps_back(tmp_path, capsys):
+    drawn = []
+
+    def batch_loss(model, index, draws, generator):
+        drawn.append(torch.rand((), generator=generator.common).item())
+        broken = 40 < len(drawn) <= 80  # the third epoch, twice
+        return model.net.fc.bias.sum() * (torch.nan if broken else 1), {}
+
+    fit(
+        tmp_path,
+        cem.ParametricCEM("resnet18", 2, width=4),
+        batch_loss,
+        epochs=4,
+        on_diverge="restart",
+        lr=1e-3,
+    )
+    shown = capsys.readouterr().err
+    found = re.findall(r"ckpt.pt is from step (\d+): continuing from there at (\S+)", shown)
+    assert found == [("40", "0.5"), ("20", "0.25")]
+    assert drawn[40] != drawn[60]  # both are step 41
+    options = dict(on_diverge="restart", lr=1e-3, resume=True)
+    fit(tmp_path, cem.ParametricCEM("resnet18", 2, width=4), batch_loss, epochs=5, **options)
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert cem.load(tmp_path / "ckpt.pt").extra["training"]["restarts"] == 2
+    assert last["lr"] == pytest.approx(loop.learning_rate(0.99, 1e-3, "cosine") / 4, abs=1e-5)
+
+
+def test_n_and_restarts_reach_the_attack_and_shares_have_their_intervals(digits_run, unsup_run):
+    sizes = []
+
+    def pgd(potential, x, **_):
+        sizes.append(len(x))
+        return x
+
+    for folder, kind, name in ((digits_run, "sup", "accuracy"), (unsup_run, "unsup", "probe")):
+        options = f"--ckpt runs/{kind}/ckpt.pt --n 40 --restarts 3 --attacks pgd-10 --out o".split()
+        with mock.patch.object(cem, "pgd", pgd):
+            assert script("eval_robust.py", *options, cwd=folder).returncode == 0
+        result = json.loads((folder / f"o/{name}.json").read_text())
+        kept = round(40 * result["clean_accuracy"])
+        assert sizes[-3:] == [kept] * 3 and result["pgd-10"] == result["clean_accuracy"]
+        for key, n in {"pgd-10": 40, "knn_accuracy": 360}.items():
+            if key in result:
+                expected = metrics.interval(round(n * result[key]), n)
+                assert result["intervals"][key] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("norm, name", [("l2", "L2"), ("linf", "Linf")])
+@pytest.mark.parametrize("classes, targets", [(3, 2), (10, 9), (100, 9)])
+def test_autoattack_gets_the_options(norm, name, classes, targets, monkeypatch):
+    made = []
+
+    class AutoAttack:
+        def __init__(self, model, **options):
+            made.append((self, options))
+            self.apgd_targeted, self.fab = SimpleNamespace(), SimpleNamespace()
+            self.attacks_to_run = ["apgd-ce", "apgd-t", "fab-t", "square"]
+
+        def run_standard_evaluation(self, x, y, batch_size):
+            return x.flip(0), y
+
+    monkeypatch.setitem(sys.modules, "pyautoattack", SimpleNamespace(AutoAttack=AutoAttack))
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, classes))
+    x = torch.rand(4, 3, 2, 2)
+    y = network(x).argmax(1)
+    found = robustness.autoattack(network, x, y, settings(norm=norm, eps=0.1, seed=3))
+    assert torch.equal(found, network(x.flip(0)).argmax(1) == y)
+    ((adversary, options),) = made
+    assert options == dict(norm=name, eps=0.1, seed=3, device=x.device)
+    assert adversary.apgd_targeted.n_target_classes == adversary.fab.n_target_classes == targets
+    assert ("apgd-t" in adversary.attacks_to_run) == (classes > 3)
+
+
+def test_attacks_and_constants_are_those_of_the_documentation():
+    attacks = {"pgd-10": ("ce", 10), "pgd-20": ("ce", 20), "pgd-50": ("ce", 50)}
+    assert robustness.ATTACKS == attacks | {"margin": ("margin", 50)}
+    assert inspect.signature(robustness.knn_accuracy).parameters["k"].default == 200
+    kid = inspect.signature(metrics.kernel_distance).parameters
+    assert (kid["subsets"].default, kid["size"].default) == (100, 1000)
+
+
+def test_autoattack_of_three_classes():
     """Without apgd-t, whose loss needs four. A linear network: the distances are known."""
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(192, classes)).requires_grad_(False)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).requires_grad_(False)
     x = 0.3 + 0.4 * torch.rand(20, 3, 8, 8)
     logits, weight = network(x), network[1].weight
     y = logits.argmax(1)
@@ -635,6 +741,13 @@ def test_mean_and_std_are_for_the_third_party_one(digits_run, tmp_path):
         assert done.returncode == 0 and "no pixel normalisation" not in done.stdout, done.stderr
         result = json.loads((tmp_path / "out/accuracy.json").read_text())
         assert result["transfer-pgd-10"] == pytest.approx(result["pgd-10"], abs=2 / 60)
+    interop.export(tmp_path / "whole.pt", model, "robustness")  # with its own
+    seen = []
+    with mock.patch.object(robustness, "accuracy", side_effect=lambda *a: seen.append(a[-1])):
+        options = "--ckpt theirs.pt --transfer whole.pt --mean 0 --std 1 --dataset digits --n 20"
+        with contextlib.suppress(AttributeError, TypeError):  # no result
+            script("eval_robust.py", *options.split(), cwd=tmp_path)
+    assert torch.equal(seen[0].mean, model.mean) and torch.equal(seen[0].std, model.std)
     options = ["--ckpt", "ours.pt", "--transfer", "ours.pt", *common]
     assert_refused(script("eval_robust.py", *options, cwd=tmp_path), "mean and std are for")
 

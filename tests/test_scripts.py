@@ -285,7 +285,9 @@ def test_a_checkpoint_without_seeds_takes_those_of_its_dataset(digits_run, tmp_p
     write_folder(tmp_path / "photos")
     other = ["--ckpt", "bare.pt", "--dataset", "photos"]
     assert_refused(script("sample.py", *other, cwd=tmp_path), "is for images of [1, 8, 8]")
-    expected, _ = drawn_images(digits_run, "--n", 20)
+    info = data.load("digits", "train").checkpoint_info(sampling.SEED_RANK)
+    cem.save(tmp_path / "whole.pt", model, **info)
+    expected, _ = drawn_images(tmp_path, "--n", 20, "--ckpt", "whole.pt")
     found, _ = drawn_images(tmp_path, "--n", 20, "--ckpt", "bare.pt", "--dataset", "digits")
     assert np.array_equal(found, expected)
 
@@ -627,13 +629,13 @@ def test_average_of_a_short_run_does_not_remember_the_first_weights(tmp_path):
 
 def test_resume_takes_the_options_of_the_run_and_names_a_contradiction(tmp_path):
     options = ["--dataset", "digits", "--width", 8, "--epochs", 1, "--loss", "mle", "--lr", 0.05]
-    options += "--n-eval 30 --on-diverge restart --diagnose".split()
+    options += "--n-eval 30 --on-diverge restart".split()
     assert script("train_sup.py", *options, "--out", "r", cwd=tmp_path).returncode == 0
     done = script("train_sup.py", "--resume", "--out", "r", "--epochs", 2, cwd=tmp_path)
     assert done.returncode == 0 and "resuming at step 11 of 22" in done.stdout, done.stderr
     stored = json.loads((tmp_path / "r/options.json").read_text())
     assert (stored["lr"], stored["loss"], stored["width"], stored["epochs"]) == (0.05, "mle", 8, 2)
-    assert (stored["n_eval"], stored["on_diverge"], stored["diagnose"]) == (30, "restart", True)
+    assert (stored["n_eval"], stored["on_diverge"]) == (30, "restart")
     for name, then, now in (("--lr", 0.05, 0.1), ("--dataset", "digits", tmp_path / "none")):
         done = script("train_sup.py", "--resume", "--out", "r", name, now, cwd=tmp_path)
         assert done.returncode == 2 and "error: " in done.stderr
@@ -663,7 +665,7 @@ def test_a_checkpoint_is_not_measured_on_another_dataset(tmp_path, monkeypatch):
     """Where its own is not found, such as in another working directory."""
     cem.save(tmp_path / "x.pt", cem.ParametricCEM("resnet18", 10, width=8), dataset="photos")
     done = script("eval_robust.py", "--ckpt", "x.pt", cwd=tmp_path)
-    assert_refused(done, "the dataset of x.pt, photos, is not here: name the --dataset")
+    assert_refused(done, "the dataset of x.pt, photos, is not available: name it by --dataset")
     cem.save(tmp_path / "checkpoints/x.pt", cem.load(tmp_path / "x.pt"), dataset="photos")
     monkeypatch.setattr(cli, "SHIPPED", tmp_path / "checkpoints")
     with mock.patch.object(data, "load", side_effect=cem.CEMError("no network")):
