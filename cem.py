@@ -231,11 +231,13 @@ def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """The names of every convolution and of the BatchNorm that follows it, until it is folded."""
     names = [*((f"conv{i}", f"bn{i}") for i in "123"), ("downsample.0", "downsample.1")]
     pairs = dict.fromkeys((ResNet, BasicBlock, Bottleneck), names) | {WideBlock: [("conv1", "bn2")]}
-    for name, module in model.named_modules():
-        for conv, bn in pairs.get(type(module), ()):
-            before, after = (dict(module.named_modules()).get(part) for part in (conv, bn))
-            if type(before) is nn.Conv2d and getattr(after, "running_mean", None) is not None:
-                yield f"{name}.{conv}".lstrip("."), f"{name}.{bn}".lstrip(".")
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        for pair in pairs.get(type(module), ()):
+            conv, bn = (f"{name}.{part}".lstrip(".") for part in pair)
+            mean = getattr(modules.get(bn), "running_mean", None)
+            if type(modules.get(conv)) is nn.Conv2d and mean is not None:
+                yield conv, bn
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -345,9 +347,7 @@ def supervised_loss(
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
-    require(
-        seen is not None and len(seen) == len(x), f"loss {name!r} needs x_adv, one for each of x"
-    )
+    require(seen is not None and len(seen) == len(x), f"loss {name!r} needs x_adv, one per x")
     energies = name in ("jem", "jeat", "dat")
     require(not energies or x_s is not None, f"loss {name!r} needs x_s, samples of the model")
     if name == "dat":
@@ -390,16 +390,16 @@ def _batch_statistics_of_first(n: int, model: nn.Module):
 # ------------------------------------------------ ascent: attack and samplers, their potentials
 
 
-def _norm(x: Tensor, order: float = 2) -> Tensor:
-    """The norm of each image, broadcastable to x."""
-    return torch.linalg.vector_norm(x, order, dim=tuple(range(1, x.dim())), keepdim=True)
+def _l2(x: Tensor) -> Tensor:
+    """The l2 norm of each image, broadcastable to x."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), keepdim=True)
 
 
 def _unit(g: Tensor) -> Tensor:
     """g / ‖g‖ of each image, 0 where g is. Squares of small gradients would underflow."""
     tiny = torch.finfo(g.dtype).tiny
-    g = g / _norm(g, math.inf).clamp_min(tiny)
-    return g / _norm(g).clamp_min(tiny)
+    g = g / g.abs().amax(tuple(range(1, g.dim())), keepdim=True).clamp_min(tiny)
+    return g / _l2(g).clamp_min(tiny)
 
 
 DIRECTIONS = {"none": lambda g: g, "l2": _unit, "linf": torch.sign}  # d(∇U)
@@ -409,7 +409,7 @@ def project(delta: Tensor, eps: float, norm: str) -> Tensor:
     """The nearest point to delta (N, ...) in the l2 or linf ball of radius eps, image by image."""
     if norm == "linf":
         return delta.clamp(-eps, eps)
-    return delta * (eps / _norm(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp(max=1)
+    return delta * (eps / _l2(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp(max=1)
 
 
 def draw(random: Callable, shape: Sequence[int], generator, like: Tensor) -> Tensor:

@@ -82,9 +82,9 @@ def calls_of_steps(monkeypatch, out, **changes):
 
     monkeypatch.setattr(loop.Trainer, "train_step", counted)
     small = dict(dataset="digits", arch="resnet18", width=8, epochs=1, n_eval=10, seed_rank=4)
-    options = train_sup.Options(**small | changes, out=str(out))
-    train_sup.train(options)
-    assert len(steps) == 1437 // options.batch_size
+    small["share"] = 3.5 * changes["batch_size"] / 1437
+    train_sup.train(train_sup.Options(**small | changes, out=str(out)))
+    assert len(steps) == 3
     return steps[1:]  # the first makes the copy
 
 
