@@ -168,7 +168,7 @@ class _CEM(nn.Module):
             value = torch.as_tensor(value, dtype=torch.get_default_dtype()).flatten()
             valid = len(value) in (1, in_channels) and (value.is_meta or value.isfinite().all())
             valid = valid and (value.is_meta or name == "mean" or value.min() > 0)
-            require(valid, "mean and std must be finite, one or one per channel, and std positive")
+            require(valid, "mean and std must be finite, scalar or one per channel, and std > 0")
             self.register_buffer(name, value.expand(in_channels).reshape(-1, 1, 1).clone())
 
     def stages(self, x: Tensor) -> list[Tensor]:
@@ -318,9 +318,9 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean"
     return losses.mean() if reduction == "mean" else losses
 
 
-def data_or_samples(log_p: Tensor, log_p_s: Tensor, offset=0.0, weight_s=1.0) -> Tensor:
-    """Cross-entropy of telling data from samples by log p(x) > b ([DAT]): the sum of two means.
-    (N,), (M,), weight_s a number or (M,) -> ()."""
+def separation_loss(log_p: Tensor, log_p_s: Tensor, offset=0.0, weight_s=1.0) -> Tensor:
+    """Binary cross-entropy of data against samples, logit log p(x) - offset ([DAT]): the sum of the
+    two means. (N,), (M,), weight_s a number or (M,) -> ()."""
     return F.softplus(offset - log_p).mean() + (weight_s * F.softplus(log_p_s - offset)).mean()
 
 
@@ -339,7 +339,7 @@ def supervised_loss(
     mle   CE(x̂, y) + λ [f(x̂, y) - f(x, y)]               λ = weight; both halves of the likelihood
     jem   CE(x, y) + λ [LSE f(x_s) - LSE f(x)]           x_s: samples of the model; λ = 1 in [JEM]
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
-    dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   take λ = 1
+    dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   use λ = 1
 
     In training, BatchNorm2d normalises x_s of jem and jeat by the statistics of the data; separate
     ones would let the network distinguish samples from data. dat is for a model in eval mode and
@@ -353,7 +353,7 @@ def supervised_loss(
     if name == "dat":
         outputs = model(torch.cat([x_adv, x, x_s]))
         logits, on_data, on_samples = outputs.tensor_split([len(x), 2 * len(x)])
-        separation = data_or_samples(log_marginal(on_data), log_marginal(on_samples), offset)
+        separation = separation_loss(log_marginal(on_data), log_marginal(on_samples), offset)
         return F.cross_entropy(logits, y) + weight * separation, logits
     if energies:
         with _batch_statistics_of_first(len(x), model):
@@ -473,8 +473,8 @@ def ascend(
     model       to be in eval mode during the ascent; by default the potential, if a module, or its
                 `model`. For a function, pass its network, whose BatchNorm statistics would change.
 
-    -> the last iterate, detached. Parameters, their .grad and buffers in eval mode are left as they
-    were. Raises CEMError for options out of range.
+    -> the last iterate, detached. Parameters, their .grad and that model's buffers are unchanged.
+    Raises CEMError for options and, on the CPU only, pixels out of range.
     """
     _require_one_of(DIRECTIONS, norm, "norm")
     numbers = (steps, step_size, noise, momentum, 0 if eps is None else eps)
@@ -484,7 +484,7 @@ def ascend(
     _check_images(x, clip)
     center = x.detach()
     x = (x if start is None else start).detach().clone()
-    require((x.shape, x.dtype) == (center.shape, center.dtype), "start must be in x's shape, dtype")
+    require((x.shape, x.dtype) == (center.shape, center.dtype), "start needs x's shape and dtype")
     velocity = 0
     own = potential if isinstance(potential, nn.Module) else getattr(potential, "model", None)
     with _eval_mode(own if model is None else model):
@@ -584,7 +584,7 @@ class Potential:
     P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs" and the attacks "ce", "joint",
     "margin"; y: labels (N,), unused by "langevin".
     NP-CEM, f(x, x') = model(x) · model(x') / τ: "pgd", y: the positives, images (N, C, H, W);
-    "maxent", without y; "neighbour", y: embeddings (N, D) of one image x' each; "marginal" and
+    "maxent", without y; "neighbour", y: embeddings (N, D), one x' per image; "marginal" and
     "maxent-marginal", y: embeddings (M, D) of real images, or None for the learned log p(x). The
     COUPLED ones compare the images of a batch: the gradient flows through every f(x_i, x_j), but
     not through the positives. Raises CEMError if name, model and y do not fit each other.
@@ -629,11 +629,11 @@ potential = Potential  # the public constructor
 
 
 def _check_labels(y: Tensor, num_classes: float) -> None:
-    """Raise CEMError unless y is int64 (N,) and, which is checked on the CPU only, in range."""
+    """Raise CEMError unless y is int64 (N,) and in range; the range is checked on the CPU only."""
     integers = isinstance(y, Tensor) and y.dtype == torch.int64 and y.dim() == 1
     require(integers, "labels must be an int64 tensor (N,)")
     if y.device.type == "cpu" and len(y):
-        require(0 <= y.min() and y.max() < num_classes, f"labels must be in 0..{num_classes - 1}")
+        require(0 <= y.min() and y.max() < num_classes, f"labels must be in [0, {num_classes})")
 
 
 # ---------------------------------------------------------------------------------------- seeds
@@ -666,8 +666,8 @@ class GaussianSeeds:
     def fit(
         cls, images: Tensor, labels: Tensor, rank=None, num_classes=None, progress=iter
     ) -> GaussianSeeds:
-        """images (N, C, H, W), uint8 or in [0, 1], at least 2 per class; labels (N,) in 0..K-1, 0
-        without any, K = num_classes; rank None: full; progress wraps the loop, such as tqdm."""
+        """images (N, C, H, W), uint8 or in [0, 1], at least 2 per class; labels int64 (N,), all 0
+        without classes; num_classes None: max + 1; rank None: full; progress: such as tqdm."""
         scale = 255 if images.dtype == torch.uint8 else 1
         if scale == 1:
             _check_images(images, (0, 1))
@@ -815,7 +815,7 @@ def _check_plain(value, name: str) -> None:
         _check_plain(item, f"{name}[{key!r}]")
     plain = type(value) in (dict, OrderedDict, bool, int, float, str, type(None))  # no subclass
     plain = plain or isinstance(value, Tensor)
-    require(plain, f"{name} is a {type(value).__name__}, which load would not read")
+    require(plain, f"{name} is a {type(value).__name__}: load reads only tensors and plain values")
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:

@@ -128,7 +128,7 @@ def judge(
     dimension = max(block.shape[1] for block in blocks)
     if len(images) < dimension:
         few = f"{len(images)} images, fewer than its {dimension:,} features"
-        cli.warn(f"{frechet} of {name} is far too high: {few}; {kernel} is not biased")
+        cli.warn(f"{frechet} of {name} is biased upwards: {few}; {kernel} is not biased")
     row[frechet] = distance(slice(None))
     if len(images) >= 20:
         row[f"{frechet} std"] = metrics.jackknife(distance, labels)

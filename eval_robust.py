@@ -47,7 +47,7 @@ class Options:
     norm: str = option("l2", "norm of the ball", "attack", choices=["l2", "linf"])
     eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
     transfer: str = option(
-        "", "attack through this classifier as well, a test for masked gradients",
+        "", "also transfer attacks from this classifier, to test for masked gradients",
         "attack", metavar="PATH",
     )  # fmt: skip
     ood: list[str] = cli.option_list(
@@ -78,10 +78,8 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     known = own in data.NAMES or (own != "" and Path(own).is_dir())
     if not opt.dataset and not known:
         of_cifar10 = own == "" or path.resolve().parent == cli.SHIPPED
-        cli.require(
-            of_cifar10, f"the dataset of {path}, {own}, is not available: name it by --dataset"
-        )
-        print(f"measuring on cifar10: the checkpoint's ({own or 'unknown'}) is not available")
+        cli.require(of_cifar10, f"the dataset of {path}, {own}, is not available: pass --dataset")
+        print(f"measuring on cifar10: its own dataset ({own or 'unknown'}) is not available")
     opt.dataset = opt.dataset or (own if known else "cifar10")
     shape = model.extra.get("image_shape")
     if shape and opt.dataset not in data.NAMES and not opt.image_size:

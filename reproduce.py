@@ -167,7 +167,7 @@ def use_inception(opt: Options) -> bool:
         problem = str(error)
     missing = distributed.any_process(problem != "")
     if missing:
-        cli.warn(f"{problem or 'Inception is missing elsewhere'}: C-IS and C-FD only")
+        cli.warn(f"{problem or 'a process has no Inception weights'}: C-IS and C-FD only")
     return not missing
 
 
@@ -234,10 +234,10 @@ def check(opt: Options) -> None:
     found = data.exists(opt.dataset)
     cli.require(found, f"--dataset {opt.dataset} not found: see python train_sup.py --help")
     n = distributed.world_size()
-    cli.require(128 % n == 0, f"{n} processes cannot share batches of 128 images: take 2, 4 or 8")
+    cli.require(128 % n == 0, f"{n} processes cannot split batches of 128 evenly: use 2, 4 or 8")
     folder = Path(opt.out)
     files.make_folder(folder)
-    files.lock(folder, f"another process is at work in {folder}: name another --out")
+    files.lock(folder, f"another process is at work in {folder}: use another --out")
     files.check_output(folder / "done.json", files.json_with("finished"))
     beside = (folder / "table.md", folder / "grids.png")
     files.check_output(folder / "table.json", files.json_with("command", "plan", "rows"), *beside)

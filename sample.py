@@ -44,7 +44,7 @@ class Options:
     sampler: str = option("rcs", SAMPLER_HELP, "what to draw", choices=SAMPLERS, metavar="NAME")
     cond: bool = option(
         False,
-        "seeds, and neighbours, of each class; always on for classifiers",
+        "class-conditional seeds, neighbours; always on for classifiers",
         "what to draw",
     )
     classes: str = option(
@@ -99,13 +99,13 @@ class Options:
         250, "images at a time; maxent, pgd and maxent-marginal couple these", "run", least=1
     )
     device: str = option("auto", cli.DEVICE, "run")
-    precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
+    precision: str = option("auto", "auto: bfloat16 if native", "run", choices=PRECISIONS)
     quiet: bool = option(False, cli.QUIET, "run")
 
 
 def check(opt: Options) -> None:
     new = not opt.png or not os.path.lexists(opt.png)
-    cli.require(new, f"--png {opt.png} already exists: name a new folder")
+    cli.require(new, f"--png {opt.png} already exists: use a new folder")
     couples = opt.sampler in cem.COUPLED
     enough = opt.batch_size > 1 or not couples
     cli.require(enough, f"--sampler {opt.sampler} compares images: --batch-size must be at least 2")
@@ -234,7 +234,7 @@ def main() -> None:
     own = sampling.identity(opt, path)
     parts = folder / f"{name}-{own}.parts"  # of its finished batches
     files.make_folder(parts)
-    files.lock(parts, f"another process draws the same images: its batches are in {parts}")
+    files.lock(parts, f"another process is drawing these images: its batches are in {parts}")
     if opt.png:
         files.make_folder(Path(opt.png).absolute().parent)
     print(f"{opt.sampler}: {opt.n} images from {path}")

@@ -45,24 +45,20 @@ class Options(options.TrainOptions):
         "optimisation", choices=list(cem.SUPERVISED_LOSSES),
     )  # fmt: skip
     share: float = option(
-        1.0, "share of each class's training images that is used", "data", above=0, most=1
+        1.0, "fraction of each class's training images to use", "data", above=0, most=1
     )
     out: str = option("runs/sup", "folder of the run", "run", metavar="PATH")
     sgld_steps: int = option(20, "SGLD steps on log p(x) per training step", ENERGY, least=1)
-    sgld_step_size: float = option(
-        0.25, "SGLD step size, times the plain gradient", ENERGY, above=0
-    )
+    sgld_step_size: float = option(0.25, "SGLD step size, on the raw gradient", ENERGY, above=0)
     sgld_noise: float = option(0.005, "standard deviation of SGLD's noise", ENERGY, least=0)
     buffer: int = option(10_000, "images in the replay buffer", ENERGY, least=1)
-    reinit: float = option(
-        0.05, "probability that a drawn chain starts anew", ENERGY, least=0, most=1
-    )
+    reinit: float = option(0.05, "probability of reinitialising a chain", ENERGY, least=0, most=1)
     reinit_from: str = option(
         "noise", "where chains start: uniform noise or Gaussian seeds", ENERGY,
         choices=["noise", "gaussian"],
     )  # fmt: skip
     chain_samplers: str = option(
-        "cs,rcs,langevin,ta", "potentials of dat's chains; each draws one of these", ENERGY
+        "cs,rcs,langevin,ta", "potentials of dat's chains; each chain draws one", ENERGY
     )
     diagnose: bool = option(
         False, "log energies, likelihood gradients and calibration every epoch", "run"
@@ -157,11 +153,11 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
             weight, (b, b_posterior) = opt.likelihood_weight, chains.offsets.tolist()
             logits, logits_x, logits_s = model(torch.cat([x_adv, x, x_s])).chunk(3)
             log_p, log_p_s = cem.log_marginal(logits_x), cem.log_marginal(logits_s)
-            loss = F.cross_entropy(logits, y) + weight * cem.data_or_samples(log_p, log_p_s, b)
+            loss = F.cross_entropy(logits, y) + weight * cem.separation_loss(log_p, log_p_s, b)
             if "ta" in samplers:  # it raises p(y | x) beyond that of data, which log p(x) misses
                 posteriors = cem.log_posterior(logits_x, y), cem.log_posterior(logits_s, y_s)
                 weights = (which == samplers.index("ta")) * len(samplers)
-                loss = loss + weight * cem.data_or_samples(*posteriors, b_posterior, weights)
+                loss = loss + weight * cem.separation_loss(*posteriors, b_posterior, weights)
             if "reference" in state:
                 before = state["reference"](x).log_softmax(1)
                 now = logits_x.log_softmax(1)

@@ -41,13 +41,13 @@ class Options(options.TrainOptions):
         "cifar10", f"{data.HELP}; digits changes defaults: {cli.as_flags(DIGITS)}", "data"
     )
     min_crop: float = option(
-        0.2, "least area of a view, as a share of the image", "data", above=0, most=1
+        0.2, "minimum crop area, as a fraction of the image", "data", above=0, most=1
     )
     arch: str = option("resnet18", options.ARCH, "model", choices=list(cem.ARCHS), metavar="NAME")
     embed_dim: int = option(128, "dimension of the embedding", "model", least=1)
     temperature: float = option(0.3, "temperature tau of the similarities", "model", above=0)
     loss: str = option(
-        "at", "st: NT-Xent of two views; at: one view is attacked; dat: learns log p(x) beside it, "
+        "at", "st: NT-Xent of two views; at: one view is attacked; dat: also learns log p(x), "
         f"a second stage after at; changes defaults: {cli.as_flags(DAT)}",
         "optimisation", choices=["st", "at", "dat"],
     )  # fmt: skip
@@ -61,7 +61,7 @@ class Options(options.TrainOptions):
     out: str = option("runs/unsup", "folder of the run", "run", metavar="PATH")
     eval_every: int = option(5, "epochs between measurements", "run", least=1)
     n_eval: int = option(
-        1000, "test images per measurement; k-NN searches 10 times as many", "run", least=2
+        1000, "test images per measurement; k-NN bank: 10 times as large", "run", least=2
     )
 
 
@@ -131,7 +131,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
             z, h, log_p = model(torch.cat([x, x_plus, flipped, x_s]), details=True)
             log_p, log_p_s = log_p.chunk(4)[2:]
             loss = gathered_info_nce(*z.chunk(4)[:2], opt.temperature)
-            loss = loss + opt.likelihood_weight * cem.data_or_samples(log_p, log_p_s)
+            loss = loss + opt.likelihood_weight * cem.separation_loss(log_p, log_p_s)
             if "reference" in state:
                 before = state["reference"].features(flipped)
                 kept = F.cosine_similarity(h.chunk(4)[2], before)

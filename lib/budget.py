@@ -32,7 +32,7 @@ MARGIN = 0.9  # of its share, what a training is planned to take
 
 def seconds(budget: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd])", budget)
-    cli.require(found and float(found[1]) > 0, f"--budget {budget!r} is no time: 90m, 6h or 2d")
+    cli.require(found and float(found[1]) > 0, f"--budget {budget!r} is invalid: try 90m, 6h or 2d")
     return float(found[1]) * {"m": 60, "h": 3600, "d": 86400}[found[2]]
 
 

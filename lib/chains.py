@@ -131,7 +131,7 @@ class GrowingChains(nn.Module):
 
     @property
     def settings(self) -> dict[str, dict]:
-        """Of the samplers, for the checkpoint. A few more steps than in training draw best."""
+        """Of the samplers, for the checkpoint: a few more steps than in training work best."""
         ascent = dict(steps=self.length.item() + 4, step_size=self.step_size, noise=0.0, norm="l2")
         return {name: ascent for name in self.samplers}
 

@@ -94,10 +94,10 @@ class Dataset:
         shape, classes = list(self.images.shape[1:]), len(self.classes)
         own = model.extra.get("image_shape") or [model.config["in_channels"], *shape[1:]]
         differs = f"{path} is for images of {own}, but {self.name} has {shape}"
-        cli.require(own == shape, f"{differs}: name its --dataset and --image-size")
+        cli.require(own == shape, f"{differs}: pass its --dataset and --image-size")
         own = model.config.get("num_classes", classes)
         differs = f"{path} has {own} classes, but {self.name} has {classes}"
-        cli.require(own == classes, f"{differs}: name its --dataset")
+        cli.require(own == classes, f"{differs}: pass its --dataset")
 
     def pixels(self, index=slice(None)) -> Tensor:
         """The images at `index` as floats in [0, 1], in channels_last memory format."""
@@ -258,7 +258,7 @@ def _read_image(path: str, image_size: int) -> Image.Image:
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor]:
     """-> images uint8 (N, C, H, W) and labels (N,), -1 if the file has none."""
-    cli.require(path.is_file(), f"samples {path} not found: python sample.py makes some")
+    cli.require(path.is_file(), f"samples {path} not found: run sample.py first")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file}

@@ -70,7 +70,7 @@ def check_output(path: Path, is_ours: Callable[[Path], bool], *beside: Path) -> 
     for file in (path, *beside):
         if file.is_symlink() or file.exists():
             ours = file.is_file() and not file.is_symlink() and is_ours(path)
-            cli.require(ours, f"{file} exists and this script did not write it: name another file")
+            cli.require(ours, f"{file} exists and this script did not write it: use another file")
 
 
 def json_with(*keys: str) -> Callable[[Path], bool]:

@@ -59,7 +59,7 @@ class Trainer:
     bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
     freeze_batch_norm: keep its statistics, and normalise by them
     info: what the checkpoint stores about the dataset; classes and image_shape stay the same
-    extra(model) -> what it stores beside
+    extra(model) -> what else it stores
 
     Under torchrun every process runs this with the same weights; the first measures and writes.
     """

@@ -37,7 +37,7 @@ class FeatureNetwork(Protocol):
         """Images uint8 (N, C, H, W) -> feature blocks, each (N, D), and logits (N, K)."""
 
 
-def digest(path: str | Path) -> str:
+def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -60,7 +60,7 @@ def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
                     torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=prefix)
         cli.require(Path(path).is_file(), f"{path} not found")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        sha = digest(path)
+        sha = file_sha256(path)
     except Exception as error:  # no network, or a file that is damaged in any way
         reason = " ".join(str(error).split())[:200]
         advice = f"pass {FID_WEIGHTS_URL} as --weights, or a classifier as --features CHECKPOINT"
@@ -144,7 +144,7 @@ class Checkpoint:
         self.model = cem.folded(model).to(memory_format=torch.channels_last)
         self.device = device
         self.precision = resolve_precision(device, precision)
-        self.key = f"{Path(path).stem}-{digest(path)[:8]}-{self.precision}"
+        self.key = f"{Path(path).stem}-{file_sha256(path)[:8]}-{self.precision}"
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         channels = self.model.config["in_channels"]

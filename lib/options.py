@@ -50,7 +50,7 @@ class TrainOptions:
     )
     weight_decay: float = option(5e-4, "weight decay", "optimisation", least=0)
     ema: float = option(
-        0.999, "decay of the running average, the model; 0: none", "optimisation",
+        0.999, "EMA decay; the average is the model; 0: no EMA", "optimisation",
         least=0, below=1,
     )  # fmt: skip
     clip: float = option(0.0, "largest gradient norm; 0: no clipping", "optimisation", least=0)
@@ -69,9 +69,7 @@ class TrainOptions:
     )  # fmt: skip
     dat_max_steps: int = option(14, "steps to which dat's chains grow, from 5", ENERGY, least=1)
     dat_step_size: float = option(0.25, "l2 length of a step of dat's chains", ENERGY, above=0)
-    keep: float = option(
-        2.0, "weight in dat of the distance from --init's outputs", ENERGY, least=0
-    )
+    keep: float = option(2.0, "dat: weight of the distance to --init's outputs", ENERGY, least=0)
     max_energy_gap: float = option(
         100.0, "|E(x_s) - E(x)| above which a run has diverged", ENERGY, above=0
     )
@@ -82,7 +80,7 @@ class TrainOptions:
     )
     seed: int = option(0, "seed of weights, order, augmentation and attack", "run")
     device: str = option("auto", cli.DEVICE, "run")
-    precision: str = option("auto", "arithmetic", "run", choices=PRECISIONS)
+    precision: str = option("auto", "auto: bfloat16 if native", "run", choices=PRECISIONS)
     compile: bool = option(False, "torch.compile network and attack", "run")
     n_eval: int = option(1000, "test images for the measurements in the log", "run", least=1)
     seed_rank: int = option(48, "rank of the Gaussian seeds in the checkpoint", "run", least=1)
@@ -113,10 +111,10 @@ def claim(folder: Path) -> None:
     Raises CEMError if it cannot be written, is in use, or one of its files is not a regular file.
     """
     files.make_folder(folder)
-    files.lock(folder, f"another process is training in {folder}: name another --out")
+    files.lock(folder, f"another process is training in {folder}: use another --out")
     for path in (folder / name for name in FILES):
         regular = path.is_file() and not path.is_symlink()
-        wrong = f"{path} is not a regular file: name another --out"
+        wrong = f"{path} is not a regular file: use another --out"
         cli.require(regular or not os.path.lexists(path), wrong)
 
 
@@ -128,7 +126,7 @@ def check(opt: TrainOptions) -> None:
     cli.require(given, "--mean and --std are for the third-party checkpoint of --init")
     named = opt.chain_start == "gaussian" or opt.chain_start in data.NAMES
     found = named or Path(opt.chain_start).exists()
-    cli.require(found, f"--chain-start {opt.chain_start} not found: name gaussian or images")
+    cli.require(found, f"--chain-start {opt.chain_start} not found: use gaussian or a dataset")
     if opt.loss == "dat" and not opt.init:
         print("--loss dat expects an adversarially trained model as --init: starting without")
     claim(Path(opt.out))

@@ -35,7 +35,7 @@ def call(script: str, *words) -> str:
 
 
 def digest(words: list) -> str:
-    """A name for what these options give."""
+    """8 hex digits that identify these options."""
     return sha256(shlex.join(map(str, words)).encode()).hexdigest()[:8]
 
 

@@ -134,7 +134,7 @@ def claim(folder: Path, name: str, identity: str) -> Path:
         except FileExistsError:
             continue
         if number:
-            print(f"{folder / name}.npz has other options or weights: it stays as it is")
+            print(f"kept {folder / name}.npz: it was drawn with other options or weights")
         return path
 
 
@@ -158,7 +158,7 @@ def read_part(parts: Path, first: int) -> tuple[Tensor, Tensor] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged archive can fail in any way
-        cli.warn(f"{path} is damaged ({type(error).__name__}): drawn anew")
+        cli.warn(f"{path} is damaged ({type(error).__name__}): redrawing its batch")
         return None
 
 

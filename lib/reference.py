@@ -69,7 +69,7 @@ class Reference:
         return torch.cat(self.scaled(blocks), 1).double()
 
     def manifold(self, blocks: list[Tensor]) -> dict[str, float]:
-        """manifold.scores of up to KERNEL_IMAGES images of either kind."""
+        """manifold.scores of up to KERNEL_IMAGES images of each kind."""
         index = data.shuffled(len(blocks[0]))[:KERNEL_IMAGES]
         samples = self.joined([block[index] for block in blocks])
         return manifold.scores(self.joined(self.features), samples)

@@ -107,7 +107,7 @@ def accuracy(
     found = {name: flags[f"transfer-{name}"] for name in attacks if f"transfer-{name}" in flags}
     stronger = [name for name, flag in found.items() if finds_more(flag, flags[name])]
     if stronger:
-        cli.warn(f"stronger if transferred: {', '.join(stronger)}; gradients may be masked")
+        cli.warn(f"gradients may be masked: transfer strengthens {', '.join(stronger)}")
     return {name: flag.float().mean().item() for name, flag in flags.items()}
 
 

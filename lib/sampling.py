@@ -29,14 +29,14 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
     kind = "an encoder" if encoder else "a classifier"
     cli.require(fits, f"--sampler {opt.sampler} does not apply to {path}, {kind}")
     chosen = opt.cond or not opt.classes
-    cli.require(chosen or not encoder, "--classes of an encoder need --cond")
+    cli.require(chosen or not encoder, "--classes with an encoder needs --cond")
     noise = encoder and opt.cond and opt.start == "noise" and opt.sampler != "neighbour"
-    cli.require(not noise, "--cond of an encoder chooses seeds: leave out --start noise")
+    cli.require(not noise, "with an encoder, --cond chooses seeds: leave out --start noise")
     if {"seeds", "classes", "dataset"} <= model.extra.keys():
         own = f"--dataset is for checkpoints without seeds: {path} has its own"
         cli.require(not opt.dataset, own)
     else:
-        cli.require(opt.dataset, f"{path} has no seeds: name the --dataset to fit them to")
+        cli.require(opt.dataset, f"{path} has no seeds: pass the --dataset to fit them to")
         dataset = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
         dataset.check_fits(model, path)
         if "third_party" in model.extra:
@@ -104,5 +104,5 @@ def identity(opt, path: Path) -> str:
     """A digest of all options and weights on which the images depend."""
     unrelated = ("out", "png", "gif", "device", "data_dir", "ckpt", "quiet")
     options = {key: value for key, value in asdict(opt).items() if key not in unrelated}
-    content = json.dumps([options, metrics.digest(path)]).encode()
+    content = json.dumps([options, metrics.file_sha256(path)]).encode()
     return hashlib.sha256(content).hexdigest()[:12]

@@ -59,7 +59,7 @@ def _check_data(model: nn.Module, extra: dict) -> None:
         fits = seeds.shape == tuple(shape or seeds.shape) and seeds.shape[0] == channels
         _require(fits, f"its seeds have shape {seeds.shape}, not that of its images")
         fits = classes is None or len(classes) == seeds.num_classes
-        _require(fits, f"it has seeds of {seeds.num_classes} classes, but not as many classes")
+        _require(fits, f"it has seeds of {seeds.num_classes} classes, but not as many class names")
 
 
 def _check_bank(model: nn.Module, extra: dict) -> None:
@@ -92,9 +92,9 @@ def _check_classes(classes: object, wanted: int | None) -> None:
     """Names of classes name folders (sample.py --png)."""
     names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     _require(names and len(classes) > 0, "classes must be a list of names")
-    _require(len(set(classes)) == len(classes), "its classes have equal names")
+    _require(len(set(classes)) == len(classes), "its class names repeat")
     fits = wanted is None or len(classes) == wanted
-    _require(fits, f"it has names of {len(classes)} classes, but logits of {wanted}")
+    _require(fits, f"it has {len(classes)} class names, but {wanted} logits")
     for name in classes:
         path = name in ("", ".", "..") or "/" in name or "\0" in name
         _require(not path, f"the class name {name!r} must be a name, not a path")

@@ -371,7 +371,7 @@ def test_a_dataset_with_other_classes_is_refused(third_party):
     for name in ("sample.py", "eval_robust.py"):
         done = script(name, "--ckpt", "f.pt", "--dataset", "digits", cwd=third_party)
         assert done.returncode == 2
-        assert "f.pt has 3 classes, but digits has 10: name its --dataset" in done.stderr
+        assert "f.pt has 3 classes, but digits has 10: pass its --dataset" in done.stderr
 
 
 def test_class_names_in_a_file_cannot_leave_the_folder(tmp_path):

@@ -688,7 +688,7 @@ def test_masked_gradients_are_reported(digits_run, tmp_path):
 
     assert evaluate("plain.pt", "masked.pt")[0].stderr == ""
     done, result = evaluate("masked.pt", "plain.pt")
-    warning = "stronger if transferred: pgd-10, margin; gradients may be masked"
+    warning = "gradients may be masked: transfer strengthens pgd-10, margin"
     assert done.stderr == f"warning: {warning}\n"
     assert result["transfer"] == "plain.pt"
     worst = min(result["transfer-pgd-10"], result["transfer-margin"])

@@ -562,7 +562,7 @@ def test_an_interrupted_set_is_written_again_under_its_name(digits_run, tmp_path
     with mock.patch.object(pictures, "write_grid", side_effect=OSError("disk full")):
         assert_refused(script("sample.py", *draw, cwd=tmp_path), "disk full")
     done = script("sample.py", *draw, cwd=tmp_path)
-    assert done.returncode == 0 and "stays as it is" not in done.stdout
+    assert done.returncode == 0 and "it was drawn with other" not in done.stdout
     assert files(tmp_path) == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
 
 
@@ -666,7 +666,7 @@ def test_a_checkpoint_is_not_measured_on_another_dataset(tmp_path, monkeypatch):
     """Where its own is not found, such as in another working directory."""
     cem.save(tmp_path / "x.pt", cem.ParametricCEM("resnet18", 10, width=8), dataset="photos")
     done = script("eval_robust.py", "--ckpt", "x.pt", cwd=tmp_path)
-    assert_refused(done, "the dataset of x.pt, photos, is not available: name it by --dataset")
+    assert_refused(done, "the dataset of x.pt, photos, is not available: pass --dataset")
     cem.save(tmp_path / "checkpoints/x.pt", cem.load(tmp_path / "x.pt"), dataset="photos")
     monkeypatch.setattr(cli, "SHIPPED", tmp_path / "checkpoints")
     with mock.patch.object(data, "load", side_effect=cem.CEMError("no network")):

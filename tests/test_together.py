@@ -50,9 +50,11 @@ def test_sampling_refuses_a_set_that_another_process_draws(digits_run, tmp_path)
     parts.mkdir()
     before = contents(tmp_path)
     with locked(parts):
-        assert_refused(script("sample.py", *options, cwd=tmp_path), "draws the same images")
+        assert_refused(
+            script("sample.py", *options, cwd=tmp_path), "another process is drawing these images"
+        )
         other = script("sample.py", *options, "--seed", 1, cwd=tmp_path)
-    assert other.returncode == 0 and "samples-rcs.npz has other options" in other.stdout
+    assert other.returncode == 0 and "samples-rcs.npz: it was drawn with other options" in other.stdout
     assert before.items() <= contents(tmp_path).items()
 
 

@@ -445,7 +445,7 @@ def test_samplers_refuse_the_other_kind_of_checkpoint(unsup_run, digits_run):
 @pytest.mark.parametrize(
     "options, part",
     [
-        ("--classes 3", "--classes of an encoder need --cond"),
+        ("--classes 3", "--classes with an encoder needs --cond"),
         ("--cond --start noise", "leave out --start noise"),
     ],
 )
