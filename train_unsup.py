@@ -227,7 +227,8 @@ def train(opt: Options) -> None:
 
     def extra(model):
         found = {"settings": state["chains"].settings} if dual else {}
-        if trainer.step and not trainer.stop.signal:  # after which there is little time
+        # after a signal there is little time, unless nothing is left to do
+        if trainer.step == trainer.total or trainer.step and not trainer.stop.signal:
             found["bank"] = make_bank(model, train_set, opt)
         return found
 

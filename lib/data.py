@@ -140,9 +140,7 @@ def images(name: str, split: str, data_dir: str, image_size: int = 0) -> Tensor:
 
 def splits(name: str, data_dir: str, device, image_size: int = 0) -> tuple[Dataset, Dataset]:
     """Both splits, on the device. Raises CEMError if their images differ in shape."""
-    parts = [load(name, split, data_dir, image_size).to(device) for split in ("train", "test")]
-    channels = max(part.images.shape[1] for part in parts)  # 3, if one of them has colours
-    train, test = (replace(part, images=part.images.expand(-1, channels, -1, -1)) for part in parts)
+    train, test = (load(name, part, data_dir, image_size).to(device) for part in ("train", "test"))
     shapes = [tuple(dataset.images.shape[1:]) for dataset in (train, test)]
     if shapes[0] != shapes[1]:
         differ = f"training images have shape {shapes[0]}, test images {shapes[1]}"
@@ -205,8 +203,11 @@ def _folder(root: Path, split: str, image_size: int) -> Dataset:
     if differing:
         names = ", ".join(sorted(differing)[:5])
         raise CEMError(f"{root}: train and test have different classes ({names})")
-    listing = listings[split]
+    listing = listings.pop(split)
     images = read_images([path for path, _ in listing.samples], image_size)
+    others = (path for other in listings.values() for path, _ in other.samples)
+    if images.shape[1] == 1 and any(_read_image(path, 0).mode == "RGB" for path in others):
+        images = images.repeat(1, 3, 1, 1)  # both splits have as many channels
     height, width = images.shape[2:]
     if image_size:
         print(f"{root / split}: images of other sizes are resized and cropped to {width}x{height}")

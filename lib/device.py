@@ -17,11 +17,11 @@ PRECISIONS = ["auto", "float32", "tf32", "bfloat16"]
 def pick_device(name: str) -> torch.device:
     """auto: CUDA, else Apple's MPS, else the CPU. Under torchrun each process has its own GPU."""
     if name == "auto":
-        mps = torch.backends.mps.is_available()
+        mps = torch.backends.mps.is_available() and distributed.world_size() == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if distributed.world_size() > 1:
-        own = f"under torchrun, each process has its own GPU: --device cuda, not {name}"
-        cem.require(not name.startswith("cuda:"), own)
+        own = f"under torchrun, each process has its own GPU: --device cuda or cpu, not {name}"
+        cem.require(not name.startswith(("cuda:", "mps")), own)  # which gloo lacks
         name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
     try:
         device = torch.device(name)

@@ -129,6 +129,8 @@ class Trainer:
         if self.step < self.total:
             at = f"stopped {self.stop.reason} at step {self.step} of {self.total}"
             self.stop.exit(f"{at}: --resume continues")
+        if self.stop.signal:  # which came in the last step
+            self.stop.exit(f"finished before it stopped {self.stop.reason}")
         return self.average.eval()
 
     def must_stop(self) -> bool:

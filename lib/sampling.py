@@ -59,7 +59,7 @@ def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | Non
     if sampler in cem.WITHOUT_Y or sampler in cem.MARGINAL and hasattr(model, "energy"):
         return None
     bank = model.extra.get("bank")
-    stores = "train_unsup.py stores one with each epoch"
+    stores = "train_unsup.py stores one with each epoch: --resume an interrupted run"
     cli.require(bool(bank), f"--sampler {sampler} needs a bank: {stores}")
     z, labels = bank["embeddings"].float(), bank["labels"]
     if sampler == "neighbour":

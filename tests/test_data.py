@@ -235,7 +235,7 @@ def test_splits_are_downloaded_one_after_the_other(tmp_path, monkeypatch):
 def test_a_grey_split_has_three_channels_if_the_other_has_colours(tmp_path):
     write_folder(tmp_path / "train-only", mode="L")
     Image.new("RGB", (10, 10), "red").save(tmp_path / "train-only/train/ant/0.png")
-    train, test = data.splits(str(tmp_path / "train-only"), "", "cpu")
+    train, test = (data.load(str(tmp_path / "train-only"), split) for split in ("train", "test"))
     assert train.images.shape == test.images.shape == (6, 3, 10, 10)
     assert torch.equal(test.images[:, 0], test.images[:, 2])
     grey = data.load(str(write_folder(tmp_path / "grey", mode="L")), "test").images

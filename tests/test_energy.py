@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from unittest import mock
 
 import numpy as np
@@ -267,9 +269,21 @@ def test_two_processes_train_the_second_stage_as_one_does(unsup_run, tmp_path):
     assert_two_processes_train_as_one_does("train_unsup.py", *options, cwd=tmp_path)
 
 
+def test_a_signal_during_the_last_measurement_is_heeded_and_costs_no_bank(tmp_path):
+    def measure(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with mock.patch.object(train_unsup, "measure", measure):
+        done = script("train_unsup.py", *SMALL, "--width", 8, cwd=tmp_path)
+    assert done.returncode == 143 and "finished before it stopped by SIGTERM" in done.stdout
+    assert len(schema.load(tmp_path / CKPT).extra["bank"]["labels"]) == 360
+
+
 def test_a_restart_from_the_first_step_has_no_bank(tmp_path):
     """That of the diverged network would be wrong."""
     options = [*SMALL, "--width", 8, "--lr", 1e30, "--on-diverge", "restart"]
+    options += ["--device", "cpu", "--precision", "float32"]
     with mock.patch("lib.loop.MAX_RESTARTS", 1):
         done = script("train_unsup.py", *options, cwd=tmp_path)
     assert done.returncode == 3 and "1 restarts did not help" in done.stderr

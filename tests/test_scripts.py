@@ -538,8 +538,9 @@ def test_only_training_lets_cudnn_choose_kernels_by_speed(digits_run, tmp_path, 
 
 def test_under_torchrun_processes_have_their_own_gpus_and_only_the_attack_is_compiled(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(cem.CEMError, match="each process has its own GPU: --device cuda, not"):
-        device.pick_device("cuda:0")
+    for name in ("cuda:0", "mps"):
+        with pytest.raises(cem.CEMError, match="own GPU: --device cuda or cpu, not"):
+            device.pick_device(name)
     network = cem.ParametricCEM("resnet18", 2, width=8)
     device.compile_network(network, torch.device("cpu"))
     assert network._compiled_call_impl is None
