@@ -256,8 +256,8 @@ class Trainer:
         training = saved.extra["training"]
         same = type(saved) is type(self.model)
         cli.require(same, f"--resume: another script made the run in {self.folder.path}")
-        for name in self.info.keys() & {"classes", "image_shape"}:
-            then, now = saved.extra.get(name), self.info[name]
+        for name in ("classes", "image_shape"):
+            then, now = saved.extra.get(name), self.info.get(name)
             cli.require(then == now, f"--resume: the run has {name} {then}, the dataset {now}")
         found = self.chains is None or "chains" in training
         cli.require(found, f"{self.folder.checkpoint} has no chains: an earlier version wrote it")

@@ -137,7 +137,9 @@ def block(conv, norm):
     ],
 )
 def test_folded_is_the_same_function_for_third_party_networks(other):
-    nn.init.uniform_(next(m for m in other.modules() if isinstance(m, nn.BatchNorm2d)).bias)
+    for norm in (m for m in other.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias)
     x = torch.rand(2, 3, 4, 4)
     torch.testing.assert_close(cem.folded(other)(x), other.eval()(x))
 
