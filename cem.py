@@ -7,15 +7,13 @@
 
 Images are float tensors (N, C, H, W) in [0, 1]; the channel normalisation is a layer of the model.
 Energies are negative log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k), where LSE is
-log-sum-exp. This file depends on torch and torchvision only and can be copied as it is.
+log-sum-exp. This file needs only torch, 2.6 or newer, and torchvision; copy it as it is.
 
 Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455. [JEAT] Zhu et al., ICCV 2021,
 arXiv:2108.09093. [JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263. [PGD] Madry et al., ICLR
 2018, arXiv:1706.06083. [N-FGSM] de Jorge et al., NeurIPS 2022, arXiv:2202.01181. [CW] Carlini and
 Wagner, S&P 2017, arXiv:1608.04644. [DAT] arXiv:2510.13872, ICLR 2026.
 """
-
-from __future__ import annotations
 
 import copy
 import functools
@@ -52,11 +50,8 @@ def _require_one_of(names, name: str, what: str) -> None:
 
 
 class ResNet(nn.Module):
-    """ResNet (He et al., 2016) with torchvision's parameter names.
-
-    The stem is a 3x3 convolution of stride 1 without max-pooling, for small images; `imagenet`
-    selects the original one, 7x7 of stride 2 with max-pooling.
-    """
+    """ResNet (He et al., 2016) with torchvision's parameter names. The stem, for small images, is
+    3x3 of stride 1 without max-pooling; `imagenet` is the original, 7x7 of stride 2 with it."""
 
     def __init__(self, block, depths: Sequence[int], width: int, in_channels: int, imagenet=False):
         super().__init__()
@@ -110,10 +105,8 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet (Zagoruyko and Komodakis, 2016) with RobustBench's parameter names.
-
-    Its four stages are the stem and the three groups of blocks.
-    """
+    """Wide ResNet (Zagoruyko and Komodakis, 2016) with RobustBench's parameter names. Its four
+    stages are the stem and the three groups of blocks."""
 
     def __init__(self, depth: int, factor: int, width: int, in_channels: int):
         super().__init__()
@@ -173,6 +166,7 @@ class _CEM(nn.Module):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """x (N, C, H, W) in [0, 1] -> the outputs of the four stages, each (N, C_s, H_s, W_s)."""
+        require(x.shape[1] == len(self.mean), f"images must have {len(self.mean)} channels")
         return self.net.stages((x - self.mean) / self.std)
 
     def features(self, x: Tensor) -> Tensor:
@@ -229,15 +223,15 @@ class NonParametricCEM(_CEM):
 
 def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
     """The names of every convolution and of the BatchNorm that follows it, until it is folded."""
-    names = [*((f"conv{i}", f"bn{i}") for i in "123"), ("downsample.0", "downsample.1")]
-    pairs = dict.fromkeys((ResNet, BasicBlock, Bottleneck), names) | {WideBlock: [("conv1", "bn2")]}
+    names = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("downsample.0", "downsample.1")]
+    pairs = {ResNet: names, BasicBlock: names, Bottleneck: names, WideBlock: [("conv1", "bn2")]}
     modules = dict(model.named_modules())
     for name, module in modules.items():
         for pair in pairs.get(type(module), ()):
-            conv, bn = (f"{name}.{part}".lstrip(".") for part in pair)
-            mean = getattr(modules.get(bn), "running_mean", None)
-            if type(modules.get(conv)) is nn.Conv2d and mean is not None:
-                yield conv, bn
+            conv, bn = (f"{name}.{part}" if name else part for part in pair)
+            own = type(modules.get(conv)) is nn.Conv2d and "weight" in modules[conv]._parameters
+            if own and getattr(modules.get(bn), "running_mean", None) is not None:
+                yield conv, bn  # not where spectral_norm computes the weight
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -341,9 +335,9 @@ def supervised_loss(
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
     dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   use λ = 1
 
-    In training, BatchNorm2d normalises x_s of jem and jeat by the statistics of the data; separate
-    ones would let the network distinguish samples from data. dat is for a model in eval mode and
-    an offset b midway between the first LSE f(x) and LSE f(x_s); the model sees [x̂, x, x_s].
+    In training, BatchNorm2d normalises x_s of jem and jeat by the data's statistics, as it should
+    in their chains, or the network distinguishes samples from data. dat is for a model in eval mode
+    and an offset b midway between the first LSE f(x) and LSE f(x_s); the model sees [x̂, x, x_s].
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
@@ -381,7 +375,9 @@ def _batch_statistics_of_first(n: int, model: nn.Module):
 
     with ExitStack() as restore:
         for norm in model.modules():
-            if isinstance(norm, nn.BatchNorm2d) and norm.training:
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
+                plain = type(norm) is nn.BatchNorm2d and norm.affine
+                require(plain, f"jem and jeat need plain BatchNorm2d with weights, not {norm}")
                 norm.forward = functools.partial(forward, norm)
                 restore.callback(delattr, norm, "forward")
         yield
@@ -407,6 +403,7 @@ DIRECTIONS = {"none": lambda g: g, "l2": _unit, "linf": torch.sign}  # d(∇U)
 
 def project(delta: Tensor, eps: float, norm: str) -> Tensor:
     """The nearest point to delta (N, ...) in the l2 or linf ball of radius eps, image by image."""
+    _require_one_of(("l2", "linf"), norm, "norm")
     if norm == "linf":
         return delta.clamp(-eps, eps)
     return delta * (eps / _l2(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp(max=1)
@@ -471,7 +468,7 @@ def ascend(
     generator   of the noise (see `draw`); with one per image, noise does not depend on the batch.
     start       where to begin, if not at x.
     model       to be in eval mode during the ascent; by default the potential, if a module, or its
-                `model`. For a function, pass its network, whose BatchNorm statistics would change.
+                `model`. Else pass its network, whose BatchNorm statistics would change.
 
     -> the last iterate, detached. Parameters, their .grad and that model's buffers are unchanged.
     Raises CEMError for options and, on the CPU only, pixels out of range.
@@ -486,15 +483,16 @@ def ascend(
     x = (x if start is None else start).detach().clone()
     require((x.shape, x.dtype) == (center.shape, center.dtype), "start needs x's shape and dtype")
     velocity = 0
-    own = potential if isinstance(potential, nn.Module) else getattr(potential, "model", None)
-    with _eval_mode(own if model is None else model):
+    own = [m for m in (potential, getattr(potential, "model", None)) if isinstance(m, nn.Module)]
+    with _eval_mode(own[0] if own and model is None else model):
         if isinstance(potential, Potential):
             potential = potential.bind()
         for _ in range(steps):
             with torch.enable_grad():
                 x.requires_grad_(True)
                 u = potential(x)
-                require(u.dim() == 1, f"the potential must return (N,), not {tuple(u.shape)}")
+                fits = u.dim() == 1 and u.requires_grad  # more than N if U gathers from processes
+                require(fits, f"the potential must return (N,) with gradient, not {tuple(u.shape)}")
                 (gradient,) = torch.autograd.grad(u.sum(), x)
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)
             x = x.detach() + step_size * velocity
@@ -527,7 +525,7 @@ def pgd(
         if norm == "linf":
             delta = 2 * draw(torch.rand, x.shape, generator, x) - 1
         else:  # a uniform direction, and a radius whose d-th power is uniform
-            delta = DIRECTIONS["l2"](draw(torch.randn, x.shape, generator, x))
+            delta = _unit(draw(torch.randn, x.shape, generator, x))
             radius = draw(torch.rand, (len(x), *[1] * (x.dim() - 1)), generator, x)
             delta = delta * radius ** (1 / math.prod(x.shape[1:]))
         start = (start + random_start * eps * delta).clamp(0, 1)
@@ -603,8 +601,8 @@ class Potential:
         without = name in WITHOUT_Y or name in MARGINAL and hasattr(model, "energy")
         require(y is not None or without, f"potential {name!r} needs y, {what}")
         if y is not None and self.labelled:
-            ours = isinstance(model, ParametricCEM)
-            _check_labels(y, model.config["num_classes"] if ours else math.inf)
+            head = model.net.fc if isinstance(model, ParametricCEM) else None
+            _check_labels(y, getattr(head, "out_features", math.inf))
 
     def bind(self) -> Callable[[Tensor], Tensor]:
         """U with the positives of "pgd" embedded now, once, by the network as it is."""
@@ -656,7 +654,7 @@ class GaussianSeeds:
         self.num_classes = len(mean) - 1
         fits = len(self.shape) == 3 and all(isinstance(n, int) and n > 0 for n in self.shape)
         fits = fits and mean.shape == self.residual.shape == (len(mean), math.prod(self.shape))
-        fits = fits and factor.dim() == 3 and factor.shape[:2] == mean.shape
+        fits = fits and factor.shape[:-1] == mean.shape
         fits = fits and self.channels.shape == (self.shape[0],) * 2
         require(fits, "mean must be (K + 1, C H W), factor (K + 1, C H W, R), shape (C, H, W)")
         tensors = (mean, factor, self.residual, self.channels)
@@ -665,7 +663,7 @@ class GaussianSeeds:
     @classmethod
     def fit(
         cls, images: Tensor, labels: Tensor, rank=None, num_classes=None, progress=iter
-    ) -> GaussianSeeds:
+    ) -> "GaussianSeeds":
         """images (N, C, H, W), uint8 or in [0, 1], at least 2 per class; labels int64 (N,), all 0
         without classes; num_classes None: max + 1; rank None: full; progress: such as tqdm."""
         scale = 255 if images.dtype == torch.uint8 else 1
@@ -680,7 +678,7 @@ class GaussianSeeds:
         require(rank >= 1, f"rank must be at least 1, not {rank}")
         dtype, shape = torch.get_default_dtype(), images.shape[1:]
         fitted, channels = [], None
-        for k in progress([num_classes, *range(num_classes)]):
+        for k in progress([num_classes, *range(num_classes)]):  # all images first, for channels
             rows = images if k == num_classes else images[labels == k]
             require(len(rows) > 1, f"class {k} has {len(rows)} images: its seeds need at least 2")
             rows = rows.flatten(1).to(dtype) / scale
@@ -716,7 +714,7 @@ class GaussianSeeds:
         return {"shape": list(self.shape)} | {k: getattr(self, k).to(dtype) for k in names}
 
     @classmethod
-    def from_state_dict(cls, state: dict, device="cpu") -> GaussianSeeds:
+    def from_state_dict(cls, state: dict, device="cpu") -> "GaussianSeeds":
         """The inverse of state_dict, up to its dtype."""
         try:
             tensors = {k: v.to(device) for k, v in state.items() if k != "shape"}
@@ -735,9 +733,8 @@ def _cosine(x: Tensor, channels: Tensor, inverse: bool = False) -> Tensor:
         dct = torch.cos(math.pi / n * i[:, None] * (i + 0.5)) * (2 / n) ** 0.5
         dct[0] /= 2**0.5
         transforms.append(dct)
-    if inverse:
-        transforms = [matrix.T for matrix in transforms]
-    return torch.einsum("dc,ih,jw,nchw->ndij", *transforms, x)
+    matrices = "cd,hi,wj" if inverse else "dc,ih,jw"
+    return torch.einsum(f"{matrices},nchw->ndij", *transforms, x)
 
 
 def _residual(centered: Tensor, factor: Tensor, channels: Tensor, shape) -> Tensor:
@@ -782,8 +779,10 @@ def write_atomically(path: str | os.PathLike, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise OSError(f"cannot write {path}: {error.__context__ or error}") from error
+    except (OSError, RuntimeError) as error:  # torch.save makes one of a full disk or a signal
+        reason = isinstance(error, RuntimeError) and error.__context__ or error
+        failure = OSError(f"cannot write {path}: {reason}")
+        raise (failure if isinstance(reason, Exception) else reason) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -791,18 +790,19 @@ def write_atomically(path: str | os.PathLike, write: Callable) -> None:
 def save(path: str | os.PathLike, model: nn.Module, **extra) -> None:
     """Write the model and `extra` (tensors, plain values, lists, dicts) atomically.
 
-    copy.deepcopy(model).half() takes half the space. Raises CEMError for a model that `load` could
-    not rebuild from its configuration: a subclass, a folded copy, a changed layer.
+    copy.deepcopy(model).half() takes half the space; **model.extra keeps what `load` read. Raises
+    CEMError for a model that `load` could not rebuild: a subclass, a folded copy, a changed layer.
     """
     kind = type(model).__name__
-    state, rebuilt = model.state_dict(), {}
+    state, config, rebuilt = model.state_dict(), {}, {}
     if type(model) is KINDS.get(kind):
+        config = {k: vars(model).get(k, v) for k, v in model.config.items()}  # a new temperature
         with torch.device("meta"):
-            rebuilt = KINDS[kind](**model.config).state_dict()
+            rebuilt = KINDS[kind](**config).state_dict()
     same = {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in rebuilt.items()}
     require(same, f"load could not rebuild this {kind} from its config: torch.save its state_dict")
-    _check_plain(extra, "extra")
-    content = dict(format="cem", kind=kind, config=model.config, state=state, extra=extra)
+    content = dict(format="cem", kind=kind, config=config, state=state, extra=extra)
+    _check_plain(content, "the checkpoint")
     write_atomically(path, lambda file: torch.save(content, file))
 
 

@@ -144,6 +144,18 @@ def test_folded_is_the_same_function_for_third_party_networks(other):
     torch.testing.assert_close(cem.folded(other)(x), other.eval()(x))
 
 
+def test_folded_leaves_computed_weights_alone():
+    model = perturb(cem.ParametricCEM("resnet18", 5, width=4))
+    for name in ("conv1", "layer1.0.conv2"):
+        torch.nn.utils.spectral_norm(model.net.get_submodule(name))
+    x = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        model(x)  # spectral_norm computes its weights here
+        folded = cem.folded(model)
+        torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules()) == 2
+
+
 def test_cem_imports_only_torch_and_torchvision():
     imported = set()
     for node in ast.walk(ast.parse((ROOT / "cem.py").read_text())):  # inside functions, too
@@ -656,9 +668,36 @@ def test_attack_and_ascent_refuse_what_is_no_batch_of_images(spoil, part, model,
         cem.ascend(potential, spoil(x), steps=1, step_size=0.1)
 
 
-def test_a_potential_has_one_number_per_image(batch):
-    with pytest.raises(cem.CEMError, match=r"must return \(N,\), not \(\)"):
-        cem.ascend(lambda x: x.sum(), batch[0], steps=1, step_size=0.1)
+@pytest.mark.parametrize(
+    "potential",
+    [
+        lambda x: x.sum(),
+        lambda x: x.sum((2, 3)),
+        lambda x: x.detach().sum((1, 2, 3)),
+        torch.inference_mode()(lambda x: x.sum((1, 2, 3))),
+    ],
+)
+def test_a_potential_has_one_number_per_image_and_a_gradient(potential, batch):
+    with pytest.raises(cem.CEMError, match=r"must return \(N,\) with gradient, not \("):
+        cem.ascend(potential, batch[0], steps=1, step_size=0.1)
+
+
+def test_projection_refuses_unknown_norms(batch):
+    with pytest.raises(cem.CEMError, match="unknown norm 'Linf'"):
+        cem.project(batch[0], 1.0, "Linf")
+
+
+def test_a_model_refuses_images_of_other_channels(model, batch):
+    with pytest.raises(cem.CEMError, match="images must have 3 channels"):
+        model(batch[0][:, :1])
+
+
+def test_labels_fit_the_head_as_it_is(model):
+    y = torch.tensor([6, 0])
+    with pytest.raises(cem.CEMError, match=r"labels must be in \[0, 5\)"):
+        cem.potential("ce", model, y)
+    model.net.fc = nn.Linear(model.net.out_features, 7)
+    cem.potential("ce", model, y)
 
 
 @pytest.mark.parametrize(
@@ -857,15 +896,42 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, model):
 @pytest.mark.parametrize(
     "value, part",
     [
-        (np.zeros(3), r"extra\['x'\] is a ndarray"),
-        ([1, {"a": print}], r"extra\['x'\]\[1\]\['a'\] is a builtin"),
-        (np.mean([1, 2]), r"extra\['x'\] is a float64"),  # a subclass of float
-        ({np.int64(3): 1}, r"a key of extra\['x'\] is a int64"),
+        (np.zeros(3), r"\['extra'\]\['x'\] is a ndarray"),
+        ([1, {"a": print}], r"\['extra'\]\['x'\]\[1\]\['a'\] is a builtin"),
+        (np.mean([1, 2]), r"\['extra'\]\['x'\] is a float64"),  # a subclass of float
+        ({np.int64(3): 1}, r"a key of the checkpoint\['extra'\]\['x'\] is a int64"),
     ],
 )
 def test_save_refuses_extras_that_load_would_not_read(value, part, tmp_path, model):
     with pytest.raises(cem.CEMError, match=part):
         cem.save(tmp_path / "m.pt", model, x=value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_refuses_a_configuration_that_load_would_not_read(tmp_path):
+    with pytest.raises(cem.CEMError, match=r"\['config'\]\['num_classes'\] is a int64"):
+        cem.save(tmp_path / "m.pt", cem.ParametricCEM(num_classes=np.int64(3), width=4))
+
+
+def test_a_changed_temperature_is_saved(tmp_path):
+    model = cem.NonParametricCEM("resnet18", embed_dim=8, width=4)
+    model.temperature = 0.07
+    cem.save(tmp_path / "m.pt", model)
+    assert cem.load(tmp_path / "m.pt").temperature == 0.07 and model.config["temperature"] == 0.3
+
+
+def test_a_signal_in_a_save_is_not_reported_as_a_full_disk(tmp_path, model, monkeypatch):
+    """torch.save turns what its file raises into a RuntimeError."""
+
+    def interrupted(content, file):
+        try:
+            raise KeyboardInterrupt(15)
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cem.save(tmp_path / "m.pt", model)
     assert list(tmp_path.iterdir()) == []
 
 
