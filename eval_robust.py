@@ -189,17 +189,16 @@ def main() -> None:
         train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
         test_set.check_fits(model, path)
         result = evaluate_encoder(model, train_set, test_set, opt)
-        report(name, path, folder, test_set, opt, result)
-        return
-    test_set = data.load(opt.dataset, "test", opt.data_dir, opt.image_size).to(device)
-    for where, network in ((path, model), (opt.transfer, source)):
-        if network is None:
-            continue
-        test_set.check_fits(network, where)
-        if "third_party" in network.extra:
-            train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
-            interop.check_third_party(network, where, train_set)
-    result = evaluate_classifier(path, model, source, test_set, opt)
+    else:
+        test_set = data.load(opt.dataset, "test", opt.data_dir, opt.image_size).to(device)
+        for file, network in ((path, model), (opt.transfer, source)):
+            if network is None:
+                continue
+            test_set.check_fits(network, file)
+            if "third_party" in network.extra:
+                train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
+                interop.check_third_party(network, file, train_set)
+        result = evaluate_classifier(path, model, source, test_set, opt)
     report(name, path, folder, test_set, opt, result)
 
 

@@ -184,9 +184,11 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
 
     for first in cli.progress(distributed.local_rows(starts), opt.sampler, unit="batch"):
         if parts is None or pictures.read_part(parts, first) is None:
-            drawn[first] = try_batch_size(opt.batch_size, draw_at_most, first)
-            if parts is not None:
-                pictures.write_part(parts, first, *drawn.pop(first))
+            batch = try_batch_size(opt.batch_size, draw_at_most, first)
+            if parts is None:
+                drawn[first] = batch
+            else:
+                pictures.write_part(parts, first, *batch)
     distributed.barrier()
     if distributed.rank():
         return torch.empty(0), torch.empty(0)

@@ -66,24 +66,20 @@ class Options(options.TrainOptions):
 
 
 def preset(opt: Options) -> dict:
-    stored = options.stored(opt)
-    loss = stored.get("loss", opt.loss)
-    digits = stored.get("dataset", opt.dataset) == "digits"
-    defaults = dict(DIGITS) if digits else {}
-    if loss == "dat":
-        defaults |= DAT | (DAT_DIGITS if digits else {})
-    if loss in ENERGY_BASED:
-        defaults |= {"batch_norm": "local"} | (ENERGY_BASED_DIGITS if digits else {})
-    return defaults | stored
+    energy_based = {"batch_norm": "local"}, ENERGY_BASED_DIGITS
+    of_loss = {"dat": (DAT, DAT_DIGITS), **dict.fromkeys(ENERGY_BASED, energy_based)}
+    return options.preset(opt, DIGITS, of_loss)
+
+
+def chain_samplers(opt: Options) -> list[str]:
+    return cli.names("--chain-samplers", opt.chain_samplers, cem.PARAMETRIC_SAMPLERS)
 
 
 def check(opt: Options) -> None:
     options.check(opt)
-    for name in opt.chain_samplers.split(","):
-        known = ", ".join(cem.PARAMETRIC_SAMPLERS)
-        message = f"--chain-samplers: unknown or repeated {name!r}, choose from {known}"
-        once = opt.chain_samplers.split(",").count(name) == 1
-        cli.require(name in cem.PARAMETRIC_SAMPLERS and once, message)
+    samplers = chain_samplers(opt)
+    once = len(set(samplers)) == len(samplers)
+    cli.require(once, f"--chain-samplers {opt.chain_samplers}: names repeat")
     if opt.loss in ENERGY_BASED:
         positive = opt.likelihood_weight > 0
         cli.require(positive, f"--likelihood-weight must be greater than 0 for {opt.loss}")
@@ -133,7 +129,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
     attack_copy = AttackCopy(opt.precision, opt.compile)
     chains = state["chains"]
     classes = len(train_set.classes)
-    samplers = opt.chain_samplers.split(",")
+    samplers = chain_samplers(opt)
 
     def batch_loss(model, index, draws, generator):
         y = train_set.labels[index]
@@ -233,11 +229,12 @@ def train(opt: Options) -> None:
             result |= diagnosis(opt, plain, test_set, seeds, buffer)
         return result
 
+    n = len(train_set)
     Trainer(
         opt,
         model,
-        len(train_set),
-        shuffle=lambda epoch: augment.draws(len(train_set), 3, opt.seed, epoch, device),
+        n,
+        shuffle=lambda epoch: augment.draws(n, augment.CROP_DRAWS, opt.seed, epoch, device),
         batch_loss=batch_loss,
         measure=measure,
         watch=watch,

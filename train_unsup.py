@@ -66,12 +66,7 @@ class Options(options.TrainOptions):
 
 
 def preset(opt: Options) -> dict:
-    stored = options.stored(opt)
-    digits = stored.get("dataset", opt.dataset) == "digits"
-    defaults = dict(DIGITS) if digits else {}
-    if stored.get("loss", opt.loss) == "dat":
-        defaults |= DAT | (DAT_DIGITS if digits else {})
-    return defaults | stored
+    return options.preset(opt, DIGITS, {"dat": (DAT, DAT_DIGITS)})
 
 
 def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tuple[Tensor, Tensor]:
@@ -88,7 +83,7 @@ def attacked(x: Tensor, x_plus: Tensor, network: nn.Module, opt: Options, genera
 
 
 def gathered_info_nce(z: Tensor, z_plus: Tensor, temperature: float) -> Tensor:
-    z, z_plus = distributed.gather_embeddings(z), distributed.gather_embeddings(z_plus)
+    z, z_plus = distributed.gather_on_device(z), distributed.gather_on_device(z_plus)
     return cem.info_nce(z, z_plus, temperature)
 
 
@@ -212,8 +207,11 @@ def train(opt: Options) -> None:
     state = None
     if dual:
         state = dual_state(opt, model, TUNED)
-        kept = RunFolder(opt).load(torch.device("cpu")).extra if resumes(opt) else {}
-        info["clusters"] = kept.get("clusters") or prepare_dual(opt, model, train_set).state_dict()
+        if resumes(opt):  # the first stage's features are not at hand
+            info["clusters"] = RunFolder(opt).load(torch.device("cpu")).extra.get("clusters")
+            cli.require(bool(info["clusters"]), "--resume: the run's checkpoint has no clusters")
+        else:
+            info["clusters"] = prepare_dual(opt, model, train_set).state_dict()
         clusters = ClusterSeeds.from_state_dict(info["clusters"], device)
         start = chain_starts(opt.chain_start, opt.data_dir, clusters, device)
         batch_loss = make_dual_loss(opt, train_set, start, state)
@@ -227,13 +225,14 @@ def train(opt: Options) -> None:
 
     def extra(model):
         found = {"settings": state["chains"].settings} if dual else {}
-        # after a signal there is little time, unless nothing is left to do
-        if trainer.step == trainer.total or trainer.step and not trainer.stop.signal:
+        # a new run has no use for a bank; after a signal there is little time, unless all is done
+        hurried = trainer.step == 0 or trainer.stop.signal
+        if trainer.step == trainer.total or not hurried:
             found["bank"] = make_bank(model, train_set, opt)
         return found
 
     n = len(train_set)
-    per_image = VIEWS + 3 * dual
+    per_image = VIEWS + augment.CROP_DRAWS * dual
     trainer = Trainer(
         opt,
         model,

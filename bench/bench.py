@@ -26,12 +26,12 @@ from torch import multiprocessing
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from contenders import Ours, Textbook  # noqa: E402
+from contenders import Ours, Textbook
 
-import cem  # noqa: E402
-from lib import cli, files, options  # noqa: E402
-from lib.cli import option  # noqa: E402
-from lib.device import PRECISIONS, pick_device, resolve_precision  # noqa: E402
+import cem
+from lib import cli, files, options
+from lib.cli import option
+from lib.device import PRECISIONS, pick_device, resolve_precision
 
 PEAKS = {  # dense bfloat16 FLOP/s of GPUs
     "H200": 989e12,

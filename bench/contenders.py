@@ -18,11 +18,11 @@ import torchvision.transforms as T
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cem  # noqa: E402
-import train_sup  # noqa: E402
-import train_unsup  # noqa: E402
-from lib import augment, data, distributed  # noqa: E402
-from lib.device import autocast, compile_network  # noqa: E402
+import cem
+import train_sup
+import train_unsup
+from lib import augment, data, distributed
+from lib.device import autocast, compile_network
 
 STEP_SIZE = 0.1
 EPS = 0.5
@@ -99,9 +99,8 @@ class Ours:
     def work(self) -> dict[str, tuple[Callable, int]]:
         """name -> our step and its FLOP, in forward passes of the batch."""
         k = self.opt.steps
-        supervised = self.training_step(train_sup, cem.ParametricCEM, 3)
-        draws = 2 * augment.SIMCLR_DRAWS
-        unsupervised = self.training_step(train_unsup, cem.NonParametricCEM, draws)
+        supervised = self.training_step(train_sup, cem.ParametricCEM, augment.CROP_DRAWS)
+        unsupervised = self.training_step(train_unsup, cem.NonParametricCEM, train_unsup.VIEWS)
         attack = functools.partial(self.climb, "ce", self.classifier, self.y, EPS)
         pgd = functools.partial(self.climb, "pgd", self.encoder, self.x)
         maxent = functools.partial(self.climb, "maxent", self.encoder)

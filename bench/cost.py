@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-import tables  # noqa: E402
-from contenders import Ours  # noqa: E402
+import tables
+from contenders import Ours
 
-import bench  # noqa: E402
-from lib import cli, distributed, files  # noqa: E402
-from lib.cli import option  # noqa: E402
-from lib.device import PRECISIONS, pick_device  # noqa: E402
-from lib.markdown import table  # noqa: E402
+import bench
+from lib import cli, distributed, files
+from lib.cli import option
+from lib.device import PRECISIONS, pick_device
+from lib.markdown import table
 
 BASE = dict(batch_size=64, steps=10, width=32)
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from lib import cli, files  # noqa: E402
-from lib.cli import option  # noqa: E402
+from lib import cli, files
+from lib.cli import option
 
 WARM_UP = 0.1  # share of the readings
 

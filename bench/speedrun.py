@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cem  # noqa: E402
-import eval_robust  # noqa: E402
-from lib import augment, cli, data, files, interop, markdown, optim, robustness  # noqa: E402
-from lib.attack import AttackCopy  # noqa: E402
-from lib.cli import option  # noqa: E402
-from lib.device import PRECISIONS, autocast, pick_device  # noqa: E402
-from lib.loop import ema_update, learning_rate  # noqa: E402
-from lib.markdown import Figure  # noqa: E402
+import cem
+import eval_robust
+from lib import augment, cli, data, files, interop, markdown, optim, robustness
+from lib.attack import AttackCopy
+from lib.cli import option
+from lib.device import PRECISIONS, autocast, pick_device
+from lib.loop import ema_update, learning_rate
+from lib.markdown import Figure
 
 EPS = 0.5
 
@@ -44,8 +44,7 @@ class Recipe:
     ema: float = 0.995
     weight_decay: float = 2e-3
     attack_steps: int = 1
-    step_size: float = 1.0  # in units of eps, as the next
-    random_start: float = 1.0
+    step_size: float = 1.0  # in units of eps
 
 
 TRACKS = {
@@ -88,16 +87,14 @@ def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str):
     for step in cli.progress(range(total), f"seed {seed}"):
         epoch, batch = divmod(step, steps_per_epoch)
         if batch == 0:
-            order, draws = augment.draws(len(train_set), 3, seed, epoch, device)
+            order, draws = augment.draws(len(train_set), augment.CROP_DRAWS, seed, epoch, device)
         index = order[batch * recipe.batch_size :][: recipe.batch_size]
         x, y = train_set.pixels(index), train_set.labels[index]
         x = augment.crop_flip(x, draws[index], flip=train_set.flip)
         with autocast(device, precision):
             attack = cem.potential("ce", attack_copy(model), y)
-            x = cem.pgd(
-                attack, x, eps=EPS, steps=recipe.attack_steps, step_size=recipe.step_size * EPS,
-                random_start=recipe.random_start, generator=generator,
-            )  # fmt: skip
+            walk = dict(steps=recipe.attack_steps, step_size=recipe.step_size * EPS)
+            x = cem.pgd(attack, x, eps=EPS, generator=generator, **walk)
             loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -112,6 +109,7 @@ def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str):
 
 def table(rows: list[dict]) -> str:
     digits = {"seconds": 0, "clean": 2, "PGD-20": 2}
+    rows = [row | {key: 100 * row[key] for key in ("clean", "PGD-20")} for row in rows]
     lines = [
         {"run": row["run"]} | {k: Figure(row[k], n) for k, n in digits.items()} for row in rows
     ]
@@ -140,7 +138,7 @@ def main() -> None:
         cem.save(weights[seed], model)
         test = eval_robust.Options(eps=EPS, precision="float32")
         found = robustness.accuracy(model, test_set, ["pgd-20"], test, opt.n_eval)
-        accuracies = {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}
+        accuracies = {"clean": found["clean_accuracy"], "PGD-20": found["pgd-20"]}
         rows.append({"run": seed, "seconds": seconds, **accuracies})
         record = {"command": cli.command(), "recipe": asdict(recipe), "rows": rows}
         files.write_json(out / f"{opt.track}.json", record)

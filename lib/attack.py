@@ -7,14 +7,12 @@ import cem
 from lib import cli, data, distributed
 from lib.device import autocast, compile_network, resolve_precision
 
-FGSM_START = 2.0  # radius of its noise, in eps
-
 
 def pgd_options(opt) -> dict:
     """The options of --attack, as those of cem.pgd."""
     ball = dict(eps=opt.eps, norm=opt.norm)
     if opt.attack == "fgsm":
-        return ball | dict(steps=1, step_size=opt.eps, random_start=FGSM_START)
+        return ball | dict(steps=1, step_size=opt.eps, random_start=2.0)  # [N-FGSM]
     return ball | dict(steps=opt.attack_steps, step_size=opt.attack_step_size)
 
 
@@ -68,7 +66,10 @@ def refold(network: nn.Module, model: nn.Module) -> None:
     kernels = torch._foreach_mul(convs, [scale.view(-1, 1, 1, 1) for scale in scales])
     for (conv, _), kernel, shift in zip(pairs, kernels, shifts):
         state |= {f"{conv}.weight": kernel, f"{conv}.bias": shift}
-    torch._foreach_copy_(list(target.values()), [state[name] for name in target])
+    # torch before the fix of its issue 173383 overruns a GPU's memory where target types are mixed
+    for kind in {tensor.dtype for tensor in target.values()}:
+        names = [name for name, tensor in target.items() if tensor.dtype == kind]
+        torch._foreach_copy_([target[name] for name in names], [state[name] for name in names])
 
 
 def make_watch(opt, held_out: data.Dataset):

@@ -13,6 +13,7 @@ from torch import Tensor
 TRIES = 10  # boxes drawn per random resized crop, as in torchvision
 BOX_DRAWS = 2 * TRIES + 2  # areas, aspect ratios and a position
 SIMCLR_DRAWS = BOX_DRAWS + 7
+CROP_DRAWS = 3  # a row, a column and whether to mirror
 
 
 def draws(n: int, per_image: int, seed: int, epoch: int, device="cpu") -> tuple[Tensor, Tensor]:

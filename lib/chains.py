@@ -78,7 +78,7 @@ def chain_starts(where: str, data_dir: str, seeds, device) -> Callable:
 
 
 @torch.no_grad()
-def with_statistics_of(x: torch.Tensor, model: nn.Module) -> nn.Module:
+def with_statistics_of(x: Tensor, model: nn.Module) -> nn.Module:
     """A copy of the model whose BatchNorms hold the statistics of the images x (N, C, H, W).
 
     SGLD climbs this copy, the function that the loss sees. Running statistics lag: samples with low
@@ -86,7 +86,7 @@ def with_statistics_of(x: torch.Tensor, model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model).requires_grad_(False).eval()
 
-    def store(norm: nn.BatchNorm2d, inputs: tuple[torch.Tensor]) -> None:
+    def store(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
         wide = inputs[0].to(norm.running_var.dtype)
         norm.running_var, norm.running_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
 
@@ -104,8 +104,8 @@ class GrowingChains(nn.Module):
     Every chain starts anew, and takes T - 2 to T steps of `step_size` along the l2-normalised
     gradient, the same number in all processes. T grows by one, up to `longest`, when samples are
     easily told from data: when the mean AUC of log p(x) over 8 training steps exceeds 0.8.
-    `offsets` are the b of the loss, for log p(x) and for log p(y | x): the midpoints between data
-    and samples in the first step.
+    `offsets` are the b of the loss, for log p(x) and for log p(y | x): the midpoints between the
+    means of data and of all samples in the first step.
     """
 
     def __init__(self, longest: int, step_size: float, samplers: Sequence[str] = ()):
@@ -139,8 +139,8 @@ class GrowingChains(nn.Module):
     def update(self, log_p: Tensor, log_p_s: Tensor) -> dict[str, Tensor]:
         """After a training step, with log p (N,) of its data and of its samples: lengthen the
         chains when that is due -> metrics for the log."""
-        data, samples = distributed.gather(log_p), distributed.gather(log_p_s)
-        auc = ((data[:, None] - samples).sign().mean() + 1) / 2
+        real, drawn = map(distributed.gather_on_device, (log_p, log_p_s))
+        auc = ((real[:, None] - drawn).sign().mean() + 1) / 2
         self.updates += 1
         self.auc_sum = self.auc_sum.to(auc.device) + auc  # read at every eighth step only
         if self.updates % 8 == 0:

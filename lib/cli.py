@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -75,6 +75,14 @@ def option_list(kind: type, help: str, group: str = "options"):
     kind = {float: number, int: integer}.get(kind, kind)
     metadata = {"help": help, "type": kind, "nargs": "+", "metavar": metavar, "group": group}
     return field(default_factory=list, metadata=metadata)
+
+
+def names(flag: str, text: str, known: Iterable[str]) -> list[str]:
+    """The comma-separated names of an option. Raises CEMError for one that is unknown."""
+    found = [name.strip() for name in text.split(",")]
+    for name in found:
+        require(name in known, f"{flag}: unknown {name!r}, choose from {', '.join(known)}")
+    return found
 
 
 def as_flags(values: dict) -> str:
@@ -243,7 +251,8 @@ def _terminate(number: int, _frame) -> None:
 
 
 class Stop:
-    """When a run has to stop: after max_minutes, on SIGTERM or Ctrl-C. A second one kills it."""
+    """When a run has to stop: after max_minutes, on SIGTERM or Ctrl-C. Another one, more than a
+    second later, kills it: a launcher may send its own to a process twice."""
 
     def __init__(self, max_minutes: float):
         self.deadline = time.monotonic() + 60 * max_minutes
@@ -260,9 +269,11 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
-        self.signal = number
-        self.reason = f"by {signal.Signals(number).name}"
-        signal.signal(number, self.before[number])
+        if self.signal and time.monotonic() > self.noted + 1:
+            raise KeyboardInterrupt(number)
+        if not self.signal:
+            self.signal, self.noted = number, time.monotonic()
+            self.reason = f"by {signal.Signals(number).name}"
 
     def due(self) -> bool:
         return bool(self.signal) or time.monotonic() > self.deadline

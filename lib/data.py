@@ -72,7 +72,7 @@ class Dataset:
         index = []
         for k in range(len(self.classes)):
             rows = (self.labels == k).nonzero()[:, 0]
-            n = max(math.ceil(part * len(rows)), 2)
+            n = max(math.ceil(part * len(rows) - 1e-9), 2)
             index.append(rows[evenly_spaced(n, len(rows), rows.device)])
         return self.subset(torch.cat(index).sort().values)
 
@@ -87,7 +87,7 @@ class Dataset:
         bar = partial(cli.progress, name="seeds", unit="class")
         seeds = GaussianSeeds.fit(self.images, self.labels, rank, len(self.classes), bar)
         info = {"dataset": self.name, "classes": self.classes, "seeds": seeds.state_dict()}
-        return info | {"image_shape": list(self.images.shape[1:])}
+        return info | {"image_shape": list(self.images.shape[1:]), "num_images": len(self)}
 
     def check_fits(self, model, path) -> None:
         """Raise CEMError unless the images and, of a classifier, the classes are the model's."""
@@ -142,9 +142,8 @@ def splits(name: str, data_dir: str, device, image_size: int = 0) -> tuple[Datas
     """Both splits, on the device. Raises CEMError if their images differ in shape."""
     train, test = (load(name, part, data_dir, image_size).to(device) for part in ("train", "test"))
     shapes = [tuple(dataset.images.shape[1:]) for dataset in (train, test)]
-    if shapes[0] != shapes[1]:
-        differ = f"training images have shape {shapes[0]}, test images {shapes[1]}"
-        raise CEMError(f"{name}: {differ}: --image-size makes them equal")
+    differ = f"training images have shape {shapes[0]}, test images {shapes[1]}"
+    cli.require(shapes[0] == shapes[1], f"{name}: {differ}: --image-size makes them equal")
     return train, test
 
 
@@ -200,9 +199,8 @@ def _folder(root: Path, split: str, image_size: int) -> Dataset:
             reason = str(error).splitlines()[0]
             raise CEMError(f"{root / part} is not an image folder <class>/*: {reason}") from error
     differing = set(listings["train"].classes) ^ set(listings["test"].classes)
-    if differing:
-        names = ", ".join(sorted(differing)[:5])
-        raise CEMError(f"{root}: train and test have different classes ({names})")
+    names = ", ".join(sorted(differing)[:5])
+    cli.require(not differing, f"{root}: train and test have different classes ({names})")
     listing = listings.pop(split)
     images = read_images([path for path, _ in listing.samples], image_size)
     others = (path for other in listings.values() for path, _ in other.samples)

@@ -113,8 +113,8 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(gradient)
 
 
-def gather_embeddings(z: Tensor) -> Tensor:
-    """The embeddings (n, D) of all processes, with gradient: InfoNCE's negatives."""
+def gather_on_device(z: Tensor) -> Tensor:
+    """As `gather`, of n rows in every process; with gradient, and the host does not wait."""
     if world_size() == 1:
         return z
     rows = [z if i == rank() else torch.zeros_like(z) for i in range(world_size())]
@@ -130,7 +130,7 @@ class GatheredEncoder(nn.Module):
         self.temperature = model.temperature
 
     def forward(self, x: Tensor) -> Tensor:
-        return gather_embeddings(self.model(x))
+        return gather_on_device(self.model(x))
 
 
 class SyncBatchNormCPU(nn.BatchNorm2d):

@@ -46,8 +46,7 @@ def load(path: str | Path, device="cpu", mean=None, std=None) -> nn.Module:
     """
     require(Path(path).is_file(), f"checkpoint {path} not found")
     ours = is_ours(path)
-    if (mean is None) != (std is None):
-        raise cem.CEMError("mean and std must be given together")
+    cem.require((mean is None) == (std is None), "mean and std must be given together")
     fits = mean is None or not ours
     require(fits, f"mean and std are for third-party checkpoints, which {path} is not")
     if ours:
@@ -127,8 +126,7 @@ def state_dict(content: object) -> State:
         for name, state in found:
             if name == preferred:
                 return state
-    if not found:
-        raise cem.CEMError("no state dict of a supported ResNet or Wide ResNet found")
+    cem.require(bool(found), "no state dict of a supported ResNet or Wide ResNet found")
     if len(found) > 1:
         names = ", ".join(repr(name) for name, _ in found)
         raise cem.CEMError(f"contains several networks ({names}): torch.save one of them alone")

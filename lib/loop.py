@@ -58,7 +58,7 @@ class Trainer:
     chains: a module with further state: chains, and the first stage's network (lib/chains.py)
     bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
     freeze_batch_norm: keep its statistics, and normalise by them
-    info: what the checkpoint stores about the dataset; classes and image_shape stay the same
+    info: what the checkpoint stores about the dataset, which stays the same
     extra(model) -> what else it stores
 
     Under torchrun every process runs this with the same weights; the first measures and writes.
@@ -95,8 +95,8 @@ class Trainer:
         self.folder = RunFolder(opt)
         # what a checkpoint stores beside weights and optimiser
         self.progress = {"step": 0, "restarts": 0, "seconds": 0.0, "log": [], "sums": {}}
+        self.progress |= {"restarted_at": -1}  # a step
         self.began = 0  # the step at which this process began, or the last restart
-        self.restarted_at = None
         self.clock = time.monotonic()
 
     @property
@@ -150,10 +150,10 @@ class Trainer:
         for count, index in enumerate(bar, 1):
             pending.append(self.train_step(distributed.local_rows(index), draws))
             epoch_ends = done + count == self.steps_per_epoch
-            due = epoch_ends or self.step % READ_EVERY == 0
-            single = distributed.world_size() == 1  # processes agree on stopping when they read
-            stop = (due or single) and self.must_stop()
-            if due or stop:
+            read = epoch_ends or self.step % READ_EVERY == 0
+            # several processes agree on stopping only where they read
+            stop = (read or distributed.world_size() == 1) and self.must_stop()
+            if read or stop:
                 self.log_metrics(pending)
                 pending = []
                 speed = count * size / (time.monotonic() - begin)
@@ -204,17 +204,22 @@ class Trainer:
         rows = torch.stack([torch.stack(list(metrics.values())) for metrics in steps])
         sums = self.progress["sums"]
         for step, row in enumerate(distributed.mean(rows).tolist(), self.step - len(steps) + 1):
-            for name, value in zip(steps[0], row):
-                if self.first:
-                    self.board.add_scalar(f"step/{name}", value, step)
+            values = dict(zip(steps[0], row))
+            self.plot(values, step, "step/")
+            for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
                 if not abs(value) <= self.bounds.get(name, sys.float_info.max):  # or NaN
                     raise cli.Diverged(f"{name.replace('_', ' ')} is {value:.4g} at step {step}")
 
+    def plot(self, values: dict[str, float], step: int, prefix: str = "") -> None:
+        """TensorBoard, in the first process."""
+        if self.first:
+            for name, value in values.items():
+                self.board.add_scalar(prefix + name, value, step)
+
     def watched(self) -> dict[str, float]:
         found = self.watch(self.model)
-        for name, value in found.items() if self.first else ():
-            self.board.add_scalar(f"step/{name}", value, self.step)
+        self.plot(found, self.step, "step/")
         return found
 
     def end_epoch(self, epoch: int, means: dict[str, float], speed: float) -> None:
@@ -229,8 +234,7 @@ class Trainer:
         line = {k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}
         self.progress["log"].append(line)
         self.progress["sums"] = {}
-        for name, value in line.items() if self.first else ():
-            self.board.add_scalar(name, value, self.step)
+        self.plot(line, self.step)
         print("  ".join(f"{k} {v}" for k, v in line.items()), flush=True)
 
     def seconds(self) -> float:
@@ -256,8 +260,9 @@ class Trainer:
         training = saved.extra["training"]
         same = type(saved) is type(self.model)
         cli.require(same, f"--resume: another script made the run in {self.folder.path}")
-        for name in ("classes", "image_shape"):
-            then, now = saved.extra.get(name), self.info.get(name)
+        for name in ("classes", "image_shape", "num_images"):
+            now = self.info.get(name)
+            then = saved.extra.get(name, now)  # earlier versions store fewer
             cli.require(then == now, f"--resume: the run has {name} {then}, the dataset {now}")
         found = self.chains is None or "chains" in training
         cli.require(found, f"{self.folder.checkpoint} has no chains: an earlier version wrote it")
@@ -270,15 +275,15 @@ class Trainer:
             if "images" in state:
                 state["images"] = distributed.local_rows(state["images"])
             self.chains.load_state_dict(state)
-        self.progress.update({name: training[name] for name in self.progress})
+        self.progress |= {k: training.get(k, v) for k, v in self.progress.items()}
         self.clock = time.monotonic()  # the seconds before are in progress
 
     def restart(self, error: cli.Diverged) -> None:
         """After divergence: continue from the last checkpoint at half the rate, or raise."""
         self.save("diverged.pt")
-        restarts = self.progress["restarts"] + 1
+        restarts, restarted_at = self.progress["restarts"] + 1, self.progress["restarted_at"]
         self.restore()
-        if self.opt.on_diverge == "restart" and self.step == self.restarted_at:
+        if self.opt.on_diverge == "restart" and self.step == restarted_at:
             self.folder.step_back()  # restarting from this checkpoint has failed before
             self.restore()
         diverged, last = self.folder.path / "diverged.pt", self.folder.checkpoint
@@ -288,7 +293,7 @@ class Trainer:
         if self.opt.on_diverge == "stop":
             advice = "try a smaller --lr, or --resume --on-diverge restart, which halves it"
             raise cli.Diverged(f"{message}: {advice}") from error
-        self.progress["restarts"] = restarts
-        self.began = self.restarted_at = self.step
+        self.began = self.step
+        self.progress |= {"restarts": restarts, "restarted_at": self.step}
         self.save()
         cli.warn(f"{message}: continuing from there at {0.5**restarts:g} of the learning rate")

@@ -37,8 +37,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                self.update(p, group["lr"], group["momentum"], group["weight_decay"])
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group["lr"], group["momentum"], group["weight_decay"])
 
     def update(self, p: Tensor, lr: float, momentum: float, decay: float) -> None:
         state, kernel = self.state[p], p.dim() == 4

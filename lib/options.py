@@ -105,6 +105,16 @@ def stored(opt: TrainOptions) -> dict:
     return {name: found[name] for name in same if name not in OF_THIS_CALL}
 
 
+def preset(opt: TrainOptions, digits: dict, of_loss: dict[str, tuple[dict, dict]]) -> dict:
+    """The defaults that change: with the dataset `digits`, with a loss (on all datasets, and on
+    digits), and those that are `stored`."""
+    kept = stored(opt)
+    everywhere, on_digits = of_loss.get(kept.get("loss", opt.loss), ({}, {}))
+    if kept.get("dataset", opt.dataset) == "digits":
+        everywhere = digits | everywhere | on_digits
+    return everywhere | kept
+
+
 def claim(folder: Path) -> None:
     """Make and lock the folder of a run, before any work.
 
@@ -122,6 +132,8 @@ def check(opt: TrainOptions) -> None:
     n = distributed.world_size()
     cli.require(opt.batch_size >= 2 * n, f"--batch-size must be at least {2 * n}, 2 per process")
     cli.require(opt.batch_size % n == 0, f"--batch-size must be a multiple of {n}, the processes")
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    cli.require(opt.resume or not restarts, "torchrun --max-restarts needs --resume")
     given = opt.init or not (opt.mean or opt.std)
     cli.require(given, "--mean and --std are for the third-party checkpoint of --init")
     named = opt.chain_start == "gaussian" or opt.chain_start in data.NAMES

@@ -17,12 +17,15 @@ import cem
 from lib import cli, distributed, files
 
 
-def call(script: str, *words) -> str:
-    """Run a script of the project in this process -> the command, as a user types it."""
-    words = [str(word) for word in words]
-    command = shlex.join(["python", script, *words])
-    print(f"\n{command}", flush=True)
-    argv = [str(cli.SHIPPED.parent / script), *words]
+def command_of(script: str, *words) -> str:
+    """As a user types it."""
+    return shlex.join(["python", script, *map(str, words)])
+
+
+def call(script: str, *words) -> None:
+    """Run a script of the project in this process."""
+    print(f"\n{command_of(script, *words)}", flush=True)
+    argv = [str(cli.SHIPPED.parent / script), *map(str, words)]
     with (
         contextlib.ExitStack() as at_end,
         mock.patch.object(cli, "AT_END", at_end),  # the locks of the part end with it
@@ -31,7 +34,6 @@ def call(script: str, *words) -> str:
         cudnn = torch.backends.cudnn
         at_end.callback(setattr, cudnn, "benchmark", cudnn.benchmark)  # training sets it
         importlib.import_module(script.removesuffix(".py")).main()
-    return command
 
 
 def digest(words: list) -> str:
@@ -58,8 +60,7 @@ class Parts:
 
         alone: in the first of torchrun's processes, as if there were no other.
         """
-        words = [str(word) for word in words]
-        command = shlex.join(["python", script, *words])
+        command = command_of(script, *words)
         made_by = self.finished.get(str(product), {}).get("command")
         missing = made_by != command or not product.exists()
         if not distributed.any_process(missing):
@@ -97,13 +98,17 @@ def evaluated(parts: Parts, ckpt: Path, *words, name="accuracy.json", alone=Fals
     return files.read_json(parts.run(out / name, "eval_robust.py", *words, alone=alone))
 
 
+def drawn(parts: Parts, ckpt: Path, sampler: str, n: int, cond: bool = False) -> Path:
+    """Draw n images -> the samples, .npz, in a folder of their own."""
+    folder = ckpt.with_name(f"samples-{n}")
+    words = ["--ckpt", ckpt, "--sampler", sampler, *["--cond"] * cond, "--n", n, "--out", folder]
+    return parts.run(folder / f"samples-{sampler}{'-cond' * cond}.npz", "sample.py", *words)
+
+
 def judged(parts: Parts, ckpt: Path, samplers: Sequence[str], n: int, ref, judge) -> dict:
     """Draw n images by each sampler -> {sampler: its scores by the features of `judge`}."""
-    folder, samples = ckpt.with_name(f"samples-{n}"), []
-    for name in samplers:
-        words = ["--ckpt", ckpt, "--sampler", name, "--n", n, "--out", folder]
-        samples.append(parts.run(folder / f"samples-{name}.npz", "sample.py", *words))
+    samples = [drawn(parts, ckpt, name, n) for name in samplers]
     words = ["--samples", *samples, "--ref", ref, "--features", judge]
-    out = folder / f"scores-{digest(words)}.json"
+    out = samples[0].with_name(f"scores-{digest(words)}.json")
     parts.run(out, "eval_is_fid.py", *words, "--out", out)
     return dict(zip(samplers, files.read_json(out)["rows"]))

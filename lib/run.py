@@ -24,9 +24,8 @@ MAY_CHANGE = (*OF_THIS_CALL, "data_dir", "n_eval", "eval_every", "on_diverge", "
 
 
 def resumes(opt) -> bool:
-    """Whether opt.out has a run, and --resume was given or torchrun restarted this process."""
-    wanted = opt.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return wanted and any((Path(opt.out) / name).exists() for name in FILES[:2])
+    """Whether --resume was given and opt.out has a run."""
+    return opt.resume and any((Path(opt.out) / name).exists() for name in FILES[:2])
 
 
 class RunFolder:

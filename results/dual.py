@@ -14,14 +14,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-import tables  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tables
 
-import cem  # noqa: E402
-from lib import cli, files, markdown  # noqa: E402
-from lib.cli import option  # noqa: E402
-from lib.parts import Parts, digest, evaluated, judged, minutes  # noqa: E402
+import cem
+from lib import cli, files, markdown
+from lib.cli import option
+from lib.parts import Parts, digest, evaluated, judged, minutes
 
 VARIANTS = {  # name -> what differs from the recipe
     "recipe": "",

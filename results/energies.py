@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib import cli, pictures  # noqa: E402
+from lib import cli, pictures
 
 PANELS = {  # title -> keys of log.jsonl and their line styles
     "energy": {"E_x": "-", "E_x_adv": "--", "E_x_s": ":"},

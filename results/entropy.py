@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cem  # noqa: E402
-import sample  # noqa: E402
-from lib import cli, files, pictures, sampling  # noqa: E402
-from lib.device import pick_device  # noqa: E402
+import cem
+import sample
+from lib import cli, files, pictures, sampling
+from lib.device import pick_device
 
 
 @dataclass

@@ -4,8 +4,8 @@
 
 A large ball contains an adversarial example of every image. The accuracy under an attack that finds
 them falls to 0; where gradients are masked, it stays above or rises (Carlini et al., 2019). Radii
-grow by eps / 2 up to 4 eps and double from there, until the accuracy is 0 or the ball contains all
-images. The band is Wilson's 95 % interval.
+grow by eps / 2 up to 8 eps and double from there, to one beyond the first at which the accuracy is
+0, or until the ball contains all images. The band is Wilson's 95 % interval.
 """
 
 import math
@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cem  # noqa: E402
-import eval_robust  # noqa: E402
-from lib import cli, data, files, metrics, pictures, robustness  # noqa: E402
-from lib.device import pick_device  # noqa: E402
+import cem
+import eval_robust
+from lib import cli, data, files, metrics, pictures, robustness
+from lib.device import pick_device
 
 
 @dataclass
@@ -41,7 +41,7 @@ def growing(eps: float, most: float) -> Iterator[float]:
     radius = 0.0
     while radius < most:
         yield radius
-        radius = radius + eps / 2 if radius < 4 * eps else 2 * radius
+        radius = radius + eps / 2 if radius < 8 * eps else 2 * radius
     yield most
 
 
@@ -59,9 +59,10 @@ def curve(model: cem.ParametricCEM, test_set: data.Dataset, opt: Options, settin
         rows["radii"].append(radius)
         rows["accuracy"].append(count / n)
         rows["interval"].append([round(bound, 4) for bound in interval])
-        if count == 0:
-            return rows
-    cli.warn("accuracy does not fall to 0, so gradients may be masked")
+        if rows["accuracy"][-2:] == [0, 0]:
+            break
+    if rows["accuracy"][-1]:
+        cli.warn("accuracy does not fall to 0, so gradients may be masked")
     return rows
 
 

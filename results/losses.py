@@ -17,14 +17,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-import tables  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tables
 
-import cem  # noqa: E402
-from lib import cli, files, markdown  # noqa: E402
-from lib.cli import option  # noqa: E402
-from lib.parts import Parts, digest, evaluated, judged, minutes  # noqa: E402
+import cem
+from lib import cli, files, markdown
+from lib.cli import option
+from lib.parts import Parts, digest, evaluated, judged, minutes
 
 ATTACKS = ["--attacks", "pgd-20", "pgd-50", "margin", "--restarts", 5]
 ACCURACIES = ("clean_accuracy", "pgd-20", "pgd-50", "margin", "adversarial_accuracy")
@@ -102,10 +101,11 @@ def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
         row |= {"autoattack": found["autoattack"], "autoattack n": found["n"]}
     found = attack(ckpt, parts, opt, *ATTACKS, *evaluation)
     row |= {key: found[key] for key in ("n", *ACCURACIES, "calibration_error")}
-    for key in [key for key in found if key.startswith("auroc_")]:
-        other = f"auroc_{Path(key.removeprefix('auroc_')).name}"
-        row[other] = found[key]["log_p_x"]
-        row[f"{other}_max_p"] = found[key]["max_p_y_x"]
+    for key, auroc in found.items():
+        if key.startswith("auroc_"):
+            other = f"auroc_{Path(key.removeprefix('auroc_')).name}"
+            row[other] = auroc["log_p_x"]
+            row[f"{other}_max_p"] = auroc["max_p_y_x"]
     scores = judged(parts, ckpt, SAMPLERS, opt.n_samples, opt.dataset, judge)
     for name in SAMPLERS:
         row[f"c-fd_{name}"] = scores[name]["C-FD"]

@@ -98,6 +98,20 @@ def test_a_step_makes_few_operator_calls_and_waits_for_none(monkeypatch, tmp_pat
         assert count["aten._local_scalar_dense.default"] == 0
 
 
+def test_refolding_copies_one_type_at_a_time(monkeypatch):
+    """Mixed targets overran a GPU's memory in earlier versions of torch."""
+    copied, copy_ = [], torch._foreach_copy_
+
+    def recorded(targets, sources):
+        copied.append({tensor.dtype for tensor in targets})
+        copy_(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", recorded)
+    AttackCopy("bfloat16", False)(cem.ParametricCEM("resnet18", 5, width=8))
+    assert len(copied) == 2 and all(len(kinds) == 1 for kinds in copied)
+    assert set().union(*copied) == {torch.float32, torch.bfloat16}
+
+
 @pytest.mark.parametrize("loss, own", [("jeat", 0), ("dat", 6)])
 def test_a_step_with_samples_reads_no_value_from_the_device(loss, own, monkeypatch, tmp_path):
     """dat reads some of its own, which are on the CPU: the length of its chains, for example."""

@@ -58,7 +58,7 @@ def test_speedrun_trains_and_reports_every_seed(tmp_path):
     assert record["recipe"]["epochs"] == 1 and record["recipe"]["width"] == 8
     first, second = record["rows"]
     assert first["run"] == 0 and second["run"] == 1 and first["seconds"] > 0
-    assert f"| 1 | {second['seconds']:.0f} | {second['clean']:.2f} |" in done.stdout
+    assert f"| 1 | {second['seconds']:.0f} | {100 * second['clean']:.2f} |" in done.stdout
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "sprint-1.pt").write_text("mine")

@@ -329,6 +329,7 @@ e['classes'] = ['a'] * 10; e['classes'][3] = '../../evil'; e['classes'][3] = ''
 e['classes'][3] = '..'; e['classes'][3] = 'a/b'; e['classes'][3] = 3; e['classes'][3] = 'a\\0b'
 e['classes'] = list(range(10)); e['classes'].append('x'); e['classes'] = dict.fromkeys('abc')
 e['classes'][3] = '/tmp/evil'; e['classes'][3] = ['x']
+e['num_images'] = torch.ones(2); e['num_images'] = 3.0; t['restarted_at'] = torch.ones(2)
 e['image_shape'] = 3; e['image_shape'] = [8, 8]; e['image_shape'] = [3, 8, 8]
 e['image_shape'] = [1, 9, 9]; e['image_shape'] = [1, 8, 8.0]; e['image_shape'] = [1, 0, 8]
 e['dataset'] = 3; e['dataset'] = None; e['options'] = 3; e['options'] = None; del e['options']
@@ -602,7 +603,7 @@ WRONG = [
     *(f"cem.ParametricCEM(**dict(width=4) | dict({name}={v}))" for name in (
         "width", "num_classes", "in_channels") for v in ("nan", "inf", "-1", "0")),
     *(f"cem.ParametricCEM(width=4, {name}={v})" for name in ("mean", "std") for v in (
-        "nan", "inf", "[0.5, nan, 0.5]", "[0.5, 0.5]")),
+        "nan", "inf", "[0.5, nan, 0.5]", "[0.5, 0.5]", "[]")),
     "cem.ParametricCEM(width=4, std=0)", "cem.ParametricCEM(width=4, std=-1)",
     *(f"cem.NonParametricCEM('resnet18', width=4, {name}={v})" for name in (
         "embed_dim", "temperature") for v in ("nan", "inf", "-1", "0")),
@@ -629,6 +630,7 @@ WRONG = [
     *(f"cem.save('a.pt', model, {v})" for v in (
         "a=np.zeros(2)", "a=object()", "a=[{'b': np.float32(1)}]", "a={1, 2}", "a=b'x'", "a=1j",
         "a=Path('x')", "a=len")),
+    "setattr(encoder, 'temperature', -1.0) or cem.save('a.pt', encoder)",
     "cem.save('a.pt', cem.folded(model))", "cem.save('a.pt', torch.nn.Linear(2, 2))",
     "cem.save('a.pt', type('Mine', (cem.ParametricCEM,), {})(width=4))",
     "cem.supervised_loss('jem', model, x, y)", "cem.load('none.pt')", "cem.load('.')",

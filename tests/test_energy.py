@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from unittest import mock
 
@@ -315,6 +316,15 @@ def test_a_checkpoint_without_a_bank_is_named(unsup_run, tmp_path):
     cem.save(tmp_path / "bare.pt", model, **model.extra)
     done = script("sample.py", "--ckpt", "bare.pt", "--sampler", "neighbour", cwd=tmp_path)
     assert_refused(done, "--sampler neighbour needs a bank")
+
+
+def test_a_run_without_clusters_cannot_be_resumed(dual_run, tmp_path):
+    shutil.copytree(dual_run / "runs", tmp_path / "runs")
+    model = cem.load(tmp_path / CKPT)
+    del model.extra["clusters"]
+    cem.save(tmp_path / CKPT, model, **model.extra)
+    done = script("train_unsup.py", "--resume", "--epochs", 2, cwd=tmp_path)
+    assert_refused(done, "--resume: the run's checkpoint has no clusters")
 
 
 @pytest.mark.parametrize(

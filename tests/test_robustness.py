@@ -113,6 +113,25 @@ def test_samples_are_normalised_by_the_statistics_of_the_data(model64, batch):
     assert not any("forward" in vars(module) for module in network.modules())
 
 
+class Active(torch.nn.BatchNorm2d):
+    """As timm's, with its activation."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "norm", [torch.nn.BatchNorm2d(3, affine=False), torch.nn.SyncBatchNorm(3), Active(3)]
+)
+def test_jem_refuses_norms_whose_samples_it_cannot_normalise(norm, batch):
+    x, y = batch
+    network = torch.nn.Sequential(norm, torch.nn.Flatten(), torch.nn.LazyLinear(5))
+    network(x)
+    with pytest.raises(cem.CEMError, match="jem and jeat need plain BatchNorm2d with weights"):
+        cem.supervised_loss("jem", network.train(), x, y, x_s=x)
+    cem.supervised_loss("jem", network.eval(), x, y, x_s=x)
+
+
 def test_sgld_climbs_the_function_that_the_loss_sees(model64, batch):
     """In eval mode, the copy's logits are those of the training model on a batch that begins with
     the data."""
@@ -428,7 +447,7 @@ def test_pgd_does_not_stall_on_very_confident_networks(robust_model):
 
 @pytest.mark.slow
 def test_worst_of_own_attacks_is_close_to_autoattack(robust_model):
-    pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
+    library = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
     test_set = data.load("digits", "test")
     attacks = ["pgd-50", "margin"]
     own = robustness.accuracy(robust_model, test_set, attacks, settings(), n=100, restarts=8)
@@ -437,6 +456,13 @@ def test_worst_of_own_attacks_is_close_to_autoattack(robust_model):
     assert 0.1 < standard["autoattack"] < standard["clean_accuracy"]
     excess = own["adversarial_accuracy"] - standard["autoattack"]
     assert 0 <= excess <= 0.04 + 1e-6
+    index = test_set.evenly_spaced(20)
+    x, y, opt = test_set.pixels(index), test_set.labels[index], settings()
+    alone = library.AutoAttack(robust_model, norm="L2", eps=opt.eps, seed=opt.seed, device="cpu")
+    x_adv, _ = alone.run_standard_evaluation(x, y, batch_size=opt.batch_size)
+    with torch.no_grad():
+        found = robustness.autoattack(robust_model, x, y, opt)
+        assert torch.equal(found, robust_model(x_adv).argmax(1) == y) and 0 < found.sum() < 20
 
 
 def test_training_runs_sgld_with_its_options():
@@ -495,6 +521,24 @@ def test_a_restart_draws_anew_and_a_second_one_steps_back(tmp_path, capsys, monk
     assert rates[-20] == pytest.approx(loop.learning_rate(0.8, 1e-3, "cosine") / 4)
 
 
+def test_a_second_restart_steps_back_even_if_the_run_was_killed_between(tmp_path, capsys):
+    steps, killed_at = [], 65
+
+    def batch_loss(model, *_):
+        steps.append(1)
+        if len(steps) == killed_at:
+            raise KeyboardInterrupt
+        broken = 40 < len(steps) <= 85  # the third epoch, until it was twice measured
+        return model.net.fc.bias.sum() * (torch.nan if broken else 1), {}
+
+    options = dict(epochs=3, on_diverge="restart", lr=1e-3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, cem.ParametricCEM("resnet18", 2, width=4), batch_loss, **options)
+    fit(tmp_path, cem.ParametricCEM("resnet18", 2, width=4), batch_loss, resume=True, **options)
+    found = re.findall(r"ckpt.pt is from step (\d+): continuing", capsys.readouterr().err)
+    assert found == ["40", "20"]
+
+
 def test_n_and_restarts_reach_the_attack_and_shares_have_their_intervals(digits_run, unsup_run):
     sizes = []
 
@@ -545,7 +589,7 @@ def test_attacks_and_constants_are_those_of_the_documentation():
     attacks = {"pgd-10": ("ce", 10), "pgd-20": ("ce", 20), "pgd-50": ("ce", 50)}
     assert robustness.ATTACKS == attacks | {"margin": ("margin", 50)}
     assert inspect.signature(robustness.knn_accuracy).parameters["k"].default == 200
-    kid = inspect.signature(metrics.kernel_distance).parameters
+    kid = inspect.signature(metrics.kernel_distances).parameters
     assert (kid["subsets"].default, kid["size"].default) == (100, 1000)
 
 
@@ -775,10 +819,11 @@ def test_accuracy_falls_to_zero_with_the_radius_unless_gradients_are_masked(
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "curve.json").read_text())
     accuracy = result["accuracy"]
-    assert accuracy[0] > 0.5 and all(value > 0 for value in accuracy[:-1])
+    assert accuracy[0] > 0.5 and all(value > 0 for value in accuracy[:-2])
+    assert accuracy[-2:] == [0, 0] or masked
     assert ("may be masked" in done.stderr) == masked == (accuracy[-1] > 0)
     if masked:  # 8 is the diagonal of the cube of 64 pixels
-        assert result["radii"] == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 4, 8]
+        assert result["radii"] == [*(0.25 * i for i in range(17)), 8]
     else:
         assert all(b <= a + 0.05 for a, b in zip(accuracy, accuracy[1:]))
     for value, (low, high) in zip(accuracy, result["interval"], strict=True):

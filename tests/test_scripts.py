@@ -11,8 +11,10 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,17 +181,43 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(optimizer, tmp_pat
         assert all(a[k] == b[k] for k in a if k not in ("seconds", "images_per_second"))
 
 
-@pytest.mark.parametrize(
-    "more, env", [(["--resume"], {}), ([], {"TORCHELASTIC_RESTART_COUNT": "1"})]
-)
-def test_resume_starts_a_missing_run_and_a_restarted_worker_resumes(more, env, tmp_path):
-    options = [*SMALL, "--loss", "st", *more]
-    done = script("train_sup.py", *options, "--epochs", 1, cwd=tmp_path, **env)
-    assert done.returncode == 0
-    assert ("nothing to resume in runs/sup: starting" in done.stdout) == ("--resume" in more)
-    done = script("train_sup.py", *options, "--epochs", 2, cwd=tmp_path, **env)
+def test_resume_starts_a_missing_run_and_torchrun_needs_it_for_restarts(tmp_path):
+    restarts = {"TORCHELASTIC_MAX_RESTARTS": "3"}
+    options = [*SMALL, "--loss", "st"]
+    done = script("train_sup.py", *options, cwd=tmp_path, **restarts)
+    assert_refused(done, "torchrun --max-restarts needs --resume")
+    options.append("--resume")
+    done = script("train_sup.py", *options, "--epochs", 1, cwd=tmp_path, **restarts)
+    assert done.returncode == 0 and "nothing to resume in runs/sup: starting" in done.stdout
+    done = script("train_sup.py", *options, "--epochs", 2, cwd=tmp_path, **restarts)
     assert done.returncode == 0 and "resuming at step 11 of 22" in done.stdout
     assert len(log_lines(tmp_path / "runs/sup")) == 2
+
+
+def test_a_run_is_not_resumed_on_other_images(tmp_path):
+    write_folder(tmp_path / "set", per_class=6)
+    options = "--dataset set --arch resnet18 --width 8 --loss st --resume --epochs".split()
+    assert script("train_sup.py", *options, 1, cwd=tmp_path).returncode == 0
+    image = next((tmp_path / "set/train").glob("*/*"))
+    image.rename(tmp_path / "moved.png")
+    done = script("train_sup.py", *options, 2, cwd=tmp_path)
+    assert_refused(done, "--resume: the run has num_images 12, the dataset 11")
+    (tmp_path / "moved.png").rename(image)
+    model = cem.load(tmp_path / CKPT)  # as the version before wrote it
+    del model.extra["num_images"], model.extra["training"]["restarted_at"]
+    cem.save(tmp_path / CKPT, model, **model.extra)
+    assert script("train_sup.py", *options, 2, cwd=tmp_path).returncode == 0
+
+
+def test_a_signal_that_is_sent_twice_stops_once(monkeypatch):
+    with cli.Stop(math.inf) as stop:
+        for _ in range(2):  # such as by SLURM and by torchrun
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.due() and stop.reason == "by SIGTERM"
+        monkeypatch.setattr(cli.time, "monotonic", lambda: math.inf)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
 
 
 def test_training_on_an_image_folder_with_mle_and_linf(tmp_path):
