@@ -27,7 +27,7 @@ import cem
 from lib import cli, data, dinov2, distributed, files, manifold, metrics, pictures, reference
 from lib.cli import option
 from lib.device import PRECISIONS, pick_device
-from lib.markdown import table
+from lib.markdown import Figure, between, table
 from lib.metrics import FeatureNetwork
 from lib.reference import Reference
 
@@ -103,7 +103,7 @@ def check_samples(samples: list, reference: Tensor, opt: Options) -> None:
         cli.require(shape == wanted, f"{differs}: --image-size resizes the reference")
 
 
-def warn_about(path: Path, images: Tensor, labels: Tensor, network, opt: Options) -> None:
+def warn_if_sorted(path: Path, labels: Tensor, network, opt: Options) -> None:
     if network.names[0] and labels.unique().numel() > 1 and bool((labels.diff() >= 0).all()):
         score = f"{network.names[0]}, averaged over {opt.splits} consecutive parts"
         cli.warn(f"{path} is sorted by class: {score}, will be too low")
@@ -175,20 +175,18 @@ class Neighbours:
 
 def cell(row: dict, key: str) -> str:
     """A figure with its error bar: its standard deviation, or its 95 % interval."""
-    text = row.get(key, "")
-    if isinstance(text, float):
-        text = f"{text:.4f}"
-    if f"{key} std" in row:
-        text += f" ± {row[f'{key} std']:.4f}"
+    value = row.get(key, "")
     if f"{key} low" in row:
-        text += f" ({row[f'{key} low']:.4f} to {row[f'{key} high']:.4f})"
-    return str(text)
+        return between(value, row[f"{key} low"], row[f"{key} high"], 4)
+    return str(Figure(value, 4, row.get(f"{key} std"))) if isinstance(value, float) else str(value)
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(record: dict) -> str:
+    rows = record["rows"]
     keys = dict.fromkeys(key for row in rows for key in row)
     keys = [key for key in keys if not key.endswith((" std", " low", " high"))]
-    return table([{key: cell(row, key) for key in keys} for row in rows], bold=False)
+    figures = table([{key: cell(row, key) for key in keys} for row in rows], bold=False)
+    return f"{figures}\nBy {record['network']}, against {record['reference']}.\n"
 
 
 def output(samples: list, opt: Options) -> Path:
@@ -240,11 +238,11 @@ def evaluate(network: FeatureNetwork, samples: list, reference: Reference, opt: 
             if neighbours:
                 pictures.write_grid(picture(out, i), grid)
             files.write_json(out, record)
-            cli.write_text(out.with_suffix(".md"), markdown(rows))
+            cli.write_text(out.with_suffix(".md"), markdown(record))
         except OSError:
-            print(markdown(rows), end="")  # show what was computed
+            print(markdown(record), end="")  # show what was computed
             raise
-    print(markdown(rows), end="")
+    print(markdown(record), end="")
     print(f"wrote {out} and {out.with_suffix('.md')}")
 
 
@@ -269,8 +267,8 @@ def main() -> None:
         arrays = dict(mu=mu, sigma=sigma, key=np.array(network.key))
         cem.write_atomically(opt.save_stats, lambda file: np.savez(file, **arrays))
         print(f"wrote {opt.save_stats}")
-    for path, images, labels in samples:
-        warn_about(path, images, labels, network, opt)
+    for path, _, labels in samples:
+        warn_if_sorted(path, labels, network, opt)
     if samples:
         evaluate(network, samples, against, opt)
 

@@ -9,6 +9,7 @@ Writes table.md, table.json and grids.png into --out. If it is interrupted, the 
 command resumes; finished parts with the same options are reused.
 """
 
+import importlib
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import cem
 from lib import budget, cli, data, distributed, files, metrics, paper, pictures
 from lib.cli import option
 from lib.device import pick_device
-from lib.markdown import table
-from lib.parts import Parts, digest, evaluated
+from lib.markdown import between, table
+from lib.parts import Parts, digest, drawn, evaluated
 
 SAMPLERS = {  # of each model: a classifier, its second stage, an encoder, a larger encoder
     "sup": ["seeds", *cem.PARAMETRIC_SAMPLERS],
@@ -52,10 +53,8 @@ class Options:
 
 def wanted_rows(opt: Options) -> list[str]:
     known = [row for row in ROWS if opt.full or not row.startswith("unsup50")]
-    rows = [name.strip() for name in opt.rows.split(",") if name.strip()]
-    for row in rows:
-        cli.require(row in known, f"--rows: unknown {row!r}, choose from {', '.join(known)}")
-    return [row for row in known if row in (rows or known)]
+    rows = cli.names("--rows", opt.rows, known) if opt.rows else known
+    return [row for row in known if row in rows]
 
 
 # ----------------------------------------------------------------------------------------- parts
@@ -110,6 +109,17 @@ class Reproduction:
             words += ["--init", str(first_stage or self.train("sup"))]
         return words
 
+    def full(self, model: str) -> str:
+        """What --full has in place of a shortened training's options, where they differ."""
+        script, *words = self.training(model, "")
+        module = importlib.import_module(script.removesuffix(".py"))
+        more = shlex.split(self.plan["options"].get(model, "")) if "minutes" in self.plan else []
+        now, full = (
+            vars(cli.parse(module.Options, module.__doc__, module.preset, [*words, *given]))
+            for given in ([*more, *self.parts.common], self.parts.common)
+        )
+        return cli.as_flags({name: full[name] for name in now if now[name] != full[name]})
+
     def train(self, model: str) -> Path:
         """The model's checkpoint, in a folder of its own for each choice of options."""
         words = self.training(model)
@@ -126,13 +136,7 @@ class Reproduction:
     def draw(self, row: str) -> Path:
         """The samples of a row, .npz."""
         model, sampler, cond = paper.split(row)
-        ckpt = self.train(model)
-        n = self.plan["n"]
-        folder = ckpt.with_name(f"samples-{n}")
-        words = ["--ckpt", ckpt, "--sampler", sampler, *["--cond"] * cond]
-        words += ["--n", n, "--out", folder]
-        product = folder / f"samples-{sampler}{'-cond' * cond}.npz"
-        return self.parts.run(product, "sample.py", *words)
+        return drawn(self.parts, self.train(model), sampler, self.plan["n"], cond)
 
     def scores(self, rows: list[str]) -> dict[str, dict]:
         """Row -> its figures by the judge and, if the plan has it, by Inception."""
@@ -173,50 +177,57 @@ def use_inception(opt: Options) -> bool:
 
 def announce(job: Reproduction, models: list[str]) -> None:
     plan = job.plan
+    planned = {part: f", {minutes:g} minutes" for part, minutes in plan.get("minutes", {}).items()}
     for model in ["judge", *models]:
-        minutes = plan.get("minutes", {}).get(model)
-        taking = "" if minutes is None else f", {minutes:g} minutes"
         options = " ".join([RECIPES[model], plan["options"].get(model, "")]).strip()
-        print(f"{model}: {options or 'defaults'}{taking}")
+        print(f"{model}: {options or 'defaults'}{planned.get(model, '')}")
     networks = "Inception and the judge" if job.inception else "the judge"
-    print(f"samples: {plan['n']:,} a row, scored by {networks}", flush=True)
+    print(f"samples: {plan['n']:,} a row{planned.get('samples', '')}")
+    print(f"scores: by {networks}{planned.get('scores', '')}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------- table
 
 
-def text(job: Reproduction, accuracies: dict, figures: dict) -> str:
-    """table.md."""
-    lines = [f"# {job.opt.dataset}, {job.plan['n']:,} samples a row", ""]
-    for model, found in accuracies.items():
+def text(content: dict) -> str:
+    """table.md, from the content of table.json."""
+    plan, figures = content["plan"], content["rows"]
+    cut = " (`--full`: 50,000)" if "minutes" in plan else ""
+    lines = [f"# {content['dataset']}, {plan['n']:,} samples a row{cut}", ""]
+    lines += [f"    {content['command']}", ""]
+    for model, found in content["accuracies"].items():
         shown = []
         for key, name in {"clean_accuracy": "clean", "pgd-20": "PGD-20"}.items():
-            percent = [100 * p for p in (found[key], *found["intervals"][key])]
-            shown.append("{} {:.1f} % ({:.1f} to {:.1f})".format(name, *percent))
+            percent = (100 * share for share in (found[key], *found["intervals"][key]))
+            shown.append(f"{name} {between(*percent)} %")
         line = f"- `{model}`: {', '.join(shown)} of {found['n']:,} test images"
         if "knn_accuracy" in found:
             line += f"; k-NN {100 * found['knn_accuracy']:.1f} % of all"
-        lines += [f"{line}.", f"  `python {shlex.join(job.training(model))}`"]
-    rows = [paper.cells(row, found, job.opt.dataset) for row, found in figures.items()]
+        lines += [f"{line}.", f"  `{content['trainings'][model]}`"]
+        if content["full"][model]:
+            lines.append(f"  `--full` has `{content['full'][model]}`.")
+    rows = [paper.cells(row, found, content["dataset"]) for row, found in figures.items()]
     lines += ["", table(rows, bold=False)]  # C-FD does not rank classifiers against encoders
     distances = ["FID"] * all(map(paper.published, figures.values())) + ["C-FD"]
-    lines += [paper.order(figures, distance) + "\n" for distance in distances]
-    if job.opt.budget:
-        cut = f"the options of each training above and {job.plan['n']:,} of 50,000 samples a row"
-        lines.append(f"What differs from the paper's recipe on CIFAR-10 (`--full`): {cut}.")
+    lines += [line for name in distances for line in paper.order(figures, name)]
+    lines.append(paper.NOTES.format(judge=content["trainings"]["judge"]))
     return "\n".join(lines) + "\n"
 
 
 def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
     """table.md, table.json and grids.png; -> the content of the first."""
-    content = {"command": cli.command(), "plan": job.plan, "parts": job.parts.used}
-    content |= {"accuracies": accuracies, "rows": figures}
-    shown = text(job, accuracies, figures)
+    content = {"command": cli.command(), "dataset": job.opt.dataset, "plan": job.plan}
+    models = ["judge", *accuracies]
+    content["trainings"] = {m: shlex.join(["python", *job.training(m)]) for m in models}
+    content["full"] = {model: job.full(model) for model in accuracies}
+    content |= {"parts": job.parts.used, "accuracies": accuracies, "rows": figures}
+    shown = text(content)
     samples = {row: job.draw(row) for row in figures}
     if distributed.rank() == 0:
         grids = {row: path.with_suffix(".png") for row, path in samples.items()}
-        for row in (row for row in grids if not grids[row].exists()):
-            pictures.write_grid(grids[row], pictures.grid(*data.read_npz(samples[row])))
+        for row, path in grids.items():
+            if not path.exists():
+                pictures.write_grid(path, pictures.grid(*data.read_npz(samples[row])))
         files.write_json(job.folder / "table.json", content)
         cli.write_text(job.folder / "table.md", shown)
         pictures.write_overview(job.folder / "grids.png", grids)

@@ -1,5 +1,6 @@
 """What reproduce.py trains and draws in a given time: a plan from a measured minute of each."""
 
+import math
 import re
 import time
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import torch
 
 import cem
-from lib import cli, data, distributed, files
+from lib import cli, data, distributed, files, metrics
+from lib.device import pick_device
 from lib.parts import call, digest
 
 JUDGE = "--arch resnet18 --width 16 --lr 0.2 --schedule onecycle --ema 0.99"
@@ -19,9 +21,8 @@ FAST_UNSUP = (
     "--arch resnet18 --width {} --batch-size 128 --lr 0.1 --schedule onecycle --ema 0.998 "
     "--temperature 0.2 --attack-steps 2 --attack-step-size 0.3"
 )
-WIDTHS = (16, 32, 64)
 # of classifier and encoder, from small to large; the last are the paper's
-NETWORKS = [(FAST.format(width), FAST_UNSUP.format(width)) for width in WIDTHS] + [("", "")]
+NETWORKS = [(FAST.format(width), FAST_UNSUP.format(width)) for width in (16, 32, 64)] + [("", "")]
 LEAST_EPOCHS = 10  # a larger network is taken only if its classifier gets as many epochs
 # each training's share of the time, and its epochs at most; the rest is for samples and scores
 SHARES = {"judge": 0.1, "sup": 0.34, "dat": 0.16, "unsup": 0.26}
@@ -49,7 +50,7 @@ def measured(job, model: str, options: str, minutes: float, images: int, first_s
     """
     words = job.training(model, options, first_stage)
     run = job.measured / f"{model}-{digest(words)}"
-    limits = ["--max-minutes", minutes, "--on-diverge", "restart"]
+    limits = ["--max-minutes", minutes, "--resume", "--on-diverge", "restart"]
     call(*words, "--out", run, *limits, *job.parts.common)
     extra = cem.load(run / "ckpt.pt").extra
     training = extra["training"]
@@ -59,7 +60,7 @@ def measured(job, model: str, options: str, minutes: float, images: int, first_s
 
 
 def sampling_rate(job, ckpt: Path) -> float:
-    """Images per second of the longest ascent."""
+    """Images per second of the longest ascent; writes samples-rcs.npz beside the checkpoint."""
     words = ["--ckpt", ckpt, "--sampler", "rcs", "--steps", 20, "--out", ckpt.parent]
     words += ["--n", 250 * distributed.world_size()]  # a batch for each process
     call("sample.py", *words, *job.parts.common)
@@ -67,9 +68,19 @@ def sampling_rate(job, ckpt: Path) -> float:
     return files.read_json(ckpt.with_name("samples-rcs.json"))["images_per_second"]
 
 
+def inception_rate(job, samples: Path) -> float:
+    """Images per second of Inception."""
+    images, _ = data.read_npz(samples)
+    network = metrics.Inception(job.opt.weights, pick_device(job.opt.device))
+    for part in (images[:100], images):  # the first warms up
+        begin = time.monotonic()
+        metrics.extract(network, part, 100, "Inception")
+    return len(images) / (time.monotonic() - begin)
+
+
 def shortened(job, rows: int) -> dict:
-    """Plan what fits into --budget -> options and minutes of each training, samples n per row, and
-    n_eval test images under attack."""
+    """Plan what fits into --budget -> options of each training, minutes of all parts, n samples per
+    row, and n_eval test images under attack."""
     begin = time.monotonic()
     total = seconds(job.opt.budget)
     images = len(data.load(job.opt.dataset, "train", job.opt.data_dir, job.opt.image_size))
@@ -88,7 +99,13 @@ def shortened(job, rows: int) -> dict:
     for model in ("judge", "unsup"):
         _, rates[model] = measured(job, model, options[model], minutes, images)
     drawn = agreed(sampling_rate(job, second_stage))
-    left = agreed(total - (time.monotonic() - begin))
+    scored = math.inf
+    if job.inception:
+        scored = agreed(inception_rate(job, second_stage.with_name("samples-rcs.npz")))
+    reference = images / scored
+    too_long = f"Inception takes {reference / 60:.0f} minutes for the training images alone"
+    cli.require(reference < total / 4, f"--budget {job.opt.budget} is too short: {too_long}")
+    left = agreed(total - (time.monotonic() - begin)) - reference
     plan = {"options": {}, "minutes": {}}
     for model, rate in rates.items():
         epochs = min(MARGIN * SHARES[model] * left * rate / images, EPOCHS[model])
@@ -98,6 +115,9 @@ def shortened(job, rows: int) -> dict:
         cli.require(model != "unsup" or epochs >= 1, short)
         plan["options"][model] = f"{options[model]} --epochs {whole}{share}".strip()
         plan["minutes"][model] = round(min(epochs, whole) * images / rate / 60, 1)
-    n = (1 - sum(SHARES.values())) / 2 * left / rows * drawn  # the other half is for scores
+    rest = (1 - sum(SHARES.values())) / 2 * left  # for samples; as much again for scores
+    n = rest / rows / (1 / drawn + 1 / scored)
     n = min(max(int(n) // 100 * 100, 100), 50_000)
+    plan["minutes"]["samples"] = round(rows * n / drawn / 60, 1)
+    plan["minutes"]["scores"] = round((rest + reference + rows * n / scored) / 60, 1)
     return plan | {"n": n, "n_eval": 0 if n >= 10_000 else 1000}

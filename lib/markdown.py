@@ -10,12 +10,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of a table. Its error decides about bold and, if `shown`, is printed after ±."""
+    """A number of a table. Its error, after ±, decides about bold."""
 
     value: float
     digits: int = 1
     error: float | None = None
-    shown: bool = True
     unit: str = ""
     least: bool = False  # less is better
     bold: bool = False
@@ -23,7 +22,7 @@ class Figure:
     def __str__(self) -> str:
         text = rounded(self.value, self.digits)
         text = f"**{text}**" if self.bold else text
-        if self.shown and self.error is not None:
+        if self.error is not None:
             text += f" ± {rounded(self.error, self.digits)}"
         return text + self.unit
 
@@ -31,6 +30,12 @@ class Figure:
 def rounded(value: float, digits: int) -> str:
     """Halves are rounded up. Float32 noise is removed first: 60.1499975 is 60.15, and so 60.2."""
     return str(Decimal(f"{value:.7g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
+
+
+def between(value: float, low: float, high: float, digits: int = 1) -> str:
+    """A figure and the ends of its interval."""
+    value, low, high = (rounded(number, digits) for number in (value, low, high))
+    return f"{value} ({low} to {high})"
 
 
 def table(rows: Iterable[dict], bold: bool = True) -> str:

@@ -63,7 +63,7 @@ def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
         sha = file_sha256(path)
     except Exception as error:  # no network, or a file that is damaged in any way
         reason = " ".join(str(error).split())[:200]
-        advice = f"pass {FID_WEIGHTS_URL} as --weights, or a classifier as --features CHECKPOINT"
+        advice = f"pass {FID_WEIGHTS_URL} as --weights, or --features CHECKPOINT to eval_is_fid.py"
         raise cem.CEMError(f"Inception weights not available ({reason}): {advice}") from error
     if not sha.startswith(prefix):
         differs = f"{path} has SHA-256 {sha[:8]}…, the published weights {prefix}…"
@@ -269,11 +269,10 @@ def kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def kernel_distance(x: Tensor, y: Tensor, subsets=100, size=1000) -> tuple[float, float]:
+def kernel_distances(x: Tensor, y: Tensor, subsets=100, size=1000) -> np.ndarray:
     """KID (Bińkowski et al., 2018): the unbiased MMD² under `kernel` of features (N, D), (M, D).
 
-    -> mean and standard deviation over random subsets of min(size, N, M) rows each, drawn as
-    torch-fidelity does.
+    -> (subsets,), of random subsets of min(size, N, M) rows each, drawn as torch-fidelity does.
     """
     random = np.random.RandomState(2020)
     n = min(size, len(x), len(y))
@@ -284,4 +283,4 @@ def kernel_distance(x: Tensor, y: Tensor, subsets=100, size=1000) -> tuple[float
         k_aa, k_bb = kernel(a, a), kernel(b, b)
         within = (k_aa.sum() - k_aa.trace() + k_bb.sum() - k_bb.trace()) / (n * (n - 1))
         values.append((within - 2 * kernel(a, b).mean()).item())
-    return np.mean(values).item(), np.std(values).item()
+    return np.array(values)

@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from lib.markdown import Figure
+from lib.markdown import Figure, between
 
 FIGURES = {  # row -> IS and FID on CIFAR-10, 50,000 samples
     "sup-ta": (9.26, 56.72),
@@ -20,6 +20,12 @@ FIGURES = {  # row -> IS and FID on CIFAR-10, 50,000 samples
     "unsup50-maxent-cond": (9.61, 40.25),
 }
 PUBLISHED = "inception-6726825d"  # with these weights IS and FID are called so
+NOTES = (
+    "The paper's figures are of CIFAR-10 and 50,000 samples. C-IS, C-FD, precision, recall and "
+    "`wanted` are by a separate classifier, `{judge}`. ± is the standard deviation of an IS over "
+    "ten parts and the standard error of a Fréchet distance; intervals are 95 %. `table.json` also "
+    "has kernel distances, density and coverage."
+)
 
 
 def split(row: str) -> tuple[str, str, bool]:
@@ -33,9 +39,9 @@ def published(found: dict) -> bool:
     return found.get("inception", "").startswith(PUBLISHED)
 
 
-def order(figures: dict[str, dict], distance: str) -> str:
-    """Whether the samplers of a model have the paper's order, in pairs with the same seeds. A gap
-    below twice its standard error decides nothing."""
+def order(figures: dict[str, dict], distance: str) -> list[str]:
+    """Lines on whether the samplers of a model have the paper's order, in pairs with the same
+    seeds. A gap below twice its standard error decides nothing."""
     counts = {"agree": 0, "disagree": 0, "are within the error bars": 0}
     for a, b in itertools.combinations([row for row in figures if row in FIGURES], 2):
         if split(a)[::2] != split(b)[::2]:
@@ -46,7 +52,8 @@ def order(figures: dict[str, dict], distance: str) -> str:
         decided = "agree" if same else "disagree"
         counts[decided if abs(gap) > bar else "are within the error bars"] += 1
     listed = ", ".join(f"{n} {what}" for what, n in counts.items())
-    return f"Order of the samplers by {distance}, pairs against the paper's order by FID: {listed}."
+    line = f"Pairs of samplers, their order by {distance} against the paper's by FID: {listed}."
+    return [line, ""] if any(counts.values()) else []
 
 
 def cells(row: str, found: dict, dataset: str) -> dict:
@@ -55,18 +62,21 @@ def cells(row: str, found: dict, dataset: str) -> dict:
     paper = FIGURES.get(row)
     if "FID" in found:
         by = "" if published(found) else f" by {found['inception']}"
-        line[f"IS{by}"] = Figure(found["IS"], 2, found["IS std"])
-        line[f"FID{by}"] = Figure(found["FID"], 2, found["FID std"], least=True)
-        if published(found) and dataset == "cifar10":
-            line["FID - paper's"] = f"{found['FID'] - paper[1]:+.2f}" if paper else "–"
+        for i, name in enumerate(("IS", "FID")):
+            line[f"{name}{by}"] = Figure(found[name], 2, found[f"{name} std"])
+            if published(found) and dataset == "cifar10":
+                line[f"{name} - paper's"] = f"{found[name] - paper[i]:+.2f}" if paper else "–"
+        if "FID∞" in found:
+            line[f"FID∞{by}"] = Figure(found["FID∞"], 2)
     for name, figure in zip(("paper's IS", "paper's FID"), paper or (None, None)):
         line[name] = f"{figure:.2f}" if figure else "–"
     line["C-IS"] = Figure(found["C-IS"], 2, found["C-IS std"])
-    line["C-FD"] = Figure(found["C-FD"], 1, found["C-FD std"], least=True)
+    line["C-FD"] = Figure(found["C-FD"], 1, found["C-FD std"])
+    if "C-FD∞" in found:
+        line["C-FD∞"] = Figure(found["C-FD∞"], 1)
     for name in ("precision", "recall"):
         line[name] = Figure(found[name], 2)
     line["wanted, %"] = "–"
     if "wanted" in found:
-        shares = [100 * found[f"wanted{end}"] for end in ("", " low", " high")]
-        line["wanted, %"] = "{:.1f} ({:.1f} to {:.1f})".format(*shares)
+        line["wanted, %"] = between(*(100 * found[f"wanted{end}"] for end in ("", " low", " high")))
     return line

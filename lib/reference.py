@@ -13,7 +13,7 @@ from lib import cli, data, distributed, manifold, metrics
 from lib.metrics import (
     FeatureNetwork,
     frechet_distance,
-    kernel_distance,
+    kernel_distances,
     square_root,
     statistics,
 )
@@ -37,7 +37,8 @@ class Reference:
         self.moments, self.features = moments, features
         self.scales = []
         for mu, sigma in moments:
-            std = sigma.diagonal().sqrt().clamp_min(1e-6)
+            std = sigma.diagonal().sqrt()
+            std = torch.where(std > 1e-6, std, 1)  # constant features keep their scale
             plain = torch.zeros_like(mu), torch.ones_like(mu)
             self.scales.append((mu, std) if standardised else plain)
 
@@ -75,12 +76,11 @@ class Reference:
         return manifold.scores(self.joined(self.features), samples)
 
     def kernel(self, blocks: list[Tensor], device: torch.device) -> tuple[float, float]:
-        """The mean kernel distance over the blocks, and the mean of its standard deviations."""
+        """The mean kernel distance over the blocks: mean and standard deviation over subsets."""
         device = device if device.type == "cuda" else "cpu"  # MPS has no float64
         pairs = zip(self.scaled(blocks), self.scaled(self.features))
-        values = [kernel_distance(x.to(device), y.to(device)) for x, y in pairs]
-        mean, std = np.mean(values, axis=0).tolist()
-        return mean, std
+        values = np.mean([kernel_distances(x.to(device), y.to(device)) for x, y in pairs], axis=0)
+        return values.mean().item(), values.std().item()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For an npz file. A single block has pytorch-fid's names, mu and sigma."""

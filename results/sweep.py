@@ -17,19 +17,18 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import cem  # noqa: E402
-import eval_is_fid  # noqa: E402
-import sample  # noqa: E402
-from lib import cli, data, files, interop, metrics, reference, sampling  # noqa: E402
-from lib.cli import option  # noqa: E402
-from lib.device import pick_device  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cem
+import eval_is_fid
+import sample
+from lib import cli, data, files, interop, metrics, reference, sampling
+from lib.cli import option
+from lib.device import pick_device
+from lib.schema import SETTINGS
 
 STEPS = (4, 8, 12, 16, 20, 24)
 LENGTHS = (0.5, 0.7, 1.4, 2.0)  # times the step size
 NOISES = (0.0, 0.01, 0.03)
-SETTINGS = ("steps", "step_size", "noise", "norm")
 
 
 @dataclass
@@ -41,7 +40,7 @@ class Options:
     ckpt: str = option(
         "", "checkpoint that draws (default: sample.py's)", "sampling", metavar="PATH"
     )
-    n: int = option(300, "images per point", "sampling", least=2)
+    n: int = option(300, "images per point", "sampling", least=11)  # for the ten parts of C-IS
     batch_size: int = option(250, "images at a time", "sampling", least=1)
     judge: str = option(
         "",
@@ -59,6 +58,12 @@ class Options:
     save: str = option("", "write the checkpoint with the settings here", "run", metavar="PATH")
     out: str = option("results/sweep.json", "JSON file to write", "run", metavar="PATH")
     device: str = option("auto", cli.DEVICE, "run")
+
+
+def inverse_f(precision: float, recall: float) -> float:
+    """One over their harmonic mean."""
+    product = precision * recall
+    return (precision + recall) / (2 * product) if product else 1e9
 
 
 class Sweep:
@@ -95,8 +100,7 @@ class Sweep:
             of = (network, images, labels, against, judging, options.sampler)
             row = {**eval_is_fid.judge(*of), **row}
         del row["samples"]
-        both = row["precision"] + row["recall"]
-        row["1 / F"] = both / max(2 * row["precision"] * row["recall"], 1e-9)
+        row["1 / F"] = inverse_f(row["precision"], row["recall"])
         self.rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         record = {"command": cli.command(), "rows": self.rows}
@@ -133,10 +137,7 @@ class Sweep:
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     device = pick_device(opt.device)
-    samplers = [name.strip() for name in opt.samplers.split(",")]
-    for name in samplers:
-        known = ", ".join(sample.SAMPLERS)
-        cli.require(name in sample.SAMPLERS, f"--samplers: unknown {name!r}, choose from {known}")
+    samplers = cli.names("--samplers", opt.samplers, sample.SAMPLERS)
     unsupervised = samplers[0] in cem.NON_PARAMETRIC_SAMPLERS
     ckpt = Path(opt.ckpt or cli.default_checkpoint("unsup" if unsupervised else "sup"))
     files.check_output(Path(opt.out), files.json_with("command", "rows"))

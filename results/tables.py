@@ -1,13 +1,11 @@
-"""Rewrite the tables of the README files from the JSON files.
+"""Rewrite the tables of the README files, and results/reproduce-*.md, from their JSON files.
 
     python results/tables.py            # in the repository's root, after a JSON file has changed
     python results/tables.py --check    # writes nothing; also links, scripts, files in results/
 
 A table stands between <!-- table: NAME --> and <!-- end -->. Bold is the best figure of a column,
-if it is ahead of the second best by more than twice the error of their difference. Errors are those
-printed after ± (over seeds or splits, or "NAME std" beside NAME in the JSON) and, of shares of n
-images, binomial. A figure without an error is never bold.
-"""
+if it is ahead of the second best by more than twice the error of their difference. Errors, after ±,
+are over seeds or splits, "NAME std" in the JSON or, of shares of n images, binomial."""
 
 import json
 import math
@@ -20,9 +18,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cem  # noqa: E402
-from lib import cli, markdown, metrics  # noqa: E402
-from lib.markdown import Figure, rounded  # noqa: E402
+import cem
+import reproduce
+from lib import cli, markdown, metrics
+from lib.markdown import Figure, between
 
 END = "<!-- end -->"
 LEAST = ("C-FD", "c-fd_cs", "c-fd_rcs", "c-fd_langevin", "calibration_error")  # less is better
@@ -32,8 +31,6 @@ SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
     "`unsup-at.pt`, encoder": "seeds pgd maxent",
     "`unsup.pt`, its second stage": "seeds pgd marginal maxent",
 }
-
-CARDS = ("sup-at.pt", "sup.pt", "unsup-at.pt", "unsup.pt")
 
 
 @dataclass
@@ -52,7 +49,7 @@ def share(row: dict, key: str, unit: str = " %") -> Figure:
     """In percent, with the binomial standard error of n images."""
     p, n = row[key], row.get(f"{key} n", row.get("n"))
     error = 100 * math.sqrt(p * (1 - p) / n) if n else None
-    return Figure(100 * p, error=error, shown=False, unit=unit)
+    return Figure(100 * p, error=error, unit=unit)
 
 
 def by_sampler(record: dict) -> dict[str, dict]:
@@ -72,15 +69,18 @@ def shipped(*records: dict) -> Iterator[dict]:
         yield row | {"C-FD of 1,000 images, by [sampler](#samplers)": ", ".join(distances)}
 
 
-def cards(*records: dict) -> Iterator[dict]:
-    """Accuracies with their 95 % intervals, of the checkpoints in CARDS."""
-    for file, found in zip(CARDS, records):
-        row = {"file": f"`{file}`"}
-        for name, key in (("clean", "clean_accuracy"), ("PGD-20", "adversarial_accuracy")):
-            ends = metrics.interval(round(found[key] * found["n"]), found["n"])
-            value, low, high = (rounded(100 * p, 1) for p in (found[key], *ends))
-            row[f"{name}, %"] = f"{value} ({low} to {high})"
-        yield row | {"test images": f"{found['n']:,}", "precision": found["precision"]}
+def with_interval(found: dict, key: str) -> str:
+    ends = metrics.interval(round(found[key] * found["n"]), found["n"])
+    return f"{between(*(100 * p for p in (found[key], *ends)))} of {found['n']:,}"
+
+
+def cards(autoattack: dict, *records: dict) -> Iterator[dict]:
+    for found in records:
+        row = {"file": f"`{Path(found['ckpt']).name}`"}
+        row["clean, %"] = with_interval(found, "clean_accuracy")
+        row["PGD-20, %"] = with_interval(found, "adversarial_accuracy")
+        own = autoattack["ckpt"] == found["ckpt"]
+        yield row | {"AutoAttack, %": with_interval(autoattack, "autoattack") if own else "–"}
 
 
 def sup(first: dict, second: dict, real: dict) -> Iterator[dict]:
@@ -159,7 +159,7 @@ def losses(record: dict) -> Iterator[dict]:
             if len(cells) > 1:
                 values = [cell.value for cell in cells]
                 mean, spread = statistics.mean(values), statistics.stdev(values)
-                cells = [replace(cells[0], value=mean, error=spread, shown=True)]
+                cells = [replace(cells[0], value=mean, error=spread)]
             if key in measured and (key != "minutes" or len(runs) == 1):  # many share the cores
                 row[column] = cells[0] if cells else "–"
         yield row
@@ -179,9 +179,8 @@ def finetune(record: dict) -> Iterator[dict]:
 def bench(record: dict, float32: dict) -> Iterator[dict]:
     ratios = {row["what"]: figure(row, "ratio", 2) for row in float32["rows"]}
     for run in record["rows"]:
-        ratio, least, most = (rounded(run[key], 2) for key in ("ratio", "lowest", "highest"))
         row = {"": re.sub("sampler (.+)", r"sampler `\1`", run["what"])}
-        row["ratio"] = f"{ratio} ({least} to {most})"
+        row["ratio"] = between(run["ratio"], run["lowest"], run["highest"], 2)
         row["images/s"] = figure(run, "images_per_second")
         row["textbook"] = figure(run, "textbook")
         row["GFLOP/s"] = figure(run, "GFLOP_per_second", 0)
@@ -192,9 +191,9 @@ def leaderboard(record: dict) -> Iterator[dict]:
     for run in record["rows"]:
         row = {"recipe": run["recipe"], "machine": run["machine"]}
         row["minutes"] = figure(run, "minutes", 0)
-        row |= {key: figure(run, key) for key in ("clean", "PGD-20")}
+        row |= {key: share(run, key, "") for key in ("clean", "PGD-20")}
         row["test images"] = f"{run['n']:,}"
-        yield row | {"AutoAttack": figure(run, "AutoAttack") if "AutoAttack" in run else "–"}
+        yield row | {"AutoAttack": share(run, "AutoAttack", "") if "AutoAttack" in run else "–"}
 
 
 def ablations(record: dict) -> Iterator[dict]:
@@ -226,7 +225,7 @@ TABLES = {  # document -> marker -> function and its JSON files
         "losses-cifar10": (losses, "results/losses-cifar10.json"),
     },
     "checkpoints/README.md": {"cards": (cards, *(f"results/{name}.json" for name in (
-        "sup-at-accuracy", "sup-accuracy", "unsup-probe", "unsup-dat-probe")))},
+        "sup-autoattack", "sup-at-accuracy", "sup-accuracy", "unsup-probe", "unsup-dat-probe")))},
     "bench/README.md": {
         "leaderboard": (leaderboard, "bench/leaderboard.json"),
         "ablations": (ablations, "bench/ablations.json"),
@@ -279,14 +278,18 @@ def orphans() -> list[str]:
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     problems = []
-    for document, (text, differ) in [(name, rewritten(name)) for name in TABLES]:
+    documents = {name: rewritten(name) for name in TABLES}  # all, before one is written
+    for path in sorted(Path("results").glob("reproduce-*.json")):
+        document, text = path.with_suffix(".md"), reproduce.text(json.loads(path.read_text()))
+        same = document.exists() and document.read_text() == text
+        documents[str(document)] = text, [] if same else ["reproduce"]
+    for document, (text, differ) in documents.items():
         if differ and not opt.check:
             cli.write_text(Path(document), text)
             print(f"{document}: rewrote {', '.join(differ)}")
         problems += [f"{document}: table {name} differs from its JSON" for name in differ]
     if opt.check:
-        documents = [*TABLES, *sorted(Path("docs").glob("*.md"))]
-        for document in map(Path, documents):
+        for document in map(Path, [*TABLES, *sorted(Path("docs").glob("*.md"))]):
             problems += [f"{document}: no {name}" for name in markdown.broken_links(document)]
         problems += [f"results/README.md does not mention {name}" for name in orphans()]
         cli.require(not problems, "; ".join(problems))

@@ -17,12 +17,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, with a core
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "results")]
 
-import cem  # noqa: E402
-from lib import cli  # noqa: E402
+import cem
+from lib import cli
 
 ARCHS = ["resnet18", "resnet50", "resnet34-imagenet", "wrn-28-10"]
 
@@ -140,3 +141,24 @@ def unsup_run(tmp_path_factory):
     done = script("train_unsup.py", *options, "--n-eval", 100, "--ema", 0.5, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file in the published format of the FID Inception's weights, random."""
+    from pytorch_fid import inception
+
+    torch.manual_seed(0)
+    no_download = mock.patch.object(inception, "load_state_dict_from_url")
+    with no_download, mock.patch.object(torch.nn.Module, "load_state_dict"):
+        network = inception.fid_inception_v3()
+    # in random layers signals vanish, unless BatchNorm has statistics of images
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    small = torch.empty(16, 3, 8, 8).normal_(0, 0.7)
+    with torch.no_grad():
+        network.train()(F.interpolate(small.clamp(-1, 1), (299, 299), mode="bilinear"))
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(network.state_dict(), path)
+    return path

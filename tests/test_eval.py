@@ -193,9 +193,8 @@ def test_kernel_distance_matches_double_loop():
 
     within = sum(k(z[i], z[j]) for z in (x, y) for i in range(5) for j in range(5) if i != j) / 20
     across = sum(k(a, b) for a in x for b in y) / 25
-    mean, std = metrics.kernel_distance(x, y, subsets=3)
-    assert mean == pytest.approx(within - 2 * across, rel=1e-12)
-    assert std == pytest.approx(0, abs=1e-12)
+    values = metrics.kernel_distances(x, y, subsets=3)
+    assert values == pytest.approx([within - 2 * across] * 3, rel=1e-12)
 
 
 def test_scores_match_torch_fidelity():
@@ -215,8 +214,9 @@ def test_scores_match_torch_fidelity():
     assert distance == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     options = dict(kid_subsets=20, kid_subset_size=100, verbose=False)
     expected = metric_kid.kid_features_to_metric(x, y, **options)
-    distance = metrics.kernel_distance(x, y, subsets=20, size=100)
-    assert distance == pytest.approx(tuple(expected.values()), rel=1e-6)
+    values = metrics.kernel_distances(x, y, subsets=20, size=100)
+    found = values.mean(), values.std()
+    assert found == pytest.approx(tuple(expected.values()), rel=1e-6)
 
 
 def test_classifier_blocks_are_spatial_means_and_deviations(model, tmp_path):
@@ -279,6 +279,25 @@ def test_c_fd_is_of_features_standardised_by_the_reference(model, tmp_path):
         y, x = (y - mu) / std, (x - mu) / std
         distances.append(metrics.frechet_distance(x, *metrics.statistics(y)))
     assert against.frechet(fake) == pytest.approx(np.mean(distances), rel=1e-6)
+
+
+def test_features_that_are_constant_in_the_reference_keep_their_scale():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(500, 3, generator=generator)
+    y[:, 2] = 0
+    x = y.clone()
+    x[0, 2] = 0.05  # one sample in 500: its distance is not millions
+    judge = Reference.from_blocks([y], standardised=True)
+    assert judge.frechet([x]) == pytest.approx(0.05**2 / 500, rel=0.01)
+
+
+def test_the_error_of_a_kernel_distance_is_that_of_the_mean_over_blocks():
+    x, y = torch.randn(50, 2, 4), torch.randn(80, 2, 4)
+    judge = Reference.from_blocks(list(y.unbind(1)))
+    blocks = list(x.unbind(1))
+    each = [metrics.kernel_distances(*pair) for pair in zip(blocks, y.unbind(1))]
+    both = (each[0] + each[1]) / 2
+    assert judge.kernel(blocks, torch.device("cpu")) == pytest.approx((both.mean(), both.std()))
 
 
 def test_standardised_distances_do_not_depend_on_scale_and_are_means_over_blocks():
@@ -440,16 +459,11 @@ def test_damaged_files(digits_run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def inception(tmp_path_factory):
-    """A folder with weights.pth, random but in the published file's format, and two sets of 64
-    images, a and b, each as an npz file and as an image folder."""
-    from pytorch_fid import inception
-
+def inception(tmp_path_factory, inception_weights):
+    """A folder with weights.pth and two sets of 64 images, a and b, each as an npz file and as an
+    image folder."""
     folder = tmp_path_factory.mktemp("inception")
-    torch.manual_seed(0)
-    no_download = mock.patch.object(inception, "load_state_dict_from_url")
-    with no_download, mock.patch.object(torch.nn.Module, "load_state_dict"):
-        network = inception.fid_inception_v3()
+    shutil.copy(inception_weights, folder / "weights.pth")
     random = np.random.default_rng(0)
     for name, contrast in (("a", 40), ("b", 90)):
         small = torch.from_numpy(random.normal(128, contrast, (64, 3, 8, 8)))
@@ -459,13 +473,6 @@ def inception(tmp_path_factory):
         (folder / name).mkdir()
         for i, image in enumerate(pixels):
             Image.fromarray(image).save(folder / name / f"{i:03d}.png")
-    # in random layers signals vanish, unless BatchNorm has statistics of images
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None
-    with torch.no_grad():
-        network.train()(F.interpolate(images[:16] / 127.5 - 1, (299, 299)))
-    torch.save(network.state_dict(), folder / "weights.pth")
     return folder
 
 
@@ -514,7 +521,7 @@ def test_inception_matches_pytorch_fid(inception, pytorch_fid_features):
     assert np.abs(gap).max() < 2e-3 * b.std()
     state = torch.load(inception / "weights.pth", weights_only=True)
     logits = torch.from_numpy(a) @ state["fc.weight"].double().T
-    kid, _ = metrics.kernel_distance(torch.from_numpy(a), torch.from_numpy(b))
+    kid = metrics.kernel_distances(torch.from_numpy(a), torch.from_numpy(b)).mean()
     assert row["FID"] == pytest.approx(fid(a, b), rel=1e-4)
     assert row["IS"] == pytest.approx(metrics.inception_score(logits)[0], rel=1e-4)
     assert row["KID"] == pytest.approx(kid, rel=1e-3)
@@ -621,7 +628,7 @@ def test_dinov2_command(dinov2_folder):
     done = evaluate(dinov2_folder, "--samples", "a.npz", "--ref", "b.npz", *options)
     (row,) = read_rows(done, dinov2_folder / "metrics.json")
     assert row["FD-DINOv2"] == pytest.approx(fid(*map(np.asarray, features)), rel=1e-3)
-    kernel, _ = metrics.kernel_distance(*features)
+    kernel = metrics.kernel_distances(*features).mean()
     assert row["KD-DINOv2"] == pytest.approx(kernel, rel=1e-3)
     assert list(row)[2:5] == ["FD-DINOv2", "FD-DINOv2 std", "KD-DINOv2"]
 
@@ -714,7 +721,8 @@ def test_unwritable_cache_is_a_warning(digits_run, tmp_path):
     assert "cannot cache" in done.stderr
     table = (tmp_path / "metrics.md").read_text()
     assert table.startswith("| samples | n | C-IS |")
-    assert len(table.splitlines()) == 3
+    blank, judge = table.splitlines()[3:]
+    assert blank == "" and judge.startswith("By ckpt-") and judge.endswith(", against digits.")
     assert table in done.stdout
 
 
@@ -808,6 +816,11 @@ def test_sweep_writes_every_point_and_the_settings(second, digits_run, unsup_run
         row for row in rows if row["sampler"] == "cs" and settings["cs"].items() <= row.items()
     ]
     assert len(chosen) == 1
+
+
+def test_samples_without_precision_are_the_worst():
+    assert sweep.inverse_f(0.5, 0.25) == pytest.approx(3)
+    assert sweep.inverse_f(0.0, 0.0) == sweep.inverse_f(1.0, 0.0) > sweep.inverse_f(0.1, 0.001)
 
 
 def test_sweep_refuses_rulers_of_the_wrong_kind(digits_run, tmp_path):
