@@ -34,7 +34,7 @@ def repository(tmp_path):
             Path(target).touch()
 
     ignored = shutil.ignore_patterns("__pycache__")
-    for name in ("results", "bench", "docs"):
+    for name in ("results", "bench", "docs", "lib"):
         shutil.copytree(ROOT / name, tmp_path / name, copy_function=copy, ignore=ignored)
     (tmp_path / "checkpoints").mkdir()
     others = [*ROOT.glob("*.py"), *ROOT.glob("*.md"), ROOT / "LICENSE"]
@@ -57,9 +57,9 @@ def test_the_documents_agree_with_the_json_files():
     [
         ("results/sup.json", "9.25179", "9.35179", ["README.md: table shipped", "table sup "]),
         ("results/sup-accuracy.json", "0.79369", "0.79469", ["table shipped", "table cards"]),
-        ("results/unsup.json", "0.198506", "0.298506", ["results/README.md: table unsup"]),
+        ("results/unsup.json", "0.21352", "0.3", ["results/README.md: table unsup"]),
         ("results/dual-cifar10.json", "36.9035", "36.8", ["table dual-cifar10"]),
-        ("results/digits-unsup-dat.json", "2.08676", "2.4", ["table digits-unsup"]),
+        ("results/digits-unsup-dat.json", "1.86682", "2.4", ["table digits-unsup"]),
         ("results/losses-digits.json", "5.13217", "9.13217", ["table losses-digits"]),
         ("results/losses-cifar10.json", "19.2312", "20", ["table losses-cifar10"]),
         ("bench/bench-cpu-float32.json", "1.984", "1.884", ["bench/README.md: table bench-cpu"]),
@@ -155,12 +155,9 @@ def test_shares_of_n_images_have_the_binomial_error(repository):
 
 
 def test_errors_are_printed_once_the_json_files_have_them(repository):
-    change(repository / "results/unsup.json", '"C-FD": 18.8184', '"C-FD std": 0.2, "C-FD": 18.8184')
     change(repository / "results/dual-cifar10.json", '"ta 1"', '"ta 1 std": 0.3, "ta 1"')
     tables_of(repository)
-    assert "`pgd` 54.4, `maxent` 18.8 ± 0.2 |" in (repository / "README.md").read_text()
-    text = (repository / "results/README.md").read_text()
-    assert ") | 18.8 ± 0.2 | " in text and "| 36.5 ± 0.3 |" in text
+    assert "| 36.5 ± 0.3 |" in (repository / "results/README.md").read_text()
 
 
 def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path, monkeypatch):
