@@ -450,19 +450,19 @@ def test_worst_of_own_attacks_is_close_to_autoattack(robust_model):
     library = pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
     test_set = data.load("digits", "test")
     attacks = ["pgd-50", "margin"]
-    own = robustness.accuracy(robust_model, test_set, attacks, settings(), n=100, restarts=8)
-    standard = robustness.accuracy(robust_model, test_set, ["autoattack"], settings(), n=100)
+    own = robustness.accuracy(robust_model, test_set, attacks, settings(), n=40, restarts=8)
+    with spy(robustness, "autoattack") as attack:
+        standard = robustness.accuracy(robust_model, test_set, ["autoattack"], settings(), n=40)
     assert standard["autoattack"] == standard["adversarial_accuracy"]
     assert 0.1 < standard["autoattack"] < standard["clean_accuracy"]
     excess = own["adversarial_accuracy"] - standard["autoattack"]
-    assert 0 <= excess <= 0.04 + 1e-6
-    index = test_set.evenly_spaced(20)
-    x, y, opt = test_set.pixels(index), test_set.labels[index], settings()
+    assert 0 <= excess <= 0.05 + 1e-6
+    (_, x, y, opt), _ = attack.call_args  # those that were classified correctly
     alone = library.AutoAttack(robust_model, norm="L2", eps=opt.eps, seed=opt.seed, device="cpu")
     x_adv, _ = alone.run_standard_evaluation(x, y, batch_size=opt.batch_size)
     with torch.no_grad():
-        found = robustness.autoattack(robust_model, x, y, opt)
-        assert torch.equal(found, robust_model(x_adv).argmax(1) == y) and 0 < found.sum() < 20
+        withstood = (robust_model(x_adv).argmax(1) == y).sum().item()
+    assert attack.call_count == 1 and round(40 * standard["autoattack"]) == withstood
 
 
 def test_training_runs_sgld_with_its_options():
