@@ -682,6 +682,13 @@ def test_a_potential_has_one_number_per_image_and_a_gradient(potential, batch):
         cem.ascend(potential, batch[0], steps=1, step_size=0.1)
 
 
+def test_a_potential_may_have_a_model_that_is_no_module(model, batch):
+    x, y = batch
+    climbed = cem.ascend(cem.Potential("rcs", lambda x: model(x), y), x, steps=1, step_size=0.1)
+    expected = cem.ascend(cem.Potential("rcs", model, y), x, steps=1, step_size=0.1)
+    assert torch.equal(climbed, expected)
+
+
 def test_projection_refuses_unknown_norms(batch):
     with pytest.raises(cem.CEMError, match="unknown norm 'Linf'"):
         cem.project(batch[0], 1.0, "Linf")
@@ -933,6 +940,15 @@ def test_a_signal_in_a_save_is_not_reported_as_a_full_disk(tmp_path, model, monk
     with pytest.raises(KeyboardInterrupt):
         cem.save(tmp_path / "m.pt", model)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_the_reason_also_while_another_error_is_handled(tmp_path, model):
+    with mock.patch("torch.save", side_effect=OSError("disk full")):
+        try:
+            raise ValueError("loss is nan")
+        except ValueError:
+            with pytest.raises(OSError, match="cannot write .*m.pt: disk full"):
+                cem.save(tmp_path / "m.pt", model)
 
 
 class Subclass(cem.ParametricCEM):
