@@ -12,7 +12,6 @@ attack is also compared with its PGD.
 """
 
 import functools
-import platform
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ from contenders import Ours, Textbook
 import cem
 from lib import cli, files, options
 from lib.cli import option
-from lib.device import PRECISIONS, pick_device, resolve_precision
+from lib.device import PRECISIONS, machine_name, pick_device, resolve_precision
 
 PEAKS = {  # dense bfloat16 FLOP/s of GPUs
     "H200": 989e12,
@@ -59,13 +58,6 @@ class Options:
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("auto", "arithmetic of our side", "run", choices=PRECISIONS)
     compile: bool = option(False, "torch.compile our networks; on a GPU with CUDA graphs", "run")
-
-
-def machine_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    processor = platform.processor() or platform.machine()
-    return f"{processor} CPU, {torch.get_num_threads()} threads"
 
 
 def forward_flop(opt: Options) -> int:

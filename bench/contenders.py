@@ -7,17 +7,14 @@ import functools
 import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem
 import train_sup
 import train_unsup

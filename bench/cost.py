@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
@@ -81,7 +80,7 @@ def main() -> None:
     device = pick_device(opt.device)
     steps = [training_step(setting, opt.precision, device) for setting in settings()]
     rounds = []
-    for _ in tqdm(range(opt.rounds + 1), "rounds", leave=False):
+    for _ in cli.progress(range(opt.rounds + 1), "rounds"):
         rounds.append([bench.seconds(step, device) for step in steps])
     medians = [statistics.median(times) for times in zip(*rounds[1:])]
     rows = []

@@ -18,8 +18,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from lib import cli, files
@@ -58,7 +56,7 @@ def readings_of(words: list[str], minutes: float, every: float) -> list[float]:
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         try:
-            for _ in tqdm(range(int(60 * minutes / every)), words[0], unit="reading", leave=False):
+            for _ in cli.progress(range(int(60 * minutes / every)), words[0], unit="reading"):
                 time.sleep(every)
                 if child.poll() is not None:
                     break

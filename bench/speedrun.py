@@ -27,7 +27,14 @@ import eval_robust
 from lib import augment, cli, data, files, interop, markdown, optim, robustness
 from lib.attack import AttackCopy
 from lib.cli import option
-from lib.device import PRECISIONS, autocast, pick_device
+from lib.device import (
+    PRECISIONS,
+    autocast,
+    compile_network,
+    machine_name,
+    pick_device,
+    resolve_precision,
+)
 from lib.loop import ema_update, learning_rate
 from lib.markdown import Figure
 
@@ -69,20 +76,24 @@ class Options:
     )
     device: str = option("auto", cli.DEVICE)
     precision: str = option("auto", "arithmetic of the training", choices=PRECISIONS)
+    compile: bool = option(False, "torch.compile network and attack")
 
 
-def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str):
+def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str, compiled=False):
     """-> the averaged model and the seconds that it took."""
     began, device = time.perf_counter(), train_set.images.device
+    torch.backends.cudnn.benchmark = True
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
     shape = dict(width=recipe.width, in_channels=train_set.images.shape[1])
     classes = len(train_set.classes)
     model = cem.ParametricCEM("resnet18", classes, **shape, **train_set.normalisation())
     model = model.to(device, memory_format=torch.channels_last).train()
-    average, attack_copy = copy.deepcopy(model), AttackCopy(precision, False)
+    average, attack_copy = copy.deepcopy(model), AttackCopy(precision, compiled)
+    if compiled:
+        compile_network(model, device)
     optimizer = optim.optimizer(recipe, model)
-    steps_per_epoch = len(train_set) // recipe.batch_size
+    steps_per_epoch = max(len(train_set) // recipe.batch_size, 1)
     total = recipe.epochs * steps_per_epoch
     for step in cli.progress(range(total), f"seed {seed}"):
         epoch, batch = divmod(step, steps_per_epoch)
@@ -104,6 +115,7 @@ def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str):
         ema_update(average, model, min(recipe.ema, step / (step + 10)))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    torch.backends.cudnn.benchmark = False
     return average.eval(), time.perf_counter() - began
 
 
@@ -129,18 +141,20 @@ def main() -> None:
     given = {k: v for k, v in (("epochs", opt.epochs), ("width", opt.width)) if v}
     recipe = replace(TRACKS[opt.track], **given)
     out, rows = Path(opt.out), []
+    precision = resolve_precision(device, opt.precision)
+    machine = {"machine": machine_name(device), "precision": precision}
     weights = [out / f"{opt.track}-{seed}.pt" for seed in range(opt.runs)]
     files.check_output(out / f"{opt.track}.json", files.json_with("command", "recipe"))
     for path in weights:
         files.check_output(path, interop.is_ours)
     for seed in range(opt.runs):
-        model, seconds = train(recipe, train_set, seed, opt.precision)
+        model, seconds = train(recipe, train_set, seed, opt.precision, opt.compile)
         cem.save(weights[seed], model)
         test = eval_robust.Options(eps=EPS, precision="float32")
         found = robustness.accuracy(model, test_set, ["pgd-20"], test, opt.n_eval)
         accuracies = {"clean": found["clean_accuracy"], "PGD-20": found["pgd-20"]}
         rows.append({"run": seed, "seconds": seconds, **accuracies})
-        record = {"command": cli.command(), "recipe": asdict(recipe), "rows": rows}
+        record = {"command": cli.command(), "recipe": asdict(recipe), **machine, "rows": rows}
         files.write_json(out / f"{opt.track}.json", record)
     print(f"{table(rows)}wrote {out / opt.track}.json and {out / opt.track}-*.pt")
 

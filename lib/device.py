@@ -21,17 +21,26 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if distributed.world_size() > 1:
         own = f"under torchrun, each process has its own GPU: --device cuda or cpu, not {name}"
-        cem.require(not name.startswith(("cuda:", "mps")), own)  # which gloo lacks
+        cem.require(
+            not name.startswith(("cuda:", "mps")), own
+        )  # gloo has no MPS; torchrun numbers the GPUs
         name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # which "meta" refuses
+        torch.zeros(1, device=device).item()  # the device "meta" cannot
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise cem.CEMError(f"--device {name} is not available: {reason}") from error
     keep_freed_memory()
     distributed.init(device)
     return device
+
+
+def machine_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    processor = platform.processor() or platform.machine()
+    return f"{processor} CPU, {torch.get_num_threads()} threads"
 
 
 def keep_freed_memory() -> None:

@@ -56,6 +56,7 @@ def test_speedrun_trains_and_reports_every_seed(tmp_path):
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "runs/speedrun/sprint.json").read_text())
     assert record["recipe"]["epochs"] == 1 and record["recipe"]["width"] == 8
+    assert record["precision"] in ("bfloat16", "float32") and "CPU" in record["machine"]
     first, second = record["rows"]
     assert first["run"] == 0 and second["run"] == 1 and first["seconds"] > 0
     assert f"| 1 | {second['seconds']:.0f} | {100 * second['clean']:.2f} |" in done.stdout
@@ -74,3 +75,19 @@ def test_a_speedrun_learns():
     test = data.load("digits", "test")
     with torch.no_grad():
         assert (model(test.pixels()).argmax(1) == test.labels).float().mean() > 0.9
+
+
+def test_a_speedrun_of_fewer_images_than_a_batch_learns_too():
+    few = data.load("digits", "train").subset(torch.arange(30))
+    recipe = dataclasses.replace(speedrun.TRACKS["sprint"], width=8)
+    one, two = (
+        speedrun.train(dataclasses.replace(recipe, epochs=n), few, 0, "float32")[0] for n in (1, 2)
+    )
+    assert not one.net.fc.bias.equal(two.net.fc.bias)
+
+
+def test_the_table_of_a_speedrun_ends_with_mean_and_deviation():
+    rows = [{"run": 0, "seconds": 10.0, "clean": 0.8, "PGD-20": 0.6}]
+    rows.append({"run": 1, "seconds": 14.0, "clean": 0.9, "PGD-20": 0.5})
+    last = speedrun.table(rows).strip().splitlines()[-1]
+    assert last == "| mean | 12 ± 3 | 85.00 ± 7.07 | 55.00 ± 7.07 |"
