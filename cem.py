@@ -237,8 +237,8 @@ def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
 def folded(model: nn.Module) -> nn.Module:
     """A frozen copy in eval mode, the same function up to rounding.
 
-    In networks of this file and torchvision's ResNets, BatchNorm is folded into convolutions, which
-    makes attacks and samplers up to twice as fast."""
+    In networks of this file and blocks of torchvision's ResNets, BatchNorm is folded into
+    convolutions, which makes attacks and samplers up to twice as fast."""
     model = copy.deepcopy(model).eval()
     for conv, bn in list(conv_bn_pairs(model)):
         fused = fuse_conv_bn_eval(model.get_submodule(conv), model.get_submodule(bn))
@@ -313,8 +313,8 @@ def info_nce(z1: Tensor, z2: Tensor, temperature: float, reduction: str = "mean"
 
 
 def separation_loss(log_p: Tensor, log_p_s: Tensor, offset=0.0, weight_s=1.0) -> Tensor:
-    """Binary cross-entropy of data against samples, logit log p(x) - offset ([DAT]): the sum of the
-    two means. (N,), (M,), weight_s a number or (M,) -> ()."""
+    """Binary cross-entropy of data against samples, logit log p(x) - offset ([DAT]: offset 0): the
+    sum of the two means. (N,), (M,), weight_s a number or (M,) -> ()."""
     return F.softplus(offset - log_p).mean() + (weight_s * F.softplus(log_p_s - offset)).mean()
 
 

@@ -104,7 +104,8 @@ def check_samples(samples: list, reference: Tensor, opt: Options) -> None:
 
 
 def warn_if_sorted(path: Path, labels: Tensor, network, opt: Options) -> None:
-    if network.names[0] and labels.unique().numel() > 1 and bool((labels.diff() >= 0).all()):
+    runs, classes = len(labels.unique_consecutive()), len(labels.unique())
+    if network.names[0] and runs == classes > 1:
         score = f"{network.names[0]}, averaged over {opt.splits} consecutive parts"
         cli.warn(f"{path} is sorted by class: {score}, will be too low")
 
@@ -238,7 +239,7 @@ def evaluate(network: FeatureNetwork, samples: list, reference: Reference, opt: 
             if neighbours:
                 pictures.write_grid(picture(out, i), grid)
             files.write_json(out, record)
-            cli.write_text(out.with_suffix(".md"), markdown(record))
+            files.write_text(out.with_suffix(".md"), markdown(record))
         except OSError:
             print(markdown(record), end="")  # show what was computed
             raise

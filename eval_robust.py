@@ -75,12 +75,12 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     given = (None, None) if of_transfer else (opt.mean or None, opt.std or None)
     model = interop.load(path, device, *given)
     own = model.extra.get("dataset", "")
-    known = own in data.NAMES or (own != "" and Path(own).is_dir())
-    if not opt.dataset and not known:
+    bank = own in data.NAMES or (own != "" and Path(own).is_dir())
+    if not opt.dataset and not bank:
         of_cifar10 = own == "" or path.resolve().parent == cli.SHIPPED
         cli.require(of_cifar10, f"the dataset of {path}, {own}, is not available: pass --dataset")
         print(f"measuring on cifar10: its own dataset ({own or 'unknown'}) is not available")
-    opt.dataset = opt.dataset or (own if known else "cifar10")
+    opt.dataset = opt.dataset or (own if bank else "cifar10")
     shape = model.extra.get("image_shape")
     if shape and opt.dataset not in data.NAMES and not opt.image_size:
         opt.image_size = shape[1]
@@ -130,14 +130,14 @@ def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt
     """k-NN and a linear probe on all training images, attacked through encoder and probe."""
     cli.require(not opt.ood, "--ood needs a classifier, not an encoder")
     model = cem.folded(model)
-    known, asked = (
+    bank, query = (
         robustness.outputs(model.features, s, s.evenly_spaced(len(s)), opt)
         for s in (train_set, test_set)
     )
-    finite = bool(known.isfinite().all() and asked.isfinite().all())
+    finite = bool(bank.isfinite().all() and query.isfinite().all())
     cli.require(finite, "the checkpoint's features are not finite")
-    knn = robustness.knn_accuracy(known, train_set.labels, asked, test_set.labels)
-    probe = robustness.fit_probe(model, known, train_set.labels)
+    knn = robustness.knn_accuracy(bank, train_set.labels, query, test_set.labels)
+    probe = robustness.fit_probe(model, bank, train_set.labels)
     result = robustness.accuracy(probe, test_set, opt.attacks, opt, opt.n, opt.restarts)
     return {"knn_accuracy": knn} | result
 
@@ -177,11 +177,10 @@ def main() -> None:
     cli.require(one, "eval_robust.py runs in one process: leave out torchrun")
     device = pick_device(opt.device)
     opt.precision = resolve_precision(device, opt.precision)
-    path = Path(opt.ckpt) if opt.ckpt else cli.default_checkpoint("sup")
+    path = Path(opt.ckpt or cli.default_checkpoint("sup"))
     model = load(opt, path, device)
     source = load_source(opt, model, device)
-    third_party = "third_party" in model.extra
-    folder = Path(opt.out or cli.output_folder(path, third_party))
+    folder = Path(opt.out or cli.output_folder(path, "third_party" in model.extra))
     encoder = isinstance(model, cem.NonParametricCEM)
     name = "probe.json" if encoder else "accuracy.json"
     files.check_output(folder / name, files.json_with("command", "ckpt", "eps"))

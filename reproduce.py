@@ -91,7 +91,7 @@ class Reproduction:
             distributed.barrier()
             plan = budget.shortened(self, sum(not row.startswith("unsup50") for row in ROWS))
         else:
-            judge = f"{budget.JUDGE} --epochs 8" if self.opt.full else ""
+            judge = f"{budget.JUDGE} --epochs {budget.EPOCHS['judge']}" if self.opt.full else ""
             n = 50_000 if self.opt.full else 1000
             plan = {"options": {"judge": judge}, "n": n, "n_eval": 0}
         distributed.barrier()
@@ -229,7 +229,7 @@ def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
             if not path.exists():
                 pictures.write_grid(path, pictures.grid(*data.read_npz(samples[row])))
         files.write_json(job.folder / "table.json", content)
-        cli.write_text(job.folder / "table.md", shown)
+        files.write_text(job.folder / "table.md", shown)
         pictures.write_overview(job.folder / "grids.png", grids)
     return shown
 
@@ -248,7 +248,7 @@ def check(opt: Options) -> None:
     cli.require(128 % n == 0, f"{n} processes cannot split batches of 128 evenly: use 2, 4 or 8")
     folder = Path(opt.out)
     files.make_folder(folder)
-    files.lock(folder, f"another process is at work in {folder}: use another --out")
+    files.lock(folder, f"another process is running in {folder}: use another --out")
     files.check_output(folder / "done.json", files.json_with("finished"))
     beside = (folder / "table.md", folder / "grids.png")
     files.check_output(folder / "table.json", files.json_with("command", "plan", "rows"), *beside)

@@ -43,9 +43,7 @@ SAMPLER_HELP = (
 class Options:
     sampler: str = option("rcs", SAMPLER_HELP, "what to draw", choices=SAMPLERS, metavar="NAME")
     cond: bool = option(
-        False,
-        "class-conditional seeds, neighbours; always on for classifiers",
-        "what to draw",
+        False, "class-conditional seeds, neighbours; always on for classifiers", "what to draw"
     )
     classes: str = option(
         "", "classes to draw, names or numbers, comma-separated (default: all)", "what to draw"
@@ -96,7 +94,7 @@ class Options:
     )  # fmt: skip
     gif: bool = option(False, "show the ascent of up to 10 x 10 images as a GIF", "run")
     batch_size: int = option(
-        250, "images at a time; maxent, pgd and maxent-marginal couple these", "run", least=1
+        250, f"images at a time; {', '.join(cem.COUPLED)} couple these", "run", least=1
     )
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("auto", "auto: bfloat16 if native", "run", choices=PRECISIONS)

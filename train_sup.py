@@ -18,7 +18,7 @@ from torch import nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
-from lib.attack import AttackCopy, make_watch, pgd_options
+from lib.attack import AttackCopy, hold_out, make_watch, pgd_options
 from lib.chains import ReplayBuffer, chain_starts, dual_state, mixed, with_statistics_of
 from lib.cli import option
 from lib.device import autocast, compile_network, pick_device
@@ -41,7 +41,7 @@ class Options(options.TrainOptions):
     )
     loss: str = option(
         "at", "st: standard; at: adversarial; mle: maximum likelihood; jem, jeat: energy-based; "
-        f"dat: dual adversarial, a second stage after at; changes defaults: {cli.as_flags(DAT)}",
+        f"dat: dual adversarial, a second stage after at (changes defaults: {cli.as_flags(DAT)})",
         "optimisation", choices=list(cem.SUPERVISED_LOSSES),
     )  # fmt: skip
     share: float = option(
@@ -128,15 +128,15 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
     """
     attack_copy = AttackCopy(opt.precision, opt.compile)
     chains = state["chains"]
-    classes = len(train_set.classes)
     samplers = chain_samplers(opt)
+    classes = train_set.labels.sort().values  # as frequent among chains as among data
 
     def batch_loss(model, index, draws, generator):
         y = train_set.labels[index]
         network = attack_copy(model)
         x = augment.mirror(train_set.pixels(index), draws, train_set.flip)
         drawn = generator.draw(torch.rand, (len(y), 2), draws).T
-        y_s = (drawn[0] * classes).long()
+        y_s = classes[(drawn[0] * len(classes)).long()]
         which = (drawn[1] * len(samplers)).long()
         x_s = start(y_s, generator)
         with autocast(x.device, opt.precision):
@@ -190,11 +190,8 @@ def train(opt: Options) -> None:
     if opt.share < 1:
         train_set = train_set.share(opt.share)
     info = train_set.checkpoint_info(opt.seed_rank)
-    watch = None
-    attack = pgd_options(opt)
-    if opt.loss == "at" and attack["steps"] == 1 and attack["step_size"] >= opt.eps:
-        held_out, train_set = train_set.hold_out(min(256, max(len(train_set) // 10, 1)))
-        watch = make_watch(opt, held_out)
+    held_out, train_set = hold_out(opt, train_set)
+    watch = held_out and make_watch(opt, held_out.pixels(), held_out.labels)
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     classes = len(train_set.classes)
@@ -239,8 +236,6 @@ def train(opt: Options) -> None:
         measure=measure,
         watch=watch,
         chains=state,
-        bounds={"energy_gap": opt.max_energy_gap},
-        freeze_batch_norm=opt.loss == "dat",
         info=info,
         extra=extra,
     ).fit()

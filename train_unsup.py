@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cem
 from lib import augment, cli, data, distributed, init, options, robustness
-from lib.attack import AttackCopy, pgd_options
+from lib.attack import AttackCopy, hold_out, make_watch, pgd_options
 from lib.chains import chain_starts, dual_state
 from lib.cli import option
 from lib.clusters import ClusterSeeds
@@ -25,6 +25,7 @@ from lib.device import autocast, compile_network, pick_device
 from lib.loop import Trainer
 from lib.options import DAT, ENERGY
 from lib.run import RunFolder, resumes
+from lib.sampling import make_bank
 
 DIGITS = dict(
     width=16, epochs=40, batch_size=128, schedule="onecycle", ema=0.97, attack_steps=3,
@@ -48,7 +49,7 @@ class Options(options.TrainOptions):
     temperature: float = option(0.3, "temperature tau of the similarities", "model", above=0)
     loss: str = option(
         "at", "st: NT-Xent of two views; at: one view is attacked; dat: also learns log p(x), "
-        f"a second stage after at; changes defaults: {cli.as_flags(DAT)}",
+        f"a second stage after at (changes defaults: {cli.as_flags(DAT)})",
         "optimisation", choices=["st", "at", "dat"],
     )  # fmt: skip
     epochs: int = option(200, "passes over the training images", "optimisation", least=1)
@@ -74,6 +75,12 @@ def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tupl
     settings = dict(scale=(opt.min_crop, 1.0), flip=dataset.flip)
     first, second = u.chunk(2, 1)
     return augment.simclr(x, first, **settings), augment.simclr(x, second, **settings)
+
+
+def fixed_views(dataset: data.Dataset, opt: Options) -> tuple[Tensor, Tensor]:
+    """Two views of each image of the dataset, the same in every call."""
+    _, u = augment.draws(len(dataset), VIEWS, opt.seed, 0, dataset.images.device)
+    return two_views(dataset.pixels(), u, dataset, opt)
 
 
 def attacked(x: Tensor, x_plus: Tensor, network: nn.Module, opt: Options, generator) -> Tensor:
@@ -163,32 +170,22 @@ def uniformity(z: Tensor) -> float:
 def measure(model: nn.Module, train_set, test_set, opt: Options) -> dict[str, float]:
     """Alignment, uniformity and k-NN accuracy on opt.n_eval test images."""
     model = cem.folded(model)
-    query = test_set.evenly_spaced(opt.n_eval)
-    known, labels = bank_features(model, train_set, opt)
-    asked = robustness.outputs(model.features, test_set, query, opt)
-    _, u = augment.draws(len(query), VIEWS, opt.seed, 0, query.device)
-    views = two_views(test_set.pixels(query), u, test_set, opt)
+    asked = test_set.subset(test_set.evenly_spaced(opt.n_eval))
+    known = train_set.subset(train_set.evenly_spaced(10 * opt.n_eval))
+    query, bank = (
+        robustness.outputs(model.features, part, part.evenly_spaced(len(part)), opt)
+        for part in (asked, known)
+    )
     with autocast(query.device, opt.precision):
-        z1, z2 = (torch.cat([model(x) for x in view.split(opt.batch_size)]) for view in views)
+        z1, z2 = (
+            torch.cat([model(x) for x in view.split(opt.batch_size)])
+            for view in fixed_views(asked, opt)
+        )
     return {
         "alignment": alignment(z1, z2),
         "uniformity": uniformity(z1),
-        "knn_accuracy": robustness.knn_accuracy(known, labels, asked, test_set.labels[query]),
+        "knn_accuracy": robustness.knn_accuracy(bank, known.labels, query, asked.labels),
     }
-
-
-def bank_features(model: nn.Module, train_set, opt: Options) -> tuple[Tensor, Tensor]:
-    """The features of 10 * opt.n_eval training images, evenly spaced, and their labels."""
-    index = train_set.evenly_spaced(10 * opt.n_eval)
-    return robustness.outputs(model.features, train_set, index, opt), train_set.labels[index]
-
-
-@torch.no_grad()
-def make_bank(model: nn.Module, train_set: data.Dataset, opt: Options) -> dict[str, Tensor]:
-    """The checkpoint's bank: embeddings of training images, and their labels."""
-    model = cem.folded(model)
-    known, labels = bank_features(model, train_set, opt)
-    return {"embeddings": F.normalize(model.net.fc(known), dim=1).half(), "labels": labels}
 
 
 def train(opt: Options) -> None:
@@ -204,14 +201,19 @@ def train(opt: Options) -> None:
     if opt.compile:
         compile_network(model, device)
     info = train_set.checkpoint_info(opt.seed_rank)
+    held_out, train_set = hold_out(opt, train_set)
+    watch = held_out and make_watch(opt, *fixed_views(held_out, opt))
     state = None
     if dual:
         state = dual_state(opt, model, TUNED)
-        if resumes(opt):  # the first stage's features are not at hand
-            info["clusters"] = RunFolder(opt).load(torch.device("cpu")).extra.get("clusters")
+        if resumes(opt):  # without the first stage
+            before = RunFolder(opt).load(torch.device("cpu")).extra
+            info["clusters"] = before.get("clusters")
             cli.require(bool(info["clusters"]), "--resume: the run's checkpoint has no clusters")
         else:
+            before = init.load(opt).extra if opt.init else {}
             info["clusters"] = prepare_dual(opt, model, train_set).state_dict()
+        info["settings"] = before.get("settings", {})  # maxent's and pgd's suit both stages
         clusters = ClusterSeeds.from_state_dict(info["clusters"], device)
         start = chain_starts(opt.chain_start, opt.data_dir, clusters, device)
         batch_loss = make_dual_loss(opt, train_set, start, state)
@@ -224,7 +226,7 @@ def train(opt: Options) -> None:
         return measure(model, train_set, test_set, opt)
 
     def extra(model):
-        found = {"settings": state["chains"].settings} if dual else {}
+        found = {"settings": info["settings"] | state["chains"].settings} if dual else {}
         # a new run has no use for a bank; after a signal there is little time, unless all is done
         hurried = trainer.step == 0 or trainer.stop.signal
         if trainer.step == trainer.total or not hurried:
@@ -240,9 +242,8 @@ def train(opt: Options) -> None:
         shuffle=lambda epoch: augment.draws(n, per_image, opt.seed, epoch, device),
         batch_loss=batch_loss,
         measure=measure_when_due,
+        watch=watch,
         chains=state,
-        bounds={"energy_gap": opt.max_energy_gap},
-        freeze_batch_norm=dual,
         info=info,
         extra=extra,
     )

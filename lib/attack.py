@@ -1,7 +1,7 @@
 """The attack of a training step: its options, its network, and the watch over a single step."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import cem
 from lib import cli, data, distributed
@@ -14,6 +14,15 @@ def pgd_options(opt) -> dict:
     if opt.attack == "fgsm":
         return ball | dict(steps=1, step_size=opt.eps, random_start=2.0)  # [N-FGSM]
     return ball | dict(steps=opt.attack_steps, step_size=opt.attack_step_size)
+
+
+def hold_out(opt, train_set: data.Dataset) -> tuple[data.Dataset | None, data.Dataset]:
+    """-> images for the watch, if the attack is a single step of at least eps, and the rest."""
+    attack = pgd_options(opt)
+    single = attack["steps"] == 1 and attack["step_size"] >= opt.eps
+    if opt.loss in ("st", "jem") or not single:
+        return None, train_set
+    return train_set.hold_out(min(256, max(len(train_set) // 10, 1)))
 
 
 class AttackCopy:
@@ -72,13 +81,15 @@ def refold(network: nn.Module, model: nn.Module) -> None:
         torch._foreach_copy_([target[name] for name in names], [state[name] for name in names])
 
 
-def make_watch(opt, held_out: data.Dataset):
-    """-> watch(model) -> its accuracies on these images under the training's attack and PGD-10.
+def make_watch(opt, x: Tensor, target: Tensor):
+    """-> watch(model) -> its accuracies on images x (N, C, H, W) under the training's attack and
+    PGD-10. target: their labels (N,) or, of an encoder, their positives (N, C, H, W), among which
+    it has to find each image's own.
 
     It raises Diverged for catastrophic overfitting (Wong et al., 2020, arXiv:2001.03994): a network
     that withstands the single step of its training, but not several.
     """
-    x, y = held_out.pixels(), held_out.labels
+    classifier = target.dim() == 1
 
     @torch.no_grad()
     def watch(model):
@@ -89,11 +100,16 @@ def make_watch(opt, held_out: data.Dataset):
         }
         found = []
         with autocast(x.device, opt.precision):
-            potential = cem.potential("ce", network, y)
+            potential = cem.potential("ce" if classifier else "pgd", network, target)
             for settings in attacks.values():
                 generator = torch.Generator(x.device).manual_seed(opt.seed)
                 x_adv = cem.pgd(potential, x, **settings, generator=generator)
-                found.append((network(x_adv).argmax(1) == y).float().mean())
+                if classifier:
+                    correct = network(x_adv).argmax(1) == target
+                else:
+                    closest = (network(x_adv) @ network(target).T).argmax(1)
+                    correct = closest == torch.arange(len(x), device=x.device)
+                found.append(correct.float().mean())
         single, several = found = distributed.mean(torch.stack(found)).tolist()
         if single > 0.3 and several < single / 2:
             under = f"{single:.3f} under its single step, {several:.3f} under PGD-10"

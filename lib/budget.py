@@ -98,11 +98,11 @@ def shortened(job, rows: int) -> dict:
     second_stage, rates["dat"] = measured(job, "dat", "", minutes, images, first_stage)
     for model in ("judge", "unsup"):
         _, rates[model] = measured(job, model, options[model], minutes, images)
-    drawn = agreed(sampling_rate(job, second_stage))
-    scored = math.inf
+    draw_rate = agreed(sampling_rate(job, second_stage))
+    score_rate = math.inf
     if job.inception:
-        scored = agreed(inception_rate(job, second_stage.with_name("samples-rcs.npz")))
-    reference = images / scored
+        score_rate = agreed(inception_rate(job, second_stage.with_name("samples-rcs.npz")))
+    reference = images / score_rate
     too_long = f"Inception takes {reference / 60:.0f} minutes for the training images alone"
     cli.require(reference < total / 4, f"--budget {job.opt.budget} is too short: {too_long}")
     left = agreed(total - (time.monotonic() - begin)) - reference
@@ -116,8 +116,8 @@ def shortened(job, rows: int) -> dict:
         plan["options"][model] = f"{options[model]} --epochs {whole}{share}".strip()
         plan["minutes"][model] = round(min(epochs, whole) * images / rate / 60, 1)
     rest = (1 - sum(SHARES.values())) / 2 * left  # for samples; as much again for scores
-    n = rest / rows / (1 / drawn + 1 / scored)
+    n = rest / rows / (1 / draw_rate + 1 / score_rate)
     n = min(max(int(n) // 100 * 100, 100), 50_000)
-    plan["minutes"]["samples"] = round(rows * n / drawn / 60, 1)
-    plan["minutes"]["scores"] = round((rest + reference + rows * n / scored) / 60, 1)
+    plan["minutes"]["samples"] = round(rows * n / draw_rate / 60, 1)
+    plan["minutes"]["scores"] = round((rest + reference + rows * n / score_rate) / 60, 1)
     return plan | {"n": n, "n_eval": 0 if n >= 10_000 else 1000}

@@ -31,8 +31,8 @@ class ReplayBuffer(nn.Module):
         return torch.rand(n, *self.shape, generator=generator, **like).float()
 
     def sample(self, potential: Callable, n: int, generator=None, **options) -> Tensor:
-        """n distinct chains, at most all, climb a potential (cem.ascend's options) and are stored
-        again -> x_s (n, C, H, W), detached."""
+        """n distinct chains, n at most the buffer's size, climb a potential (cem.ascend's options)
+        and are stored again -> x_s (n, C, H, W), detached."""
         device = self.images.device
         index = torch.randperm(len(self.images), generator=generator, device=device)[:n]
         drawn = torch.rand(n, 1, 1, 1, generator=generator, device=device)
@@ -102,10 +102,11 @@ class GrowingChains(nn.Module):
     """The chains of dual adversarial training (arXiv:2510.13872), and their curriculum.
 
     Every chain starts anew, and takes T - 2 to T steps of `step_size` along the l2-normalised
-    gradient, the same number in all processes. T grows by one, up to `longest`, when samples are
-    easily told from data: when the mean AUC of log p(x) over 8 training steps exceeds 0.8.
-    `offsets` are the b of the loss, for log p(x) and for log p(y | x): the midpoints between the
-    means of data and of all samples in the first step.
+    gradient, the same number in all processes. T, at first 5, grows by one, up to `longest`, when
+    samples are easily told from data: when the mean AUC of log p(x) over 8 training steps exceeds
+    0.8. (There all take T steps, T begins at 0, and the AUC is that of f(x, y).) `offsets` are the
+    b of the loss, for log p(x) and for log p(y | x): the midpoints between the means of data and of
+    all samples in the first step.
     """
 
     def __init__(self, longest: int, step_size: float, samplers: Sequence[str] = ()):

@@ -151,7 +151,7 @@ def default_checkpoint(kind: str) -> Path:
     return path if path.exists() else SHIPPED / f"{kind}.pt"
 
 
-def output_folder(ckpt: Path, third_party: bool = False) -> Path:
+def output_folder(ckpt: Path, third_party: bool) -> Path:
     """Beside the checkpoint; for a shipped one runs/shipped, for a third-party one its name."""
     if third_party and ckpt.suffix in (".pt", ".pth", ".ckpt"):
         return ckpt.with_suffix("")
@@ -166,10 +166,6 @@ def command() -> str:
     root = SHIPPED.parent
     name = script.relative_to(root) if script.is_relative_to(root) else script.name
     return shlex.join(["python", str(name), *sys.argv[1:]])
-
-
-def write_text(path: Path, text: str) -> None:
-    cem.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 # -------------------------------------------------------------------------------------- progress

@@ -27,7 +27,7 @@ IMAGE_SIZE = "resize and crop a folder's images to this height and width; 0: as 
 
 
 def evenly_spaced(n: int, total: int, device="cpu") -> Tensor:
-    """The indices of n evenly spaced ones of `total` images, or of all if these are fewer."""
+    """The indices of n evenly spaced images out of `total`, or of all if there are fewer."""
     n = min(n, total)
     return torch.arange(n, device=device) * total // max(n, 1)
 
@@ -279,16 +279,15 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def read_samples(path: Path, image_size: int = 0) -> tuple[Tensor, Tensor]:
-    """The same of an npz file or an image folder, whose images are resized as in `load`.
+    """Images and labels, as of `read_npz`, of an npz file or an image folder, resized as in `load`.
 
-    The order is that of the file names. Images in subfolders, read if there are no others, are
-    shuffled: otherwise each split of IS would contain one class.
+    A folder's images, or those in subfolders if it has none, are shuffled: where file names sort
+    them by class, each split of IS would contain one class.
     """
     if not path.is_dir():
         return read_npz(path)
     found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
     cli.require(bool(found), f"{path} contains no images")
-    files = [name for name in found if Path(name).parent == path]
-    if not files:
-        files = [found[i] for i in shuffled(len(found))]
-    return read_images(files, image_size), torch.full((len(files),), -1)
+    paths = [name for name in found if Path(name).parent == path] or found
+    paths = [paths[i] for i in shuffled(len(paths))]
+    return read_images(paths, image_size), torch.full((len(paths),), -1)

@@ -9,9 +9,8 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 import cem
-from lib import cli
+from lib import cli, files
 from lib.device import autocast, resolve_precision
-from lib.metrics import file_sha256
 
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 SIZE, PATCH = 224, 14  # pixels
@@ -61,7 +60,7 @@ class DINOv2:
         self.net = net.to(device).requires_grad_(False)
         self.device = device
         self.precision = resolve_precision(device, precision)
-        self.key = f"dinov2-{file_sha256(weights)[:8]}-{self.precision}"
+        self.key = f"dinov2-{files.sha256(weights)[:8]}-{self.precision}"
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         bicubic = TF.InterpolationMode.BICUBIC

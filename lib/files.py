@@ -1,5 +1,6 @@
 """What scripts check before they work: that outputs can be written and are theirs; locks."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -82,12 +83,20 @@ def json_with(*keys: str) -> Callable[[Path], bool]:
 
 
 def read_json(path: Path) -> object:
-    """The content of a JSON file, None if it is missing, not a regular file or no JSON."""
+    """The content of a JSON file, None if it is missing, not a regular file or not JSON."""
     try:
         return json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
 
 
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def write_json(path: Path, content: object) -> None:
-    cli.write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    cem.write_atomically(path, lambda file: file.write(text.encode()))

@@ -46,7 +46,7 @@ def load(path: str | Path, device="cpu", mean=None, std=None) -> nn.Module:
     """
     require(Path(path).is_file(), f"checkpoint {path} not found")
     ours = is_ours(path)
-    cem.require((mean is None) == (std is None), "mean and std must be given together")
+    require((mean is None) == (std is None), "mean and std must be given together")
     fits = mean is None or not ours
     require(fits, f"mean and std are for third-party checkpoints, which {path} is not")
     if ours:
@@ -126,7 +126,7 @@ def state_dict(content: object) -> State:
         for name, state in found:
             if name == preferred:
                 return state
-    cem.require(bool(found), "no state dict of a supported ResNet or Wide ResNet found")
+    require(bool(found), "no state dict of a supported ResNet or Wide ResNet found")
     if len(found) > 1:
         names = ", ".join(repr(name) for name, _ in found)
         raise cem.CEMError(f"contains several networks ({names}): torch.save one of them alone")

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import cem
 from lib import cli, distributed, optim
 from lib.device import autocast, try_batch_size
 from lib.run import RunFolder, resumes
@@ -56,8 +55,6 @@ class Trainer:
     watch(model) -> {name: value}, every 200 steps and at the end of an epoch or of the call; may
         raise Diverged
     chains: a module with further state: chains, and the first stage's network (lib/chains.py)
-    bounds: {name: largest absolute value of a metric}, beyond which the run has diverged
-    freeze_batch_norm: keep its statistics, and normalise by them
     info: what the checkpoint stores about the dataset, which stays the same
     extra(model) -> what else it stores
 
@@ -66,13 +63,11 @@ class Trainer:
 
     def __init__(
         self, opt, model: nn.Module, num_images: int, *, shuffle, batch_loss, measure,
-        watch=None, chains: nn.Module | None = None, bounds: dict | None = None,
-        freeze_batch_norm: bool = False, info: dict | None = None,
+        watch=None, chains: nn.Module | None = None, info: dict | None = None,
         extra: Callable[[nn.Module], dict] = lambda model: {}
     ):  # fmt: skip
-        if distributed.world_size() > 1 and opt.batch_size > num_images:
-            message = f"--batch-size {opt.batch_size} exceeds the {num_images} training images"
-            raise cem.CEMError(message)
+        fits = distributed.world_size() == 1 or opt.batch_size <= num_images
+        cli.require(fits, f"--batch-size {opt.batch_size} exceeds the {num_images} training images")
         self.device = next(model.parameters()).device
         autocast(self.device, opt.precision)  # raises for an unavailable one, before any writing
         torch.backends.cudnn.benchmark = True
@@ -83,8 +78,6 @@ class Trainer:
         self.shuffle = shuffle
         self.batch_loss = batch_loss
         self.measure = measure
-        self.bounds = bounds or {}
-        self.freeze_batch_norm = freeze_batch_norm
         self.watch = watch or (lambda model: {})
         self.steps_per_epoch = max(num_images // opt.batch_size, 1)
         self.total = opt.epochs * self.steps_per_epoch
@@ -93,9 +86,10 @@ class Trainer:
         self.wrapped = distributed.wrap(model, opt.batch_norm)
         self.first = distributed.rank() == 0
         self.folder = RunFolder(opt)
-        # what a checkpoint stores beside weights and optimiser
-        self.progress = {"step": 0, "restarts": 0, "seconds": 0.0, "log": [], "sums": {}}
-        self.progress |= {"restarted_at": -1}  # a step
+        # what a checkpoint stores beside weights and optimiser; restarted_at: a step
+        self.progress = {
+            "step": 0, "restarts": 0, "restarted_at": -1, "seconds": 0.0, "log": [], "sums": {},
+        }  # fmt: skip
         self.began = 0  # the step at which this process began, or the last restart
         self.clock = time.monotonic()
 
@@ -129,7 +123,7 @@ class Trainer:
         if self.step < self.total:
             at = f"stopped {self.stop.reason} at step {self.step} of {self.total}"
             self.stop.exit(f"{at}: --resume continues")
-        if self.stop.signal:  # which came in the last step
+        if self.stop.signal:  # during the last step
             self.stop.exit(f"finished before it stopped {self.stop.reason}")
         return self.average.eval()
 
@@ -146,7 +140,7 @@ class Trainer:
         pending = []  # metrics, still on the device
         name = f"epoch {epoch + 1}/{self.opt.epochs}"
         bar = cli.progress(batches, name, total=self.steps_per_epoch, initial=done)
-        self.model.train(not self.freeze_batch_norm)
+        self.model.train(self.opt.loss != "dat")  # which keeps BatchNorm's statistics
         for count, index in enumerate(bar, 1):
             pending.append(self.train_step(distributed.local_rows(index), draws))
             epoch_ends = done + count == self.steps_per_epoch
@@ -208,7 +202,8 @@ class Trainer:
             self.plot(values, step, "step/")
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value
-                if not abs(value) <= self.bounds.get(name, sys.float_info.max):  # or NaN
+                most = self.opt.max_energy_gap if name == "energy_gap" else sys.float_info.max
+                if not abs(value) <= most:  # or NaN
                     raise cli.Diverged(f"{name.replace('_', ' ')} is {value:.4g} at step {step}")
 
     def plot(self, values: dict[str, float], step: int, prefix: str = "") -> None:

@@ -1,6 +1,5 @@
 """Feature networks, the scores IS, FID and KID of their outputs, and error bars."""
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import cem
-from lib import cli, distributed
+from lib import cli, distributed, files
 from lib.device import autocast, resolve_precision
 
 # ------------------------------------------------------------------------------ feature networks
@@ -37,11 +36,6 @@ class FeatureNetwork(Protocol):
         """Images uint8 (N, C, H, W) -> feature blocks, each (N, D), and logits (N, K)."""
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
     """The state dict of the FID Inception and the SHA-256 of its file; "" downloads it once.
 
@@ -60,7 +54,7 @@ def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
                     torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=prefix)
         cli.require(Path(path).is_file(), f"{path} not found")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        sha = file_sha256(path)
+        sha = files.sha256(path)
     except Exception as error:  # no network, or a file that is damaged in any way
         reason = " ".join(str(error).split())[:200]
         advice = f"pass {FID_WEIGHTS_URL} as --weights, or --features CHECKPOINT to eval_is_fid.py"
@@ -144,7 +138,7 @@ class Checkpoint:
         self.model = cem.folded(model).to(memory_format=torch.channels_last)
         self.device = device
         self.precision = resolve_precision(device, precision)
-        self.key = f"{Path(path).stem}-{file_sha256(path)[:8]}-{self.precision}"
+        self.key = f"{Path(path).stem}-{files.sha256(path)[:8]}-{self.precision}"
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         channels = self.model.config["in_channels"]

@@ -41,8 +41,7 @@ class TrainOptions:
     epochs: int = option(150, "passes over the training images", "optimisation", least=1)
     batch_size: int = option(256, "images per step, over all processes", "optimisation", least=2)
     optimizer: str = option(
-        "sgd", "SGD with momentum 0.9, or Muon", "optimisation",
-        choices=["sgd", "muon"],
+        "sgd", "SGD with momentum 0.9, or Muon", "optimisation", choices=["sgd", "muon"],
     )  # fmt: skip
     lr: float = option(0.1, "peak learning rate", "optimisation", above=0)
     schedule: str = option(
@@ -50,7 +49,7 @@ class TrainOptions:
     )
     weight_decay: float = option(5e-4, "weight decay", "optimisation", least=0)
     ema: float = option(
-        0.999, "EMA decay; the average is the model; 0: no EMA", "optimisation",
+        0.999, "decay of the average of weights, the model; 0: none", "optimisation",
         least=0, below=1,
     )  # fmt: skip
     clip: float = option(0.0, "largest gradient norm; 0: no clipping", "optimisation", least=0)

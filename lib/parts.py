@@ -49,7 +49,7 @@ class Parts:
     Under torchrun, every process has to make the same calls.
     """
 
-    def __init__(self, path: Path, common: list[str]):
+    def __init__(self, path: Path, common: Sequence[str] = ()):
         self.path, self.common = path, common
         stored = files.read_json(path)
         self.finished = stored["finished"] if isinstance(stored, dict) else {}

@@ -53,7 +53,7 @@ def write(folder: Path, name: str, images: Tensor, labels: Tensor, record: dict)
         write_grid(path.with_suffix(".png"), grid(images, labels))
         files.write_json(path, record)
     except BaseException:
-        if not path.with_suffix(".npz").exists():  # claimed now, with nothing to show for it
+        if not npz.exists():  # claimed now, with nothing to show for it
             path.unlink()
         raise
     print(f"wrote {npz}, .png and .json")

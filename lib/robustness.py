@@ -180,7 +180,8 @@ def ood_scores(model: nn.Module, logits: Tensor, dataset: data.Dataset, opt) -> 
     other = outputs(model, dataset, index, opt)
     inside = torch.cat([torch.ones(len(logits)), torch.zeros(len(other))])
     both = torch.cat([logits, other])
-    scores = {"log_p_x": cem.log_marginal(both), "max_p_y_x": both.softmax(1).amax(1)}
+    certainty = -cem.log_odds_against(both, both.argmax(1))  # as max p(y | x), which rounds to 1
+    scores = {"log_p_x": cem.log_marginal(both), "max_p_y_x": certainty}
     return {key: float(roc_auc_score(inside, score.cpu())) for key, score in scores.items()}
 
 

@@ -18,7 +18,7 @@ from lib import cli, distributed, files, schema
 FILES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json")
 EVENTS = ".cem"  # suffix of TensorBoard's event files
 
-# Options that a resumed run does not take from the run, and those that may differ from the run's.
+# Options that --resume does not take from the run, and those that may differ from the run's.
 OF_THIS_CALL = ("resume", "max_minutes", "out", "device", "quiet", "diagnose")
 MAY_CHANGE = (*OF_THIS_CALL, "data_dir", "n_eval", "eval_every", "on_diverge", "max_energy_gap")
 
@@ -59,7 +59,7 @@ class RunFolder:
         return SummaryWriter(str(self.path), purge_step=step + 1, filename_suffix=EVENTS)
 
     def write_log(self, lines: list[dict]) -> None:
-        cli.write_text(self.path / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+        files.write_text(self.path / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
 
     def load(self, device: torch.device) -> nn.Module:
         """The run's checkpoint or, with a warning, the previous one if it is damaged."""

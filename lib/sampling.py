@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import cem
-from lib import cli, data, interop, metrics
+from lib import cli, data, files, interop, robustness
 
+BANK = 10_000  # training images; their embeddings take 2.6 MB
 SEED_RANK = 48  # of the seeds fitted for a checkpoint without any
 # the l2 distance that all steps together walk on 3x32x32 images, from results/sweep-*.json; of an
 # encoder, from maxent and pgd
@@ -42,7 +43,21 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
         if "third_party" in model.extra:
             interop.check_third_party(model, path, dataset)
         model.extra |= dataset.checkpoint_info(SEED_RANK)
+        if needs_bank(model, opt.sampler) and not model.extra.get("bank"):
+            model.extra["bank"] = make_bank(model, dataset.to(device), opt)
     return cem.folded(model).to(memory_format=torch.channels_last)
+
+
+def needs_bank(model: torch.nn.Module, sampler: str) -> bool:
+    learned = sampler in cem.MARGINAL and hasattr(model, "energy")
+    return sampler in ("neighbour", *cem.MARGINAL) and not learned
+
+
+def make_bank(encoder: torch.nn.Module, dataset: data.Dataset, opt) -> dict[str, Tensor]:
+    """Embeddings of evenly spaced training images, and their labels."""
+    index = dataset.evenly_spaced(BANK)
+    z = robustness.outputs(cem.folded(encoder), dataset, index, opt)
+    return {"embeddings": z.half(), "labels": dataset.labels[index]}
 
 
 def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, random: list):
@@ -56,7 +71,7 @@ def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | Non
         return y.to(x.device)
     if sampler == "pgd":
         return x.clone()
-    if sampler in cem.WITHOUT_Y or sampler in cem.MARGINAL and hasattr(model, "energy"):
+    if not needs_bank(model, sampler):
         return None
     bank = model.extra.get("bank")
     stores = "train_unsup.py stores one with each epoch: --resume an interrupted run"
@@ -70,10 +85,14 @@ def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | Non
     return z.to(x.device)
 
 
+def settings_key(sampler: str, cond: bool) -> str:
+    """The name of a sampler's settings in a checkpoint: of an encoder, others with --cond."""
+    return f"{sampler}{'-cond' * (cond and sampler in cem.NON_PARAMETRIC_SAMPLERS)}"
+
+
 def use_settings(opt, model: torch.nn.Module) -> None:
     """Fill in the options of the ascent that are None: the checkpoint's settings, else UNTUNED."""
-    conditional = opt.cond and opt.sampler in cem.NON_PARAMETRIC_SAMPLERS
-    name = f"{opt.sampler}{'-cond' * conditional}"
+    name = settings_key(opt.sampler, opt.cond)
     tuned = dict(model.extra.get("settings", {}).get(name, {}))
     if opt.norm not in (None, tuned.get("norm")):
         tuned.pop("step_size", None)  # a length in the other norm
@@ -104,5 +123,5 @@ def identity(opt, path: Path) -> str:
     """A digest of all options and weights on which the images depend."""
     unrelated = ("out", "png", "gif", "device", "data_dir", "ckpt", "quiet")
     options = {key: value for key, value in asdict(opt).items() if key not in unrelated}
-    content = json.dumps([options, metrics.file_sha256(path)]).encode()
+    content = json.dumps([options, files.sha256(path)]).encode()
     return hashlib.sha256(content).hexdigest()[:12]

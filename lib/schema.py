@@ -8,7 +8,7 @@ seeds          cem.GaussianSeeds.state_dict(), one Gaussian per class and one of
 settings       {sampler, with "-cond" for class-wise seeds of an encoder: {steps, step_size, noise,
                norm}}, of the ascent, tuned for these weights
 bank           of an encoder: embeddings (M, D) of training images, and their labels (M,), for
-               neighbour and marginal
+               neighbour, marginal and maxent-marginal
 clusters       of an encoder's second stage: clusters.ClusterSeeds.state_dict()
 options        of the training script, by name
 training       what --resume needs: the last, non-averaged weights, optimiser, step, log, chains
@@ -23,7 +23,7 @@ import cem
 from cem import require
 
 SETTINGS = ("steps", "step_size", "noise", "norm")  # of an ascent
-# of extra["training"]; seconds, log and sums are lists and dicts of numbers
+# of extra["training"]: name -> type
 PROGRESS = {"step": int, "restarts": int, "seconds": float, "log": list, "sums": dict}
 
 

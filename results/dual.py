@@ -60,7 +60,7 @@ def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
     words = ["--dataset", opt.dataset, "--loss", "dat", "--init", opt.init, "--seed", seed]
     words += [*shlex.split(opt.options), *shlex.split(change)]
     name = f"{opt.name}-{variant.replace(' ', '-')}-{seed}-{digest(words)}"
-    parts = Parts(Path(opt.out) / name / "done.json", [])
+    parts = Parts(Path(opt.out) / name / "done.json")
     run = parts.path.parent
     ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--out", run, "--resume")
     row = {"variant": variant, "seed": seed, "minutes": minutes(ckpt)}

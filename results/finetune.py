@@ -42,14 +42,15 @@ def row_of(start: str, share: float, epochs: int, parts: Parts, opt: Options) ->
     ckpt = parts.run(run / "ckpt.pt", "train_sup.py", *words, "--out", run, "--resume")
     found = evaluated(parts, ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation))
     row = {"start": start, "share": share, "minutes": minutes(ckpt)}
-    return row | {key: found[key] for key in ("n", "clean_accuracy", "pgd-20")}
+    measured = ("n", "clean_accuracy", "pgd-20", "autoattack")
+    return row | {key: found[key] for key in measured if key in found}
 
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     shares, epochs = opt.shares or [0.1, 1.0], opt.epochs or [300, 30]
     cli.require(len(shares) == len(epochs), "--shares and --epochs need as many numbers")
-    parts = Parts(Path(opt.out) / "done.json", [])
+    parts = Parts(Path(opt.out) / "done.json")
     rows = [
         row_of(start, share, n, parts, opt)
         for share, n in zip(shares, epochs)

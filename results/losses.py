@@ -86,7 +86,7 @@ def attack(ckpt: Path, parts: Parts, opt: Options, *more) -> dict:
 
 def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
     """Train and measure one run -> its figures and commands."""
-    parts = Parts(folder(loss, seed, opt) / "done.json", [])
+    parts = Parts(folder(loss, seed, opt) / "done.json")
     try:
         ckpt = train(loss, seed, parts, opt, "--diagnose")
     except cli.Diverged as error:
@@ -123,7 +123,7 @@ def main() -> None:
     seeds = opt.seeds or range(5)
     judge = Path(opt.judge or folder("st", 100, opt) / "ckpt.pt")
     if not opt.judge:
-        train("st", 100, Parts(judge.with_name("done.json"), []), opt)
+        train("st", 100, Parts(judge.with_name("done.json")), opt)
     rows = {loss: [row_of(loss, seed, judge, opt) for seed in seeds] for loss in opt.losses}
     out = Path("results") / f"losses-{opt.name}.json"
     record = {"command": cli.command(), "rows": rows}

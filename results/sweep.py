@@ -137,8 +137,9 @@ class Sweep:
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     device = pick_device(opt.device)
-    samplers = cli.names("--samplers", opt.samplers, sample.SAMPLERS)
-    unsupervised = samplers[0] in cem.NON_PARAMETRIC_SAMPLERS
+    unsupervised = opt.samplers.split(",")[0].strip() in cem.NON_PARAMETRIC_SAMPLERS
+    known = cem.NON_PARAMETRIC_SAMPLERS if unsupervised else cem.PARAMETRIC_SAMPLERS
+    samplers = cli.names("--samplers", opt.samplers, known)
     ckpt = Path(opt.ckpt or cli.default_checkpoint("unsup" if unsupervised else "sup"))
     files.check_output(Path(opt.out), files.json_with("command", "rows"))
     if opt.save:
@@ -149,7 +150,7 @@ def main() -> None:
     for name in samplers:
         best = sweep.tune(name)
         print("best:", best, flush=True)
-        key = f"{name}{'-cond' * opt.cond}"
+        key = sampling.settings_key(name, opt.cond)
         found[key] = {setting: best[setting] for setting in SETTINGS}
     print(f"wrote {opt.out}")
     if opt.save:

@@ -20,11 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem
 import reproduce
-from lib import cli, markdown, metrics
+from lib import cli, files, markdown, metrics
 from lib.markdown import Figure, between
 
 END = "<!-- end -->"
-LEAST = ("C-FD", "c-fd_cs", "c-fd_rcs", "c-fd_langevin", "calibration_error")  # less is better
+LEAST = ("C-FD", "c-fd_cs", "c-fd_langevin", "calibration_error")  # less is better
 SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
     "`sup-at.pt`, classifier": "ta cs rcs langevin",
     "`sup.pt`, its second stage": "seeds ta langevin cs rcs",
@@ -171,8 +171,9 @@ def finetune(record: dict) -> Iterator[dict]:
         for run in record["rows"]:
             if run["start"] == start:
                 labels = f"{100 * run['share']:g} %"
-                row[f"{labels}, clean"] = share(run, "clean_accuracy", "")
-                row[f"{labels}, PGD-20"] = share(run, "pgd-20", "")
+                for name in ("clean", "PGD-20", "AutoAttack"):
+                    if LOSSES[name][1] in run:
+                        row[f"{labels}, {name}"] = share(run, LOSSES[name][1], "")
         yield row
 
 
@@ -189,7 +190,7 @@ def bench(record: dict, float32: dict) -> Iterator[dict]:
 
 def leaderboard(record: dict) -> Iterator[dict]:
     for run in record["rows"]:
-        row = {"recipe": run["recipe"], "machine": run["machine"]}
+        row = {key: run[key] for key in ("recipe", "machine")}
         row["minutes"] = figure(run, "minutes", 0)
         row |= {key: share(run, key, "") for key in ("clean", "PGD-20")}
         row["test images"] = f"{run['n']:,}"
@@ -198,8 +199,7 @@ def leaderboard(record: dict) -> Iterator[dict]:
 
 def ablations(record: dict) -> Iterator[dict]:
     for run in record["rows"]:
-        row = {"recipe": run["recipe"]}
-        yield row | {key: figure(run, key) for key in ("clean", "PGD-10")}
+        yield {"recipe": run["recipe"]} | {key: figure(run, key) for key in ("clean", "PGD-10")}
 
 
 def cost(record: dict) -> Iterator[dict]:
@@ -269,10 +269,10 @@ def rewritten(document: str) -> tuple[str, list[str]]:
 
 def orphans() -> list[str]:
     """Files in results/ that its README names neither in backticks, as a glob, nor in a link."""
-    found = re.findall(r"`([^`\s]+)`|\]\(([^)\s]+)\)", Path("results/README.md").read_text())
-    names = {"README.md", "*.py"} | {name or link for name, link in found}
-    files = sorted(path.name for path in Path("results").iterdir() if path.is_file())
-    return [file for file in files if not any(fnmatchcase(file, name) for name in names)]
+    mentioned = re.findall(r"`([^`\s]+)`|\]\(([^)\s]+)\)", Path("results/README.md").read_text())
+    names = {"README.md", "*.py"} | {name or link for name, link in mentioned}
+    found = sorted(path.name for path in Path("results").iterdir() if path.is_file())
+    return [name for name in found if not any(fnmatchcase(name, known) for known in names)]
 
 
 def main() -> None:
@@ -285,7 +285,7 @@ def main() -> None:
         documents[str(document)] = text, [] if same else ["reproduce"]
     for document, (text, differ) in documents.items():
         if differ and not opt.check:
-            cli.write_text(Path(document), text)
+            files.write_text(Path(document), text)
             print(f"{document}: rewrote {', '.join(differ)}")
         problems += [f"{document}: table {name} differs from its JSON" for name in differ]
     if opt.check:

@@ -3,6 +3,7 @@
 import collections
 import copy
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cem
 import train_sup
+import train_unsup
 from lib import cli, data, distributed, loop, options
 from lib.attack import AttackCopy, make_watch, pgd_options
 from lib.device import autocast
@@ -88,13 +90,14 @@ def calls_of_steps(monkeypatch, out, **changes):
     return steps[1:]  # the first makes the copy
 
 
-def test_a_step_makes_few_operator_calls_and_waits_for_none(monkeypatch, tmp_path):
+@pytest.mark.parametrize("optimizer, more", [("sgd", 0), ("muon", 400)])
+def test_a_step_makes_few_operator_calls_and_waits_for_none(optimizer, more, monkeypatch, tmp_path):
     """PGD-7 on ResNet-18 in bfloat16: at most 1,300 calls, none of them to read a value."""
-    options = dict(batch_size=64, precision="bfloat16")
+    options = dict(batch_size=64, precision="bfloat16", optimizer=optimizer)
     for count in calls_of_steps(monkeypatch, tmp_path, **options):
         assert count["aten.convolution.default"] == 8 * 20
-        assert sum(count.values()) <= 1300
-        assert count["aten._to_copy.default"] <= 120
+        assert sum(count.values()) <= 1300 + more
+        assert count["aten._to_copy.default"] <= 120 + more / 10
         assert count["aten._local_scalar_dense.default"] == 0
 
 
@@ -128,20 +131,34 @@ class Bright(torch.nn.Module):
         return torch.stack([mean, 1 - mean], 1)
 
 
+class Pixels(torch.nn.Module):
+    """An encoder whose embedding is the image."""
+
+    def forward(self, x):
+        return torch.nn.functional.normalize(x.flatten(1), dim=1)
+
+
+@pytest.mark.parametrize("encoder", [False, True])
 @pytest.mark.parametrize("single, several, noticed", [(4, 1, True), (4, 2, False), (2, 0, False)])
-def test_overfitting_is_half_of_more_than_30_percent(single, several, noticed, monkeypatch):
+def test_overfitting_is_half_of_more_than_30_percent(
+    encoder, single, several, noticed, monkeypatch
+):
+    """Here the attacks make all but the first images black."""
+
     def pgd(potential, x, *, steps, **_):
         return x * (torch.arange(len(x)) < (single if steps == 1 else several)).view(-1, 1, 1, 1)
 
     monkeypatch.setattr(cem, "pgd", pgd)
-    white = torch.full((10, 3, 8, 8), 255, dtype=torch.uint8)
     options = train_sup.Options(attack="fgsm", precision="float32")
-    watch = make_watch(options, data.Dataset("white", white, torch.zeros(10).long(), "ab"))
+    x = torch.rand(10, 3, 8, 8) if encoder else torch.ones(10, 3, 8, 8)
+    watch = make_watch(options, x, x if encoder else torch.zeros(10).long())
+    network = Pixels() if encoder else Bright()
     if noticed:
         with pytest.raises(cli.Diverged):
-            watch(Bright())
+            watch(network)
     else:
-        assert watch(Bright())["single_step_accuracy"] == pytest.approx(single / 10)
+        expected = [single / 10, max(several, int(encoder)) / 10]  # of all, black finds the first
+        assert list(watch(network).values()) == pytest.approx(expected)
 
 
 def test_the_watch_looks_every_200_steps(tmp_path):
@@ -184,8 +201,7 @@ def test_catastrophic_overfitting_is_noticed(step_size, noticed):
     options = train_sup.Options(
         norm="linf", eps=0.1, attack_steps=1, attack_step_size=step_size, precision="float32"
     )
-    grey = torch.full((20, 3, 8, 8), 128, dtype=torch.uint8)
-    watch = make_watch(options, data.Dataset("grey", grey, torch.zeros(20).long(), "ab"))
+    watch = make_watch(options, torch.full((20, 3, 8, 8), 128 / 255), torch.zeros(20).long())
     if noticed:
         with pytest.raises(cli.Diverged, match="catastrophic overfitting: accuracy 1.000 under"):
             watch(Rippled(0.1))
@@ -197,14 +213,14 @@ def test_a_run_that_overfits_continues_from_its_last_checkpoint(monkeypatch, tmp
     """Called after every epoch, on images that are not trained on."""
     seen = []
 
-    def make_watch(opt, held_out):
+    def make_watch(opt, x, y):
         def watch(model):
             seen.append(model.training)
             if len(seen) == 2:
                 raise cli.Diverged("catastrophic overfitting")
             return {"pgd10_accuracy": len(seen)}
 
-        assert len(held_out) == 143
+        assert len(x) == len(y) == 143
         return watch
 
     monkeypatch.setattr(train_sup, "make_watch", make_watch)
@@ -248,3 +264,28 @@ def test_n_fgsm_trains_on_images_outside_of_the_ball(attack, least, most, monkey
     batch_loss = train_sup.make_batch_loss(options, train_set)
     batch_loss(model, torch.arange(8), centre, generator)
     assert (seen[0] > least).all() and (seen[0] <= most + 1e-5).all()
+
+
+@pytest.mark.parametrize("loss, steps, size, watched", [
+    ("at", 1, 0.5, 1), ("mle", 1, 0.5, 1), ("st", 1, 0.5, 0), ("at", 1, 0.4, 0), ("at", 2, 0.5, 0),
+])  # fmt: skip
+def test_single_steps_of_the_radius_are_watched(loss, steps, size, watched, monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(train_sup, "make_watch", lambda opt, x, y: made.append(len(x)))
+    monkeypatch.setattr(train_sup, "Trainer", mock.Mock())
+    options = dict(dataset="digits", arch="resnet18", width=8, seed_rank=4, out=str(tmp_path))
+    options |= dict(loss=loss, attack_steps=steps, attack_step_size=size)
+    train_sup.train(train_sup.Options(**options))
+    assert made == [143] * watched
+
+
+def test_a_single_step_on_an_encoder_is_watched(tmp_path):
+    options = dict(dataset="digits", width=8, epochs=1, n_eval=10, seed_rank=4, out=str(tmp_path))
+    with mock.patch.object(train_unsup, "make_watch", wraps=make_watch) as made:
+        train_unsup.train(train_unsup.Options(**options, attack="fgsm", batch_size=640))
+        train_unsup.train(train_unsup.Options(**options, loss="st", batch_size=640))
+    (call,) = made.call_args_list
+    _, x, x_plus = call.args
+    assert x.shape == x_plus.shape == (143, 1, 8, 8) and not x.equal(x_plus)
+    previous = json.loads((tmp_path / "previous-1/log.jsonl").read_text())
+    assert 0 <= previous["pgd10_accuracy"] <= previous["single_step_accuracy"] + 0.2

@@ -1016,3 +1016,12 @@ def test_links_folders_and_pipes_are_never_replaced_by_a_file(tmp_path, model):
             cem.save(tmp_path / name, model)
     assert sorted(tmp_path.iterdir()) == before and (tmp_path / "link").is_symlink()
     assert (tmp_path / "target").read_text() == "mine"
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_noise_does_not_lead_out_of_the_ball(norm):
+    x = torch.full((200, 4), 0.5)
+    options = dict(steps=3, step_size=0.1, norm=norm, noise=1.0, eps=0.1)
+    delta = cem.ascend(lambda z: z.sum(1), x, **options) - x
+    size = delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)
+    assert size.max() <= 0.1 * (1 + 1e-5)

@@ -14,7 +14,7 @@ from conftest import files
 from PIL import Image
 
 import cem
-from lib import augment, cli, data
+from lib import augment, cli, data, pictures
 
 
 def write_folder(root, size=10, per_class=3, mode="RGB"):
@@ -288,3 +288,34 @@ def test_a_second_download_into_one_folder_is_refused_and_an_existing_dataset_is
     assert data.load("cifar10", "train", str(root)).images.shape == (20, 3, 32, 32)
     assert data.load("cifar10", "test", str(root)).labels.tolist() == [*range(10)] * 2
     assert calls == [False, False, True, False]
+
+
+def test_cifar_images_are_upright_and_may_be_mirrored(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    raw = SimpleNamespace(data=pixels, targets=[0, 1, 2, 3], classes=list("abcd"))
+    monkeypatch.setattr("lib.data.datasets.CIFAR10", lambda *_, **__: raw)
+    train = data.load("cifar10", "train", str(tmp_path))
+    assert np.array_equal(train.images.permute(0, 2, 3, 1).numpy(), pixels) and train.flip
+
+
+def test_normalisation_is_the_mean_and_deviation_of_each_channel():
+    images = torch.randint(0, 256, (50, 3, 8, 8), dtype=torch.uint8)
+    images[:, 1] //= 4
+    images[:, 2] = 51  # a constant channel
+    found = data.Dataset("set", images, torch.zeros(50).long(), ["a"]).normalisation()
+    pixels = images.double().transpose(0, 1).flatten(1) / 255
+    close = dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["mean"].double(), pixels.mean(1), **close)
+    torch.testing.assert_close(found["std"].double(), pixels.std(1).clamp_min(0.01), **close)
+
+
+def test_images_of_a_folder_count_once_and_are_shuffled(tmp_path):
+    """sample.py --png writes them into the folder, and again into subfolders."""
+    levels = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(-1, 1, 8, 8)
+    pictures.write_files(tmp_path / "p", levels, torch.arange(20) // 10, ["a", "b"])
+    for remove in (False, True):
+        if remove:
+            for path in (tmp_path / "p").glob("*.png"):
+                path.unlink()
+        found = data.read_samples(tmp_path / "p")[0][:, 0, 0, 0].tolist()
+        assert sorted(found) == [*range(20)] != found

@@ -17,6 +17,7 @@ from test_dual import assert_two_processes_train_as_one_does, train, untrained
 from test_survival import assert_same_run
 
 import cem
+import sample
 import train_sup
 import train_unsup
 from lib import augment, data, distributed, sampling, schema
@@ -169,9 +170,8 @@ def test_a_second_stage_logs_its_curriculum_and_stores_what_samplers_need(unsup_
     torch.testing.assert_close(model.energy[0].running_var, h.var(0), rtol=1e-2, atol=1e-3)
     assert model.energy[1].weight.any()
     bank = model.extra["bank"]
-    index = train_set.evenly_spaced(360)
-    assert torch.equal(bank["labels"], train_set.labels[index])
-    z = model(train_set.pixels(index))
+    assert torch.equal(bank["labels"], train_set.labels)
+    z = model(train_set.pixels())
     torch.testing.assert_close(bank["embeddings"].float(), z, rtol=0, atol=2e-3)
     assert len(model.extra["clusters"]["shares"]) == 5
     steps = model.extra["training"]["chains"]["chains.length"].item() + 4
@@ -278,7 +278,7 @@ def test_a_signal_during_the_last_measurement_is_heeded_and_costs_no_bank(tmp_pa
     with mock.patch.object(train_unsup, "measure", measure):
         done = script("train_unsup.py", *SMALL, "--width", 8, cwd=tmp_path)
     assert done.returncode == 143 and "finished before it stopped by SIGTERM" in done.stdout
-    assert len(schema.load(tmp_path / CKPT).extra["bank"]["labels"]) == 360
+    assert len(schema.load(tmp_path / CKPT).extra["bank"]["labels"]) == 1437
 
 
 def test_a_restart_from_the_first_step_has_no_bank(tmp_path):
@@ -331,9 +331,9 @@ def test_a_run_without_clusters_cannot_be_resumed(dual_run, tmp_path):
     "name, change",
     [
         ("bank", {"embeddings": torch.zeros(3, 5)}),
-        ("bank", {"embeddings": torch.full((360, 128), torch.nan)}),
-        ("bank", {"labels": torch.full((360,), 10)}),
-        ("bank", {"labels": torch.zeros(360)}),
+        ("bank", {"embeddings": torch.full((1437, 128), torch.nan)}),
+        ("bank", {"labels": torch.full((1437,), 10)}),
+        ("bank", {"labels": torch.zeros(1437)}),
         ("bank", {"labels": None}),
         ("bank", {"labels": torch.tensor(3)}),
         ("clusters", {"shares": torch.ones(5)}),
@@ -385,7 +385,7 @@ def test_a_step_of_dat_attacks_its_first_images(kind, batch):
     assert (moved > 0.1).all() and (moved <= 0.5 + 1e-5).all()
     if kind == "sup":  # chains of a class start at seeds of that class
         drawn = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(starts[0], (drawn[:, 0] * 5).long())
+        assert torch.equal(starts[0], train_set.labels.sort().values[(drawn[:, 0] * 6).long()])
 
 
 def test_unconditional_images_of_a_second_stage_start_from_its_clusters(dual_run):
@@ -411,13 +411,47 @@ def test_the_bank_is_of_the_checkpoints_weights(tmp_path):
 
     @torch.no_grad()
     def save(path, model, **extra):
-        z = model(train_set.pixels(train_set.evenly_spaced(360)))
+        z = model(train_set.pixels())
         saved.append(extra.get("bank") and (extra["bank"]["embeddings"] - z).abs().max().item())
 
     with mock.patch.object(cem, "save", save):
         train(*options, cwd=tmp_path, name="train_unsup.py")
     assert saved[0] is None and len(saved) == 4
     assert all(difference < 1e-3 for difference in saved[1:])
+    lines = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert ["knn_accuracy" in line for line in lines] == [False, True, True]
+
+
+def test_a_dataset_replaces_a_missing_bank(unsup_run, tmp_path):
+    cem.save(tmp_path / "bare.pt", cem.load(unsup_run / CKPT))
+    draw = ["--sampler", "marginal", "--n", 20, "--start", "noise", "--precision", "float32"]
+    found, _ = drawn_images(tmp_path, "--ckpt", "bare.pt", "--dataset", "digits", *draw)
+    expected, _ = drawn_images(unsup_run, "--ckpt", CKPT, *draw)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_the_bank_is_evenly_spaced(monkeypatch):
+    monkeypatch.setattr(sampling, "BANK", 40)
+    train_set = data.load("digits", "train")
+    encoder = perturb(cem.NonParametricCEM("resnet18", embed_dim=6, width=8, in_channels=1)).eval()
+    bank = sampling.make_bank(encoder, train_set, sample.Options(precision="float32"))
+    index = torch.arange(40) * 1437 // 40
+    assert torch.equal(bank["labels"], train_set.labels[index])
+    z = encoder(train_set.pixels(index))
+    torch.testing.assert_close(bank["embeddings"].float(), z, rtol=0, atol=2e-3)
+
+
+def test_the_second_stage_keeps_the_settings_of_the_firsts_samplers(unsup_run, tmp_path):
+    model = cem.load(unsup_run / CKPT)
+    tuned = {"maxent": dict(steps=12, step_size=0.3, noise=0.0, norm="l2")}
+    tuned["marginal"] = tuned["maxent"]
+    cem.save(tmp_path / "first.pt", model, **model.extra | {"settings": tuned})
+    options = [*DAT, "--init", "first.pt", "--max-minutes", 1e-9]
+    for resume in ([], ["--resume"]):
+        train(*options, *resume, cwd=tmp_path, name="train_unsup.py")
+        (tmp_path / "first.pt").unlink(missing_ok=True)  # a resumed run does not need it
+        found = cem.load(tmp_path / CKPT).extra["settings"]
+        assert found["maxent"] == tuned["maxent"] and found["marginal"] != tuned["marginal"]
 
 
 def test_neighbour_of_a_class_starts_at_noise(dual_run, tmp_path):

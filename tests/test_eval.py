@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -505,7 +507,7 @@ def pytorch_fid_features(inception):
 @pytest.mark.slow
 def test_inception_matches_pytorch_fid(inception, pytorch_fid_features):
     """Features, scores and warnings."""
-    _, a, b = pytorch_fid_features
+    a, b = (features[data.shuffled(len(features))] for features in pytorch_fid_features[1:])
     options = ["--weights", "weights.pth", "--batch-size", 30]
     done = evaluate(inception, "--samples", "a", "--ref", "b", *options)
     (row,) = read_rows(done, inception / "metrics.json")
@@ -876,3 +878,50 @@ def test_an_encoder_gives_distances_but_no_inception_score(unsup_run, tmp_path):
     (row,) = read_rows(done, tmp_path / "metrics.json")
     assert {"E-FD", "E-KD", "precision"} <= row.keys()
     assert not {"C-IS", "C-FD", "wanted", ""} & row.keys()
+
+
+# ---------------------------------------------------------------------------------------- options
+
+
+def test_without_samples_the_newest_set_is_scored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(cem.CEMError, match="no samples in runs/"):
+        eval_is_fid.load_samples(eval_is_fid.Options())
+    for age, run in enumerate(("new", "old")):  # by name, "old" is the last
+        path = tmp_path / f"runs/{run}/samples-rcs.npz"
+        path.parent.mkdir(parents=True)
+        np.savez(path, arr_0=noise_images())
+        os.utime(path, (1e9 - age, 1e9 - age))
+    ((path, _, _),) = eval_is_fid.load_samples(eval_is_fid.Options())
+    assert path == Path("runs/new/samples-rcs.npz")
+
+
+def test_splits_reach_the_inception_score(digits_run):
+    network = metrics.Checkpoint(str(digits_run / CKPT), torch.device("cpu"))
+    images = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)
+    blocks, logits = metrics.extract(network, images, 30, "noise")
+    opt, against = eval_is_fid.Options(splits=3), Reference.from_blocks(blocks)
+    row = eval_is_fid.judge(network, images, torch.full((30,), -1), against, opt, "noise")
+    expected = metrics.inception_score(logits, 3)
+    assert (row["C-IS"], row["C-IS std"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "labels, warned", [([1, 1, 0, 0], 1), ([0, 1, 0, 1], 0), ([2, 2, 2, 2], 0)]
+)
+def test_classes_one_after_another_are_warned_of(labels, warned, capsys):
+    network = SimpleNamespace(names=("IS", "FID", "KID"))
+    eval_is_fid.warn_if_sorted("a.npz", torch.tensor(labels), network, eval_is_fid.Options())
+    assert capsys.readouterr().err.count("warning: a.npz is sorted by class") == warned
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--samplers", "cs,maxent"], "maxent"),
+        (["--samplers", "seeds"], "seeds"),
+        (["--samplers", "maxent,cs"], "cs"),
+    ],
+)
+def test_sweep_tunes_samplers_of_one_kind(options, message, tmp_path):
+    assert_refused(script("results/sweep.py", *options, cwd=tmp_path), message)

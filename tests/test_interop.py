@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 import cem
-from lib import interop, pictures
+from lib import data, interop, pictures
 
 MEAN, STD = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.20, 0.21, 0.22])
 # the same float32 operations in the same order, by kernels for different memory formats
@@ -326,7 +326,8 @@ def test_sampling_from_a_third_party_checkpoint(third_party):
     assert "warning" in done.stderr
     record = json.loads((third_party / "f/samples-rcs.json").read_text())
     assert record["dataset"] == "digits" and len(record["classes"]) == 10
-    assert record["mean"] and record["std"]
+    for name, value in data.load("digits", "train").normalisation().items():
+        assert record[name] == pytest.approx(value.tolist())
     with np.load(third_party / "f/samples-rcs.npz") as arrays:
         images, labels = arrays["arr_0"], arrays["arr_1"]
     for i, (image, label) in enumerate(zip(images, labels)):
@@ -422,3 +423,11 @@ def test_third_party_weights_that_are_not_finite_are_refused(third_party):
     torch.save(content, third_party / "f.pt")
     with pytest.raises(cem.CEMError, match="f.pt: its weights are not finite"):
         interop.load(third_party / "f.pt")
+
+
+def test_of_several_networks_the_named_one_is_read(tmp_path):
+    state = plain_state()
+    average = {key: value + 1 for key, value in state.items()}
+    torch.save({"ema": average, "model": state}, tmp_path / "f.pt")
+    model = interop.load(tmp_path / "f.pt")
+    assert torch.equal(model.net.conv1.weight, state["conv1.weight"])

@@ -411,3 +411,18 @@ def test_stand_in_weights_give_figures_of_their_own_name(folder, inception_weigh
     found = json.loads((folder / OUT / "table.json").read_text())["rows"]["sup-cs"]
     assert found["inception"] == key and math.isfinite(found["FID"] + found["IS"])
     assert row.startswith(f"`sup-cs` | {found['IS']:.2f} ± ")
+
+
+def test_precision_stays_the_judges(tmp_path):
+    def run(out, script, *words):
+        by = "FID" if "inception" in words else "C-FD"
+        row = {by: 3.0, "precision": {"FID": 0.9, "C-FD": 0.5}[by]}
+        out.write_text(json.dumps({"network": "n", "rows": [row]}))
+
+    job = SimpleNamespace(
+        draw=lambda row: Path("s.npz"), train=lambda model: Path("j.pt"), folder=tmp_path,
+        data=["--dataset", "digits"], inception=True, opt=SimpleNamespace(weights=""),
+        parts=SimpleNamespace(run=run),
+    )  # fmt: skip
+    (row,) = reproduce.Reproduction.scores(job, ["sup-cs"]).values()
+    assert row["precision"] == 0.5 and {"FID", "C-FD"} <= row.keys()

@@ -216,15 +216,18 @@ def test_dual_trains_each_variant_and_judges_four_samplers(digits_run, tmp_path)
     assert json.loads((tmp_path / "results/dual-digits.json").read_text())["rows"] == rows
 
 
-def test_finetune_trains_twice_with_each_share_of_the_labels(unsup_run, tmp_path):
+def test_finetune_trains_twice_with_each_share_of_the_labels(unsup_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(robustness, "autoattack", lambda model, x, y, opt: y < 3)
     options = ["--encoder", unsup_run / "runs/unsup/ckpt.pt", "--shares", 0.1, 0.5]
-    options += ["--epochs", 2, 1, "--options", "--width 8 --loss st", "--evaluation", "--n 20"]
+    options += ["--epochs", 2, 1, "--options", "--width 8 --loss st"]
+    options += ["--evaluation", "--n 20 --attacks pgd-20 autoattack"]
     done = script("results/finetune.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "| from the encoder |" in done.stdout
+    assert "| from the encoder |" in done.stdout and "| 10 %, AutoAttack |" in done.stdout
     record = json.loads((tmp_path / "results/finetune-digits.json").read_text())
     found = [(row["start"], row["share"]) for row in record["rows"]]
     assert found == [(s, x) for x in (0.1, 0.5) for s in ("nothing", "encoder")]
+    assert all(row["autoattack"] <= 0.3 for row in record["rows"])
     assert len({(row["clean_accuracy"], row["pgd-20"]) for row in record["rows"]}) > 1
     made = []
     for path in (tmp_path / "runs/finetune").glob("*/options.json"):

@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import pickle
@@ -174,6 +175,7 @@ def test_a_training_step_pads_and_samples_as_its_loss_needs(name, padding):
     climbed = {"at": ["ce"], "jem": ["langevin"], "jeat": ["joint", "langevin"]}[name]
     assert [call.args[0] for call in potential.call_args_list] == climbed
     assert crop.call_args.kwargs["padding"] == padding
+    assert crop.call_args.kwargs["flip"] is False  # of digits
     _, _, x, _, x_adv, weight, x_s = loss.call_args.args
     assert weight == 0.1
     if buffer is None:
@@ -335,17 +337,16 @@ def test_a_diverged_run_stops_with_its_last_good_checkpoint(tmp_path):
     assert done.stderr.count("of the learning rate") == 2  # no rate keeps a gap below 1e-6
 
 
-def fit(folder, model, batch_loss, bounds=None, **changes):
+def fit(folder, model, batch_loss, shuffle=None, **changes):
     """Train with batches of 2 of 40 images for the given loss."""
     opt = options.TrainOptions(out=str(folder), batch_size=2, ema=0.0, weight_decay=0.0, **changes)
     trainer = loop.Trainer(
         opt,
         model,
         40,
-        shuffle=lambda epoch: (torch.arange(40), torch.zeros(40, 1)),
+        shuffle=shuffle or (lambda epoch: (torch.arange(40), torch.zeros(40, 1))),
         batch_loss=batch_loss,
         measure=lambda model, epoch: {},
-        bounds=bounds,
     )
     return trainer.fit()
 
@@ -357,14 +358,15 @@ def descend(folder, **changes):
     model.net.fc.bias.data.fill_(1.0)
 
     def batch_loss(model, index, draws, generator):
-        return 0.5 * model.net.fc.bias.square().sum(), {}
+        loss = 0.5 * model.net.fc.bias.square().sum()
+        return loss, {"energy_gap": loss}
 
     options = dict(epochs=4, schedule="onecycle", lr=16.0, **changes)
-    return fit(folder, model, batch_loss, bounds={"loss": 100.0}, **options)
+    return fit(folder, model, batch_loss, **options)
 
 
 def test_restart_halves_the_rate_until_the_run_converges(tmp_path, capsys):
-    with pytest.raises(cli.Diverged, match=r"loss is .* at step \d+; its state is in"):
+    with pytest.raises(cli.Diverged, match=r"energy gap is .* at step \d+; its state is in"):
         descend(tmp_path / "stop")
     model = descend(tmp_path / "restart", on_diverge="restart")
     assert model.net.fc.bias.abs().max() < 0.5
@@ -373,6 +375,41 @@ def test_restart_halves_the_rate_until_the_run_converges(tmp_path, capsys):
     assert 2 <= training["restarts"] <= 5
     assert "continuing from there at 0.5 of the learning rate" in capsys.readouterr().err
     assert [line["epoch"] for line in read_log(tmp_path / "restart")] == [1, 2, 3, 4]
+
+
+def test_epochs_have_their_own_order_and_are_logged_as_means(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    epochs, count = [], itertools.count()
+
+    def batch_loss(model, *_):
+        return 0 * model.net.fc.bias.sum(), {"count": torch.tensor(float(next(count)))}
+
+    def shuffle(epoch):
+        epochs.append(epoch)
+        return torch.arange(40), torch.zeros(40, 1)
+
+    model = cem.ParametricCEM("resnet18", 2, width=4)
+    fit(tmp_path, model, batch_loss, shuffle=shuffle, epochs=2)
+    assert epochs == [0, 1]
+    assert [line["count"] for line in read_log(tmp_path)] == [9.5, 29.5]
+    board = events.EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("step/count")] == list(
+        zip(range(1, 41), range(40))
+    )
+    assert [(e.step, e.value) for e in board.Scalars("count")] == [(20, 9.5), (40, 29.5)]
+
+
+@pytest.mark.parametrize("start", ["gaussian", "noise"])
+def test_the_replay_buffer_has_the_options(start, tmp_path):
+    options = "--dataset digits --width 8 --loss jem --seed-rank 4 --max-minutes 1e-9".split()
+    options += ["--buffer", 300, "--reinit", 0.3, "--reinit-from", start]
+    with spy(train_sup, "ReplayBuffer") as made:
+        assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    size, _, reinit, _ = made.call_args.args
+    assert (size, reinit) == (300, 0.3)
+    chains = cem.load(tmp_path / "runs/sup/ckpt.pt").extra["training"]["chains"]["images"]
+    black = chains[..., 0].float().mean() < 0.1  # as is the first column of digits
+    assert black == (start == "gaussian")
 
 
 def test_a_gradient_that_is_not_finite_is_reported_with_its_step(tmp_path):
@@ -515,6 +552,7 @@ def test_a_restart_draws_anew_and_a_second_one_steps_back(tmp_path, capsys, monk
     found = re.findall(r"ckpt.pt is from step (\d+): continuing from there at (\S+)", shown)
     assert found == [("40", "0.5"), ("20", "0.25")]
     assert drawn[40] != drawn[60]  # both are step 41
+    assert len(set(drawn[:40])) == 40  # every step has its own
     options = dict(on_diverge="restart", lr=1e-3, resume=True)
     fit(tmp_path, cem.ParametricCEM("resnet18", 2, width=4), batch_loss, epochs=5, **options)
     assert cem.load(tmp_path / "ckpt.pt").extra["training"]["restarts"] == 2
@@ -1027,3 +1065,40 @@ def test_evaluation_names_a_size_that_contradicts_the_checkpoint(digits_run, tmp
     done = script("eval_robust.py", *options, cwd=tmp_path)  # the checkpoint's size
     assert done.returncode == 0, done.stderr
     assert "resized and cropped to 8x8" in done.stdout
+
+
+class AlwaysFirst(nn.Module):
+    def forward(self, x):
+        total = x.sum((1, 2, 3))
+        return torch.stack([total + 1, 0 * total], 1)
+
+
+def test_n_images_are_evenly_spaced():
+    """Folders are sorted by class."""
+    images, labels = torch.zeros(8, 1, 8, 8, dtype=torch.uint8), torch.arange(8) // 4
+    by_class = data.Dataset("sorted", images, labels, ["a", "b"])
+    found = robustness.accuracy(AlwaysFirst(), by_class, ["pgd-10"], settings(eps=0.0), 4)
+    assert found["clean_accuracy"] == 0.5
+
+
+def test_the_calibration_error_is_of_the_measured_images(digits_run):
+    model, test_set = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
+    opt = eval_robust.Options(n=36, attacks=["pgd-10"], eps=0.0)
+    found = eval_robust.evaluate_classifier("x.pt", model, None, test_set, opt)
+    index = 10 * torch.arange(36)
+    logits = model(test_set.pixels(index)).detach()
+    expected = robustness.calibration_error(logits, test_set.labels[index])
+    assert found["calibration_error"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_certainty_beyond_float32_still_separates(digits_run):
+    """max p(y | x) of both sets rounds to 1."""
+    test_set = data.load("digits", "test")
+
+    def network(x):
+        return torch.stack([30 + x.mean((1, 2, 3)), 0 * x.mean((1, 2, 3))], 1)
+
+    logits = network(test_set.pixels())
+    darker = data.Dataset("dark", test_set.images // 4, test_set.labels, test_set.classes)
+    found = robustness.ood_scores(network, logits, darker, settings(n=0))
+    assert found["max_p_y_x"] == found["log_p_x"] > 0.9

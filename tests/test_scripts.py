@@ -555,6 +555,7 @@ def test_only_training_lets_cudnn_choose_kernels_by_speed(digits_run, tmp_path, 
     measure, while_measuring = robustness.accuracy, []
 
     def measured(*args):
+        assert len(args[1]) == 360  # the test set
         while_measuring.append(torch.backends.cudnn.benchmark)
         return measure(*args)
 
@@ -738,7 +739,8 @@ def test_progress_without_a_terminal_is_a_line_every_so_often():
             list(bar)
     lines = stderr.getvalue().splitlines()
     assert "\r" not in stderr.getvalue() and 5 < len(lines) < 60
-    assert all(line.startswith("name: ") and "it/s" in line or "s/it" in line for line in lines)
+    assert all(line.startswith("name: ") for line in lines)
+    assert all("it/s" in line or "s/it" in line for line in lines)
 
 
 def test_pictures_that_are_not_finite_are_an_error(digits_run, tmp_path):
@@ -774,3 +776,25 @@ def test_warnings_of_libraries_are_shown_on_request_only(options, shown, monkeyp
         warnings.simplefilter("always")
         cli.run(lambda: warnings.warn("deprecated", stacklevel=1))
     assert bool(seen) == shown
+
+
+@pytest.mark.parametrize("module", [train_sup, train_unsup])
+def test_order_augmentation_and_weights_depend_on_seed_and_epoch(module, tmp_path):
+    options = dict(dataset="digits", arch="resnet18", width=8, seed_rank=1, out=str(tmp_path))
+    orders, draws, weights = [], [], []
+    for seed in (0, 1):
+        with mock.patch.object(module, "Trainer") as trainer:
+            module.train(module.Options(**options, seed=seed))
+        weights.append(trainer.call_args.args[1].net.conv1.weight)
+        for epoch in (0, 1):
+            order, drawn = trainer.call_args.kwargs["shuffle"](epoch)
+            orders.append(order)
+            draws.append(drawn)
+    for found in (orders, draws, weights):
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(found, 2))
+
+
+def test_sets_of_other_seeds_share_no_image(unsup_run):
+    draw = ["--ckpt", "runs/unsup/ckpt.pt", "--sampler", "seeds", "--n", 20, "--seed"]
+    one, other = (drawn_images(unsup_run, *draw, s)[0].reshape(20, -1) for s in (0, 1))
+    assert not (one[:, None] == other[None]).all(2).any()

@@ -126,3 +126,12 @@ def test_a_folder_that_its_holder_removed_counts_as_locked(tmp_path, monkeypatch
     monkeypatch.setattr(outputs.fcntl, "flock", lambda *_: parts.rmdir())
     with pytest.raises(cem.CEMError, match="busy"), cli.AT_END:
         outputs.lock(parts, "busy")
+
+
+def test_a_set_of_other_weights_gets_a_number(digits_run, tmp_path):
+    model = cem.load(digits_run / CKPT)
+    for name in ("samples-rcs", "samples-rcs-1"):
+        cem.save(tmp_path / "c.pt", model, **model.extra)
+        draw = ["--ckpt", "c.pt", "--n", 10, "--steps", 1, "--out", "o"]
+        assert f"wrote o/{name}.npz" in script("sample.py", *draw, cwd=tmp_path).stdout
+        model.net.fc.bias.data += 1

@@ -4,6 +4,7 @@ augmentation, against torchvision; train_unsup.py and the samplers of an encoder
 import json
 import math
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -483,3 +484,28 @@ def test_the_two_commands_of_the_paper(tmp_path, monkeypatch):
         options = ["--ckpt", "tuned.pt", "--sampler", "maxent", *more]
         done = script("sample.py", *options, "--out", f"out{steps}", cwd=tmp_path)
         assert f"settings of the checkpoint: --steps {steps} --step-size 0.5" in done.stdout
+
+
+def test_views_have_the_crop_of_the_options_and_the_flip_of_the_dataset():
+    x, u = torch.rand(6, 1, 8, 8), torch.rand(6, train_unsup.VIEWS)
+    upright = data.Dataset("set", x, torch.zeros(6).long(), ["a"], flip=False)
+    views = train_unsup.two_views(x, u, upright, train_unsup.Options(min_crop=0.6))
+    for view, draws in zip(views, u.chunk(2, 1)):
+        assert torch.equal(view, augment.simclr(x, draws, scale=(0.6, 1.0), flip=False))
+
+
+def test_the_checkpoint_has_the_temperature_of_the_options(tmp_path):
+    options = "--dataset digits --width 8 --seed-rank 4 --max-minutes 1e-9 --temperature 0.2"
+    assert script("train_unsup.py", *options.split(), cwd=tmp_path).returncode == 0
+    assert cem.load(tmp_path / CKPT).temperature == 0.2
+
+
+def test_the_log_classifies_test_images_by_training_images():
+    train_set, test_set = (data.load("digits", split) for split in ("train", "test"))
+    model = cem.NonParametricCEM("resnet18", embed_dim=6, width=8, in_channels=1)
+    opt = train_unsup.Options(n_eval=4, precision="float32")
+    with mock.patch.object(robustness, "knn_accuracy", return_value=0.5) as knn:
+        train_unsup.measure(model, train_set, test_set, opt)
+    _, labels, _, y = knn.call_args.args
+    assert torch.equal(labels, train_set.labels[train_set.evenly_spaced(40)])
+    assert torch.equal(y, test_set.labels[test_set.evenly_spaced(4)])
