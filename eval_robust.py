@@ -75,12 +75,12 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     given = (None, None) if of_transfer else (opt.mean or None, opt.std or None)
     model = interop.load(path, device, *given)
     own = model.extra.get("dataset", "")
-    bank = own in data.NAMES or (own != "" and Path(own).is_dir())
-    if not opt.dataset and not bank:
+    available = own in data.NAMES or (own != "" and Path(own).is_dir())
+    if not opt.dataset and not available:
         of_cifar10 = own == "" or path.resolve().parent == cli.SHIPPED
         cli.require(of_cifar10, f"the dataset of {path}, {own}, is not available: pass --dataset")
         print(f"measuring on cifar10: its own dataset ({own or 'unknown'}) is not available")
-    opt.dataset = opt.dataset or (own if bank else "cifar10")
+    opt.dataset = opt.dataset or (own if available else "cifar10")
     shape = model.extra.get("image_shape")
     if shape and opt.dataset not in data.NAMES and not opt.image_size:
         opt.image_size = shape[1]

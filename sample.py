@@ -81,7 +81,9 @@ class Options:
         "checkpoint", metavar="PATH",
     )  # fmt: skip
     dataset: str = option(
-        "", f"for a checkpoint without seeds, to fit them to: {data.HELP}", "checkpoint"
+        "",
+        f"for a checkpoint without seeds, to fit them (and a bank) to: {data.HELP}",
+        "checkpoint",
     )
     data_dir: str = option("data", data.DIR_HELP, "checkpoint", metavar="PATH")
     image_size: int = option(0, data.IMAGE_SIZE, "checkpoint", least=0)

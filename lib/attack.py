@@ -22,7 +22,7 @@ def hold_out(opt, train_set: data.Dataset) -> tuple[data.Dataset | None, data.Da
     single = attack["steps"] == 1 and attack["step_size"] >= opt.eps
     if opt.loss in ("st", "jem") or not single:
         return None, train_set
-    return train_set.hold_out(min(256, max(len(train_set) // 10, 1)))
+    return train_set.hold_out(min(256, max(len(train_set) // 10, 2)))
 
 
 class AttackCopy:
@@ -107,8 +107,8 @@ def make_watch(opt, x: Tensor, target: Tensor):
                 if classifier:
                     correct = network(x_adv).argmax(1) == target
                 else:
-                    closest = (network(x_adv) @ network(target).T).argmax(1)
-                    correct = closest == torch.arange(len(x), device=x.device)
+                    found_in = cem.similarity(network(x_adv), network(target), 1).argmax(1)
+                    correct = found_in == torch.arange(len(x), device=x.device)
                 found.append(correct.float().mean())
         single, several = found = distributed.mean(torch.stack(found)).tolist()
         if single > 0.3 and several < single / 2:

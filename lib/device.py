@@ -21,9 +21,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if distributed.world_size() > 1:
         own = f"under torchrun, each process has its own GPU: --device cuda or cpu, not {name}"
-        cem.require(
-            not name.startswith(("cuda:", "mps")), own
-        )  # gloo has no MPS; torchrun numbers the GPUs
+        # gloo has no MPS; torchrun numbers the GPUs
+        cem.require(not name.startswith(("cuda:", "mps")), own)
         name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
     try:
         device = torch.device(name)

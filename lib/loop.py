@@ -52,8 +52,8 @@ class Trainer:
     batch_loss(model, index, draws, generator) -> mean loss and {name: metric} over this
         process's part of a batch; draws are its images' rows
     measure(model, epoch) -> {name: value}, measurements for the log after epoch 1, 2, ...
-    watch(model) -> {name: value}, every 200 steps and at the end of an epoch or of the call; may
-        raise Diverged
+    watch(model) -> {name: value}, every 200 steps, at the end of an epoch and after --max-minutes;
+        may raise Diverged
     chains: a module with further state: chains, and the first stage's network (lib/chains.py)
     info: what the checkpoint stores about the dataset, which stays the same
     extra(model) -> what else it stores
@@ -154,7 +154,7 @@ class Trainer:
                 means = {k: v / (done + count) for k, v in self.progress["sums"].items()}
                 shown = [f"{k} {v:.3f}" for k, v in means.items()]
                 bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]), refresh=False)
-            if epoch_ends or stop or self.step % WATCH_EVERY == 0:
+            if epoch_ends or self.step % WATCH_EVERY == 0 or (stop and not self.stop.signal):
                 means |= self.watched()
             if stop:
                 break

@@ -41,7 +41,8 @@ class Muon(torch.optim.Optimizer):
             alike = {}  # kernels of one shape move together, which takes fewer operator calls
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault(p.flatten(1).shape if p.dim() == 4 else None, []).append(p)
+                    shape = (len(p), p.numel() // len(p)) if p.dim() == 4 else None
+                    alike.setdefault(shape, []).append(p)
             for shape, params in alike.items():
                 self.update(params, shape, group["lr"], group["momentum"], group["weight_decay"])
 

@@ -49,7 +49,7 @@ class TrainOptions:
     )
     weight_decay: float = option(5e-4, "weight decay", "optimisation", least=0)
     ema: float = option(
-        0.999, "decay of the average of weights, the model; 0: none", "optimisation",
+        0.999, "EMA decay; the average is the model; 0: no EMA", "optimisation",
         least=0, below=1,
     )  # fmt: skip
     clip: float = option(0.0, "largest gradient norm; 0: no clipping", "optimisation", least=0)

@@ -50,14 +50,15 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
 
 def needs_bank(model: torch.nn.Module, sampler: str) -> bool:
     learned = sampler in cem.MARGINAL and hasattr(model, "energy")
-    return sampler in ("neighbour", *cem.MARGINAL) and not learned
+    without = learned or sampler in ("pgd", *cem.WITHOUT_Y)
+    return sampler in cem.NON_PARAMETRIC_SAMPLERS and not without
 
 
 def make_bank(encoder: torch.nn.Module, dataset: data.Dataset, opt) -> dict[str, Tensor]:
     """Embeddings of evenly spaced training images, and their labels."""
     index = dataset.evenly_spaced(BANK)
     z = robustness.outputs(cem.folded(encoder), dataset, index, opt)
-    return {"embeddings": z.half(), "labels": dataset.labels[index]}
+    return {"embeddings": z.half().cpu(), "labels": dataset.labels[index].cpu()}
 
 
 def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, random: list):

@@ -86,6 +86,25 @@ def test_a_speedrun_of_fewer_images_than_a_batch_learns_too():
     assert not one.net.fc.bias.equal(two.net.fc.bias)
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_speedrun_compiles_network_and_attack(wanted, monkeypatch):
+    compiled = []
+
+    class Copy(speedrun.AttackCopy):
+        def __init__(self, precision, wanted):
+            compiled.append(wanted)
+            super().__init__(precision, False)
+
+    monkeypatch.setattr(speedrun, "AttackCopy", Copy)
+    monkeypatch.setattr(
+        speedrun, "compile_network", lambda network, device: compiled.append(network)
+    )
+    few = data.load("digits", "train").subset(torch.arange(20))
+    recipe = dataclasses.replace(speedrun.TRACKS["sprint"], width=8, epochs=1)
+    speedrun.train(recipe, few, 0, "float32", wanted)
+    assert compiled[0] == wanted and len(compiled) == 1 + wanted
+
+
 def test_the_table_of_a_speedrun_ends_with_mean_and_deviation():
     rows = [{"run": 0, "seconds": 10.0, "clean": 0.8, "PGD-20": 0.6}]
     rows.append({"run": 1, "seconds": 14.0, "clean": 0.9, "PGD-20": 0.5})

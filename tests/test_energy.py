@@ -430,6 +430,13 @@ def test_a_dataset_replaces_a_missing_bank(unsup_run, tmp_path):
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
+def test_a_sampler_of_ones_own_gets_the_bank(dual_run, monkeypatch):
+    monkeypatch.setitem(cem.NON_PARAMETRIC_SAMPLERS, "own", None)
+    model = cem.load(dual_run / CKPT)
+    y = sampling.potential_y(model, "own", torch.rand(2, 1, 8, 8), None, [])
+    assert torch.equal(y, model.extra["bank"]["embeddings"].float())
+
+
 def test_the_bank_is_evenly_spaced(monkeypatch):
     monkeypatch.setattr(sampling, "BANK", 40)
     train_set = data.load("digits", "train")

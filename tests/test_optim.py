@@ -42,6 +42,22 @@ def test_kernels_move_as_by_torchs_muon(shape):
     assert (expected - weight.flatten(1)).abs().max() > 0.1
 
 
+def test_kernels_of_one_shape_do_not_affect_each_other():
+    generator = torch.Generator().manual_seed(0)
+    weights, gradients = torch.randn(2, 2, 6, 4, 3, 3, generator=generator)
+    gradients[1] *= 100
+    together = [nn.Parameter(weight.clone()) for weight in weights]
+    alone = [nn.Parameter(weight.clone(memory_format=torch.channels_last)) for weight in weights]
+    muons = [Muon(together, lr=0.1), *(Muon([p], lr=0.1) for p in alone)]
+    for _ in range(2):
+        for p, gradient in zip(together + alone, [*gradients, *gradients]):
+            p.grad = gradient.clone(memory_format=torch.preserve_format)
+        for muon in muons:
+            muon.step()
+    torch.testing.assert_close(together, alone)
+    assert (together[0] - weights[0]).abs().max() > 0.01
+
+
 def test_other_parameters_move_as_by_sgd():
     weight = torch.randn(7, 5)
     ours, theirs = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())

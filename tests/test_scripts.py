@@ -705,7 +705,7 @@ def test_a_checkpoint_is_not_measured_on_another_dataset(tmp_path, monkeypatch):
 
 
 def test_held_out_images_leave_every_class_its_seeds(tmp_path):
-    """Of two images per class, the watch over a single step holds one out."""
+    """Of two images per class, the watch over a single step holds some out."""
     write_folder(tmp_path / "set", per_class=20)
     options = "--dataset set --share 0.1 --attack fgsm --width 8 --n-eval 4 --max-minutes 1e-9"
     done = script("train_sup.py", *options.split(), cwd=tmp_path)
