@@ -41,7 +41,11 @@ class Options:
     data_dir: str = option("data", data.DIR_HELP, metavar="PATH")
     budget: str = option("", "time for all of it, such as 90m, 6h or 2d")
     full: bool = option(False, "the paper's recipe")
-    rows: str = option("", "rows of the table, such as sup-cs,unsup-maxent-cond (default: all)")
+    rows: str = option(
+        "",
+        "rows of the table, such as sup-cs,unsup-maxent-cond; "
+        "--budget is still shared out as for all (default: all)",
+    )
     weights: str = option(
         "", "FID Inception's weights (default: downloaded on a GPU)", metavar="PATH"
     )
@@ -183,7 +187,7 @@ def announce(job: Reproduction, models: list[str]) -> None:
         print(f"{model}: {options or 'defaults'}{planned.get(model, '')}")
     networks = "Inception and the judge" if job.inception else "the judge"
     print(f"samples: {plan['n']:,} a row{planned.get('samples', '')}")
-    print(f"scores: by {networks}{planned.get('scores', '')}", flush=True)
+    print(f"accuracies, scores: by {networks}{planned.get('scores', '')}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------- table
@@ -202,10 +206,14 @@ def text(content: dict) -> str:
             shown.append(f"{name} {between(*percent)} %")
         line = f"- `{model}`: {', '.join(shown)} of {found['n']:,} test images"
         if "knn_accuracy" in found:
-            line += f"; k-NN {100 * found['knn_accuracy']:.1f} % of all"
+            percent = (found["knn_accuracy"], *found["intervals"]["knn_accuracy"])
+            line += f"; k-NN {between(*(100 * share for share in percent))} % of all"
         lines += [f"{line}.", f"  `{content['trainings'][model]}`"]
         if content["full"][model]:
             lines.append(f"  `--full` has `{content['full'][model]}`.")
+    if "minutes" in plan:
+        judge = f"trains the judge for {budget.EPOCHS['judge']} epochs"
+        lines.append(f"- `--full` adds `unsup50-*`, a ResNet-50, and {judge}.")
     rows = [paper.cells(row, found, content["dataset"]) for row, found in figures.items()]
     lines += ["", table(rows, bold=False)]  # C-FD does not rank classifiers against encoders
     distances = ["FID"] * all(map(paper.published, figures.values())) + ["C-FD"]

@@ -68,14 +68,20 @@ def sampling_rate(job, ckpt: Path) -> float:
     return files.read_json(ckpt.with_name("samples-rcs.json"))["images_per_second"]
 
 
-def inception_rate(job, samples: Path) -> float:
-    """Images per second of Inception."""
+def inception_cost(job, samples: Path) -> tuple[float, float]:
+    """Images per second of Inception, and the seconds of a row's Fréchet distances: that of all its
+    samples and those of ten folds."""
     images, _ = data.read_npz(samples)
     network = metrics.Inception(job.opt.weights, pick_device(job.opt.device))
     for part in (images[:100], images):  # the first warms up
         begin = time.monotonic()
-        metrics.extract(network, part, 100, "Inception")
-    return len(images) / (time.monotonic() - begin)
+        (features,), _ = metrics.extract(network, part, 100, "Inception")
+    rate = len(images) / (time.monotonic() - begin)
+    mu, sigma = metrics.statistics(features)
+    root = metrics.square_root(sigma)
+    begin = time.monotonic()
+    metrics.frechet_distance(torch.rand(len(mu) + 1, len(mu)), mu, sigma, root)
+    return rate, 11 * (time.monotonic() - begin)
 
 
 def shortened(job, rows: int) -> dict:
@@ -99,14 +105,17 @@ def shortened(job, rows: int) -> dict:
     for model in ("judge", "unsup"):
         _, rates[model] = measured(job, model, options[model], minutes, images)
     draw_rate = agreed(sampling_rate(job, second_stage))
-    score_rate = math.inf
+    score_rate, row = math.inf, 0.0
     if job.inception:
-        score_rate = agreed(inception_rate(job, second_stage.with_name("samples-rcs.npz")))
+        score_rate, row = map(
+            agreed, inception_cost(job, second_stage.with_name("samples-rcs.npz"))
+        )
     reference = images / score_rate
     too_long = f"Inception takes {reference / 60:.0f} minutes for the training images alone"
     cli.require(reference < total / 4, f"--budget {job.opt.budget} is too short: {too_long}")
-    left = agreed(total - (time.monotonic() - begin)) - reference
-    plan = {"options": {}, "minutes": {}}
+    spent = agreed(time.monotonic() - begin)
+    left = total - spent - reference
+    plan = {"options": {}, "minutes": {"plan": round(spent / 60, 1)}}
     for model, rate in rates.items():
         epochs = min(MARGIN * SHARES[model] * left * rate / images, EPOCHS[model])
         whole = max(int(epochs), 1)
@@ -116,8 +125,8 @@ def shortened(job, rows: int) -> dict:
         plan["options"][model] = f"{options[model]} --epochs {whole}{share}".strip()
         plan["minutes"][model] = round(min(epochs, whole) * images / rate / 60, 1)
     rest = (1 - sum(SHARES.values())) / 2 * left  # for samples; as much again for scores
-    n = rest / rows / (1 / draw_rate + 1 / score_rate)
+    n = (rest / rows - row) / (1 / draw_rate + 1 / score_rate)
     n = min(max(int(n) // 100 * 100, 100), 50_000)
     plan["minutes"]["samples"] = round(rows * n / draw_rate / 60, 1)
-    plan["minutes"]["scores"] = round((rest + reference + rows * n / score_rate) / 60, 1)
+    plan["minutes"]["scores"] = round((rest + reference + rows * (n / score_rate + row)) / 60, 1)
     return plan | {"n": n, "n_eval": 0 if n >= 10_000 else 1000}

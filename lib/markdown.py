@@ -27,6 +27,20 @@ class Figure:
         return text + self.unit
 
 
+LEAST = ("C-FD", "c-fd_cs", "c-fd_langevin", "calibration_error")  # less is better
+
+
+def figure(row: dict, key: str, digits: int = 1) -> Figure:
+    return Figure(row[key], digits, row.get(f"{key} std"), least=key in LEAST)
+
+
+def share(row: dict, key: str, unit: str = " %") -> Figure:
+    """In percent, with the binomial standard error of n images."""
+    p, n = row[key], row.get(f"{key} n", row.get("n"))
+    error = 100 * math.sqrt(p * (1 - p) / n) if n else None
+    return Figure(100 * p, error=error, unit=unit)
+
+
 def rounded(value: float, digits: int) -> str:
     """Halves are rounded up. Float32 noise is removed first: 60.1499975 is 60.15, and so 60.2."""
     return str(Decimal(f"{value:.7g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
@@ -78,6 +92,14 @@ def broken_links(document: Path) -> list[str]:
         if not there and not re.match("https?:", link):
             missing.append(link)
     return missing
+
+
+def missing_files(document: Path) -> list[str]:
+    """The files that a document names in backticks, also by a pattern, but that neither its folder
+    nor the working directory has."""
+    names = re.findall(r"`([\w./*-]+\.(?:jsonl?|md|png|py))`", document.read_text())
+    folders = (document.parent, Path())
+    return [name for name in names if not any(any(folder.glob(name)) for folder in folders)]
 
 
 def _anchors(document: Path) -> set[str]:

@@ -66,10 +66,13 @@ def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
     row = {"variant": variant, "seed": seed, "minutes": minutes(ckpt)}
     found = evaluated(parts, ckpt, "--dataset", opt.dataset, *shlex.split(opt.evaluation))
     row |= {"clean": 100 * found["clean_accuracy"], "PGD-20": 100 * found["pgd-20"]}
+    row["n"] = found["n"]
     samplers = cem.PARAMETRIC_SAMPLERS
     for i, judge in enumerate(opt.judges, 1):
         scores = judged(parts, ckpt, samplers, opt.n_samples, opt.dataset, judge)
-        row |= {f"{x} {i}": scores[x].get("C-FD", scores[x].get("E-FD")) for x in samplers}
+        for x in samplers:
+            name = "C-FD" if "C-FD" in scores[x] else "E-FD"
+            row |= {f"{x} {i}": scores[x][name], f"{x} {i} std": scores[x].get(f"{name} std")}
     return row | {"command": parts.used[str(ckpt)]["command"]}
 
 

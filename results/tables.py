@@ -8,7 +8,6 @@ if it is ahead of the second best by more than twice the error of their differen
 are over seeds or splits, "NAME std" in the JSON or, of shares of n images, binomial."""
 
 import json
-import math
 import re
 import statistics
 import sys
@@ -21,10 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem
 import reproduce
 from lib import cli, files, markdown, metrics
-from lib.markdown import Figure, between
+from lib.markdown import between, figure, share
 
 END = "<!-- end -->"
-LEAST = ("C-FD", "c-fd_cs", "c-fd_langevin", "calibration_error")  # less is better
 SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
     "`sup-at.pt`, classifier": "ta cs rcs langevin",
     "`sup.pt`, its second stage": "seeds ta langevin cs rcs",
@@ -38,20 +36,6 @@ class Options:
     check: bool = cli.option(False, "write nothing; fail if a table differs or a link is broken")
 
 
-# --------------------------------------------------------------------------------------- figures
-
-
-def figure(row: dict, key: str, digits: int = 1) -> Figure:
-    return Figure(row[key], digits, row.get(f"{key} std"), least=key in LEAST)
-
-
-def share(row: dict, key: str, unit: str = " %") -> Figure:
-    """In percent, with the binomial standard error of n images."""
-    p, n = row[key], row.get(f"{key} n", row.get("n"))
-    error = 100 * math.sqrt(p * (1 - p) / n) if n else None
-    return Figure(100 * p, error=error, unit=unit)
-
-
 def by_sampler(record: dict) -> dict[str, dict]:
     return {Path(row["samples"]).stem.removeprefix("samples-"): row for row in record["rows"]}
 
@@ -60,10 +44,12 @@ def by_sampler(record: dict) -> dict[str, dict]:
 # A function per table: from the content of its JSON files to its rows.
 
 
-def shipped(*records: dict) -> Iterator[dict]:
+def shipped(autoattack: dict, *records: dict) -> Iterator[dict]:
     for (label, samplers), accuracy, scores in zip(SHIPPED.items(), records[::2], records[1::2]):
         row = {"shipped model": label, "clean": share(accuracy, "clean_accuracy")}
         row["PGD-20"] = share(accuracy, "adversarial_accuracy")  # its only attack
+        own = autoattack["ckpt"] == accuracy["ckpt"]
+        row["AutoAttack"] = share(autoattack, "autoattack") if own else "–"
         found = by_sampler(scores)
         distances = [f"`{name}` {figure(found[name], 'C-FD')}" for name in samplers.split()]
         yield row | {"C-FD of 1,000 images, by [sampler](#samplers)": ", ".join(distances)}
@@ -74,13 +60,15 @@ def with_interval(found: dict, key: str) -> str:
     return f"{between(*(100 * p for p in (found[key], *ends)))} of {found['n']:,}"
 
 
-def cards(autoattack: dict, *records: dict) -> Iterator[dict]:
+def cards(autoattack: dict, judge: dict, *records: dict) -> Iterator[dict]:
     for found in records:
         row = {"file": f"`{Path(found['ckpt']).name}`"}
         row["clean, %"] = with_interval(found, "clean_accuracy")
         row["PGD-20, %"] = with_interval(found, "adversarial_accuracy")
         own = autoattack["ckpt"] == found["ckpt"]
         yield row | {"AutoAttack, %": with_interval(autoattack, "autoattack") if own else "–"}
+    row = {"file": "`judge.pt`", "clean, %": with_interval(judge["rows"][0], "wanted")}
+    yield row | {"PGD-20, %": "–", "AutoAttack, %": "–"}
 
 
 def sup(first: dict, second: dict, real: dict) -> Iterator[dict]:
@@ -212,7 +200,7 @@ def cost(record: dict) -> Iterator[dict]:
 
 TABLES = {  # document -> marker -> function and its JSON files
     "README.md": {"shipped": (shipped, *(f"results/{name}.json" for name in (
-        "sup-at-accuracy", "sup-at", "sup-accuracy", "sup",
+        "sup-autoattack", "sup-at-accuracy", "sup-at", "sup-accuracy", "sup",
         "unsup-probe", "unsup", "unsup-dat-probe", "unsup-dat")))},
     "results/README.md": {
         "sup": (sup, *(f"results/{name}.json" for name in ("sup-at", "sup", "real"))),
@@ -225,7 +213,8 @@ TABLES = {  # document -> marker -> function and its JSON files
         "losses-cifar10": (losses, "results/losses-cifar10.json"),
     },
     "checkpoints/README.md": {"cards": (cards, *(f"results/{name}.json" for name in (
-        "sup-autoattack", "sup-at-accuracy", "sup-accuracy", "unsup-probe", "unsup-dat-probe")))},
+        "sup-autoattack", "real", "sup-at-accuracy", "sup-accuracy", "unsup-probe",
+        "unsup-dat-probe")))},
     "bench/README.md": {
         "leaderboard": (leaderboard, "bench/leaderboard.json"),
         "ablations": (ablations, "bench/ablations.json"),
@@ -279,8 +268,9 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     problems = []
     documents = {name: rewritten(name) for name in TABLES}  # all, before one is written
-    for path in sorted(Path("results").glob("reproduce-*.json")):
-        document, text = path.with_suffix(".md"), reproduce.text(json.loads(path.read_text()))
+    for name in sorted({path.stem for path in Path("results").glob("reproduce-*")}):
+        content = json.loads(Path(f"results/{name}.json").read_text())
+        document, text = Path(f"results/{name}.md"), reproduce.text(content)
         same = document.exists() and document.read_text() == text
         documents[str(document)] = text, [] if same else ["reproduce"]
     for document, (text, differ) in documents.items():
@@ -291,6 +281,9 @@ def main() -> None:
     if opt.check:
         for document in map(Path, [*TABLES, *sorted(Path("docs").glob("*.md"))]):
             problems += [f"{document}: no {name}" for name in markdown.broken_links(document)]
+        for folder in ("results", "bench"):
+            document = Path(folder, "README.md")
+            problems += [f"{document}: no {name}" for name in markdown.missing_files(document)]
         problems += [f"results/README.md does not mention {name}" for name in orphans()]
         cli.require(not problems, "; ".join(problems))
 

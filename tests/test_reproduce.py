@@ -144,10 +144,11 @@ def test_a_budget_is_measured_and_planned(tmp_path, monkeypatch):
     assert not [name for name in names if name.startswith("measured")]
     table = json.loads((tmp_path / OUT / "table.json").read_text())
     assert table["plan"]["n"] >= 100
-    assert set(table["plan"]["minutes"]) == {*budget.SHARES, "samples", "scores"}
+    assert set(table["plan"]["minutes"]) == {*budget.SHARES, "plan", "samples", "scores"}
     shown = (tmp_path / OUT / "table.md").read_text()
     assert f"--epochs {budget.EPOCHS['dat']}" in shown
     assert "`--full` has" not in shown  # the same
+    assert "- `--full` adds `unsup50-*`" in shown
     done = script("reproduce.py", *options, cwd=tmp_path)
     assert done.returncode == 0 and "\npython " not in done.stdout
     assert files(tmp_path / OUT) == names
@@ -173,7 +174,7 @@ def plan(monkeypatch, tmp_path):
 
         monkeypatch.setattr(budget, "measured", measured)
         monkeypatch.setattr(budget, "sampling_rate", lambda job, ckpt: speed / 20)
-        monkeypatch.setattr(budget, "inception_rate", lambda job, samples: inception)
+        monkeypatch.setattr(budget, "inception_cost", lambda job, samples: inception)
         monkeypatch.setattr(budget.data, "load", lambda *_: range(50_000))
         opt = SimpleNamespace(budget=limit, dataset="set", data_dir="data", image_size=0)
         calls.clear()
@@ -203,13 +204,16 @@ def test_a_plan_fills_the_time_and_no_more(plan, limit, speed):
 def test_inception_takes_its_time_from_the_plan(plan):
     """50,000 images of the training set, and those of the rows."""
     without, _ = plan("60m", 2000)
-    made, _ = plan("60m", 2000, inception=100)
+    made, _ = plan("60m", 2000, inception=(100, 0))
     longer = (50_000 + 17 * made["n"]) / 100 / 60
     assert made["minutes"]["scores"] > longer and made["n"] < without["n"]
     assert sum(made["minutes"].values()) < 60
     assert made["minutes"]["sup"] < 0.87 * without["minutes"]["sup"]  # 8.3 of 60 minutes less
     with pytest.raises(cem.CEMError, match="Inception takes 83 minutes for the training images"):
-        plan("60m", 2000, inception=10)
+        plan("60m", 2000, inception=(10, 0))
+    slow, _ = plan("60m", 2000, inception=(100, 6))  # seconds for the distances of a row
+    assert slow["n"] < made["n"] and sum(slow["minutes"].values()) < 60
+    assert slow["minutes"]["scores"] > made["minutes"]["scores"]
 
 
 def test_inception_is_timed(monkeypatch, tmp_path):
@@ -224,7 +228,9 @@ def test_inception_is_timed(monkeypatch, tmp_path):
     monkeypatch.setattr(metrics, "Inception", Network)
     np.savez(tmp_path / "s.npz", arr_0=np.zeros((120, 8, 8, 3), np.uint8))
     job = SimpleNamespace(opt=SimpleNamespace(weights="w.pth", device="cpu"))
-    assert 100 < budget.inception_rate(job, tmp_path / "s.npz") < 1000
+    with mock.patch.object(metrics, "frechet_distance", lambda *_: time.sleep(0.01)):
+        rate, row = budget.inception_cost(job, tmp_path / "s.npz")
+    assert 100 < rate < 1000 and 0.1 < row < 1
 
 
 def test_the_plan_is_announced(capsys):
@@ -235,7 +241,7 @@ def test_the_plan_is_announced(capsys):
         "judge: --loss st --seed 100, 1.5 minutes",
         "sup: --epochs 4, 9 minutes",
         "samples: 1,200 a row, 2.5 minutes",
-        "scores: by Inception and the judge, 4 minutes",
+        "accuracies, scores: by Inception and the judge, 4 minutes",
     ]
 
 
@@ -270,6 +276,7 @@ def test_a_plan_leaves_out_the_time_that_measuring_took(plan, monkeypatch):
     clock = iter([0, 1800])
     monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     made, _ = plan("60m", 500)
+    assert made["minutes"].pop("plan") == 30
     assert sum(made["minutes"].values()) < 30
 
 

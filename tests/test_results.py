@@ -209,7 +209,8 @@ def test_dual_trains_each_variant_and_judges_four_samplers(digits_run, tmp_path)
         (judged,) = run.glob("samples-20/scores-*.json")
         distances = {r["samples"]: r["C-FD"] for r in json.loads(judged.read_text())["rows"]}
         for path, distance in distances.items():
-            assert row[f"{Path(path).stem.removeprefix('samples-')} 1"] == distance
+            name = Path(path).stem.removeprefix("samples-")
+            assert row[f"{name} 1"] == distance and 0 < row[f"{name} 1 std"] < distance
         assert len(set(distances.values())) == 4
     again = script("results/dual.py", *options, cwd=tmp_path)
     assert "python " not in again.stdout  # nothing is repeated
@@ -279,9 +280,23 @@ def test_a_broken_link_is_named(file, old, new, message, repository):
     assert_refused(tables_of(repository, "--check"), message)
 
 
-def test_a_missing_picture_is_named(repository):
-    (repository / "results/entropy.png").unlink()
-    assert_refused(tables_of(repository, "--check"), "results/README.md: no entropy.png")
+@pytest.mark.parametrize(
+    "name",
+    ["entropy.png", "epsilon.png", "sup-transfer.json", "finetune.py", "reproduce-digits.json"],
+)
+def test_a_missing_picture_script_or_json_is_named(name, repository):
+    (repository / "results" / name).unlink()
+    assert_refused(tables_of(repository, "--check"), name)
+
+
+def test_the_fields_of_robustbench_are_those_of_the_results():
+    card = (ROOT / "checkpoints/README.md").read_text().split("```json\n")[1].split("```")[0]
+    card = json.loads(card)
+    sources = {"clean_acc": ("sup-accuracy", "clean_accuracy")}
+    sources["autoattack_acc"] = ("sup-autoattack", "autoattack")
+    for key, (file, name) in sources.items():
+        found = json.loads((ROOT / f"results/{file}.json").read_text())
+        assert card[key] == rounded(100 * found[name], 2) and card["eps"] == str(found["eps"])
 
 
 def test_comments_in_code_are_no_headings(repository):
