@@ -6,8 +6,8 @@
     images = cem.ascend(cem.potential("rcs", model, y), seeds.sample(y), steps=8, step_size=0.25)
 
 Images are float tensors (N, C, H, W) in [0, 1]; the channel normalisation is a layer of the model.
-Energies are negative log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k), where LSE is
-log-sum-exp. This file needs only torch, 2.6 or newer, and torchvision; copy it as it is.
+Energies are negative log-densities: E(x, y) = -f(x, y), E(x) = -LSE_k f(x, k) (log-sum-exp). This
+file needs only torch, 2.6 or newer, and torchvision; copy it as it is.
 
 Papers: [CEM] Wang et al., ICLR 2022, arXiv:2203.13455. [JEAT] Zhu et al., ICCV 2021,
 arXiv:2108.09093. [JEM] Grathwohl et al., ICLR 2020, arXiv:1912.03263. [PGD] Madry et al., ICLR
@@ -166,7 +166,8 @@ class _CEM(nn.Module):
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """x (N, C, H, W) in [0, 1] -> the outputs of the four stages, each (N, C_s, H_s, W_s)."""
-        require(x.shape[1] == len(self.mean), f"images must have {len(self.mean)} channels")
+        fits = x.is_floating_point() and x.shape[1:-2] == self.mean.shape[:1]
+        require(fits, f"images must have {len(self.mean)} channels, (N, C, H, W), and be floats")
         return self.net.stages((x - self.mean) / self.std)
 
     def features(self, x: Tensor) -> Tensor:
@@ -350,7 +351,7 @@ def supervised_loss(
         separation = separation_loss(log_marginal(on_data), log_marginal(on_samples), offset)
         return F.cross_entropy(logits, y) + weight * separation, logits
     if energies:
-        with _batch_statistics_of_first(len(x), model):
+        with _batch_statistics_of_first(len(x), len(x) + len(x_s), model):
             logits, logits_s = model(torch.cat([seen, x_s])).tensor_split([len(x)])
         gap = log_marginal(logits).mean() - log_marginal(logits_s).mean()
         return F.cross_entropy(logits, y) - weight * gap, logits
@@ -362,11 +363,11 @@ def supervised_loss(
 
 
 @contextmanager
-def _batch_statistics_of_first(n: int, model: nn.Module):
-    """In training, BatchNorm normalises a batch by the mean and variance of its first n images."""
+def _batch_statistics_of_first(n: int, total: int, model: nn.Module):
+    """In training, BatchNorm normalises by the mean and variance of the first n of total images."""
 
     def forward(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        first, rest = x.tensor_split([n])
+        first, rest = x.tensor_split([len(x) * n // total])  # a network may fold frames into N
         wide = first.to(torch.promote_types(x.dtype, torch.float32))
         var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
         scale = norm.weight * (var + norm.eps).rsqrt()
@@ -376,7 +377,7 @@ def _batch_statistics_of_first(n: int, model: nn.Module):
     with ExitStack() as restore:
         for norm in model.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training:
-                plain = type(norm) is nn.BatchNorm2d and norm.affine
+                plain = type(norm) is nn.BatchNorm2d and norm.affine and "forward" not in vars(norm)
                 require(plain, f"jem and jeat need plain BatchNorm2d with weights, not {norm}")
                 norm.forward = functools.partial(forward, norm)
                 restore.callback(delattr, norm, "forward")
@@ -665,7 +666,7 @@ class GaussianSeeds:
         cls, images: Tensor, labels: Tensor, rank=None, num_classes=None, progress=iter
     ) -> "GaussianSeeds":
         """images (N, C, H, W), uint8 or in [0, 1], at least 2 per class; labels int64 (N,), all 0
-        without classes; num_classes None: max + 1; rank None: full; progress: such as tqdm."""
+        without classes; num_classes None: max + 1; rank None: min(C H W, N - 1); progress: tqdm."""
         scale = 255 if images.dtype == torch.uint8 else 1
         if scale == 1:
             _check_images(images, (0, 1))
@@ -715,7 +716,7 @@ class GaussianSeeds:
 
     @classmethod
     def from_state_dict(cls, state: dict, device="cpu") -> "GaussianSeeds":
-        """The inverse of state_dict, up to its dtype."""
+        """The inverse of state_dict, in float32 on `device`."""
         try:
             tensors = {k: v.to(device) for k, v in state.items() if k != "shape"}
             floats = len(tensors) == 4 and all(v.is_floating_point() for v in tensors.values())
@@ -791,7 +792,7 @@ def save(path: str | os.PathLike, model: nn.Module, **extra) -> None:
     """Write the model and `extra` (tensors, plain values, lists, dicts) atomically.
 
     copy.deepcopy(model).half() takes half the space; **model.extra keeps what `load` read. Raises
-    CEMError for a model that `load` could not rebuild: a subclass, a folded copy, a changed layer.
+    CEMError for what `load` cannot rebuild: subclasses, folded copies, other shapes (not: strides).
     """
     kind = type(model).__name__
     state, config, rebuilt = model.state_dict(), {}, {}
@@ -807,19 +808,18 @@ def save(path: str | os.PathLike, model: nn.Module, **extra) -> None:
 
 
 def _check_plain(value, name: str) -> None:
-    """Raise CEMError unless `load` would read the value: tensors, plain values, lists, dicts."""
+    """Raise CEMError unless `load` would read it: tensors, plain values, lists, no subclasses."""
     if type(value) in (list, tuple):
         value = dict(enumerate(value))
     for key, item in value.items() if isinstance(value, dict) else ():
         _check_plain(key, f"a key of {name}")
         _check_plain(item, f"{name}[{key!r}]")
-    plain = type(value) in (dict, OrderedDict, bool, int, float, str, type(None))  # no subclass
-    plain = plain or isinstance(value, Tensor)
-    require(plain, f"{name} is a {type(value).__name__}: load reads only tensors and plain values")
+    plain = (dict, OrderedDict, bool, int, float, str, type(None), Tensor, nn.Parameter)
+    require(type(value) in plain, f"{name} is a {type(value).__name__}, which load does not read")
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
-    """The model that `save` wrote, in eval mode on `device`, with its extra as `model.extra`.
+    """The model that `save` wrote, in eval mode on `device`; model.extra, its extra, on the CPU.
 
     Only tensors and plain values are read; no code in the file runs. Raises CEMError for a file
     that is missing, damaged or not one of this project's.

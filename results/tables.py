@@ -104,7 +104,7 @@ def unsup(record: dict) -> Iterator[dict]:
 
 def unsup_dat(record: dict) -> Iterator[dict]:
     found = by_sampler(record)
-    for name in ("seeds", "pgd", "maxent", "marginal"):
+    for name in ("seeds", "pgd", "maxent", "neighbour", "marginal", "maxent-marginal"):
         row = {"second stage": f"`{name}`"}
         for scores, seeds in ((found[name], "clusters"), (found[f"{name}-cond"], "`--cond`")):
             row[f"C-FD, {seeds}"] = figure(scores, "C-FD")

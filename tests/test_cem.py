@@ -695,8 +695,10 @@ def test_projection_refuses_unknown_norms(batch):
 
 
 def test_a_model_refuses_images_of_other_channels(model, batch):
-    with pytest.raises(cem.CEMError, match="images must have 3 channels"):
-        model(batch[0][:, :1])
+    x = batch[0]
+    for wrong in (x[:, :1], x[0], (255 * x).byte()):
+        with pytest.raises(cem.CEMError, match="images must have 3 channels, .*, and be floats"):
+            model.features(wrong)
 
 
 def test_labels_fit_the_head_as_it_is(model):
@@ -1025,3 +1027,11 @@ def test_noise_does_not_lead_out_of_the_ball(norm):
     delta = cem.ascend(lambda z: z.sum(1), x, **options) - x
     size = delta.norm(dim=1) if norm == "l2" else delta.abs().amax(1)
     assert size.max() <= 0.1 * (1 + 1e-5)
+
+
+def test_a_tensor_subclass_is_not_saved(tmp_path):
+    """torch.load would refuse it, and with it the whole file."""
+    image = torchvision.tv_tensors.Image(torch.rand(3, 8, 8))
+    with pytest.raises(cem.CEMError, match="is a Image, which load does not read"):
+        cem.save(tmp_path / "a.pt", cem.ParametricCEM(width=4), image=image)
+    assert not list(tmp_path.iterdir())

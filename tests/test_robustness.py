@@ -133,6 +133,31 @@ def test_jem_refuses_norms_whose_samples_it_cannot_normalise(norm, batch):
     cem.supervised_loss("jem", network.eval(), x, y, x_s=x)
 
 
+def test_jem_normalises_by_the_frames_of_the_data(batch):
+    """Where a network folds frames into the batch. It does not overwrite a forward of the user's."""
+
+    class Video(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(
+                torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
+                torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 5),
+            )  # fmt: skip
+
+        def forward(self, x):
+            return self.net(x.flatten(0, 1)).view(len(x), -1, 5).mean(1)
+
+    x, y = batch[0][:, None].expand(-1, 3, -1, -1, -1) ** torch.rand(6, 3, 1, 1, 1), batch[1]
+    model = Video().train()
+    _, logits = cem.supervised_loss("jem", model, x, y, x_s=x[:4] ** 4)
+    torch.testing.assert_close(logits, model(x))
+    norm = model.net[1]
+    norm.forward = functools.partial(type(norm).forward, norm)
+    with pytest.raises(cem.CEMError, match="plain BatchNorm2d"):
+        cem.supervised_loss("jem", model, x, y, x_s=x)
+    assert "forward" in vars(norm)
+
+
 def test_sgld_climbs_the_function_that_the_loss_sees(model64, batch):
     """In eval mode, the copy's logits are those of the training model on a batch that begins with
     the data."""
@@ -143,7 +168,7 @@ def test_sgld_climbs_the_function_that_the_loss_sees(model64, batch):
     climbed = train_sup.with_statistics_of(x, network)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert network.training
-    with torch.no_grad(), cem._batch_statistics_of_first(len(x), network):
+    with torch.no_grad(), cem._batch_statistics_of_first(len(x), 2 * len(x), network):
         seen = network(torch.cat([x, x_s]))
     for images, logits in zip((x, x_s), seen.chunk(2)):
         torch.testing.assert_close(climbed(images), logits, rtol=0, atol=1e-10)
@@ -186,7 +211,7 @@ def test_a_training_step_pads_and_samples_as_its_loss_needs(name, padding):
         assert x_s is not None
         seen = x if name == "jem" else x_adv
         assert torch.equal(statistics.call_args.args[0], seen)
-        with torch.no_grad(), cem._batch_statistics_of_first(len(x), model):
+        with torch.no_grad(), cem._batch_statistics_of_first(len(x), 2 * len(x), model):
             lse, lse_s = model(torch.cat([seen, x_s])).logsumexp(1).chunk(2)
         gap = (lse - lse_s).mean().item()  # E(x_s) - E(x)
         assert metrics["energy_gap"].item() == pytest.approx(gap, abs=1e-4)
