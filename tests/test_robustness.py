@@ -134,7 +134,7 @@ def test_jem_refuses_norms_whose_samples_it_cannot_normalise(norm, batch):
 
 
 def test_jem_normalises_by_the_frames_of_the_data(batch):
-    """Where a network folds frames into the batch. It does not overwrite a forward of the user's."""
+    """Where a network folds frames into the batch. A forward of the user's is not overwritten."""
 
     class Video(torch.nn.Module):
         def __init__(self):
