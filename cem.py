@@ -167,7 +167,7 @@ class _CEM(nn.Module):
     def stages(self, x: Tensor) -> list[Tensor]:
         """x (N, C, H, W) in [0, 1] -> the outputs of the four stages, each (N, C_s, H_s, W_s)."""
         fits = x.is_floating_point() and x.shape[1:-2] == self.mean.shape[:1]
-        require(fits, f"images must have {len(self.mean)} channels, (N, C, H, W), and be floats")
+        require(fits, f"images must be floats (N, {len(self.mean)}, H, W)")
         return self.net.stages((x - self.mean) / self.std)
 
     def features(self, x: Tensor) -> Tensor:
@@ -666,7 +666,7 @@ class GaussianSeeds:
         cls, images: Tensor, labels: Tensor, rank=None, num_classes=None, progress=iter
     ) -> "GaussianSeeds":
         """images (N, C, H, W), uint8 or in [0, 1], at least 2 per class; labels int64 (N,), all 0
-        without classes; num_classes None: max + 1; rank None: min(C H W, N - 1); progress: tqdm."""
+        without classes; num_classes None: max + 1; rank None: full, costly; progress: e.g. tqdm."""
         scale = 255 if images.dtype == torch.uint8 else 1
         if scale == 1:
             _check_images(images, (0, 1))

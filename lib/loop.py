@@ -154,7 +154,8 @@ class Trainer:
                 means = {k: v / (done + count) for k, v in self.progress["sums"].items()}
                 shown = [f"{k} {v:.3f}" for k, v in means.items()]
                 bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]), refresh=False)
-            if epoch_ends or self.step % WATCH_EVERY == 0 or (stop and not self.stop.signal):
+            hurried = stop and distributed.any_process(bool(self.stop.signal), self.device)
+            if epoch_ends or self.step % WATCH_EVERY == 0 or (stop and not hurried):
                 means |= self.watched()
             if stop:
                 break

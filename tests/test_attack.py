@@ -3,6 +3,8 @@
 import collections
 import copy
 import json
+import os
+import signal
 from unittest import mock
 
 import pytest
@@ -14,7 +16,7 @@ import cem
 import train_sup
 import train_unsup
 from lib import cli, data, distributed, loop, options
-from lib.attack import AttackCopy, make_watch, pgd_options
+from lib.attack import AttackCopy, hold_out, make_watch, pgd_options
 from lib.device import autocast
 
 SMALL = dict(width=8, in_channels=3)
@@ -177,6 +179,25 @@ def test_the_watch_looks_every_200_steps(tmp_path):
     assert steps == [200, 400, 425]
 
 
+def test_the_watch_does_not_delay_a_stop_by_a_signal(tmp_path):
+    def batch_loss(model, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return model.net.fc.bias.sum(), {}
+
+    trainer = loop.Trainer(
+        options.TrainOptions(out=str(tmp_path), batch_size=2, ema=0.0, epochs=1),
+        cem.ParametricCEM("resnet18", 2, width=4),
+        10,
+        shuffle=lambda epoch: (torch.arange(10), torch.zeros(10, 1)),
+        batch_loss=batch_loss,
+        measure=lambda *_: {},
+        watch=mock.Mock(),
+    )
+    with pytest.raises(SystemExit, match="143"):
+        trainer.fit()
+    assert trainer.step == 1 and not trainer.watch.called
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_fgsm_is_one_step_of_eps_from_noise_of_twice_the_radius(norm):
     expected = dict(eps=0.1, norm=norm, steps=1, step_size=0.1, random_start=2)
@@ -241,9 +262,12 @@ def test_of_a_few_images_two_are_held_out(tmp_path):
     write_folder(tmp_path / "set", size=8, per_class=4)
     options = dict(dataset=str(tmp_path / "set"), arch="resnet18", width=8, epochs=1, batch_size=2)
     options |= dict(attack="fgsm", seed_rank=2, out=str(tmp_path / "run"), n_eval=2)
-    train_sup.train(train_sup.Options(**options))
+    opt = train_sup.Options(**options)
+    train_sup.train(opt)
     (line,) = (tmp_path / "run/log.jsonl").read_text().splitlines()
     assert json.loads(line)["pgd10_accuracy"] in (0, 0.5, 1)
+    held_out, rest = hold_out(opt, data.load(opt.dataset, "train"))
+    assert (len(held_out), len(rest)) == (2, 6)
 
 
 @pytest.mark.parametrize("attack, least, most", [("pgd", 0.0, 0.5), ("fgsm", 0.8, 1.5)])
