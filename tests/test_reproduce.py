@@ -433,3 +433,26 @@ def test_precision_stays_the_judges(tmp_path):
     )  # fmt: skip
     (row,) = reproduce.Reproduction.scores(job, ["sup-cs"]).values()
     assert row["precision"] == 0.5 and {"FID", "C-FD"} <= row.keys()
+
+
+def test_full_trains_the_papers_models_by_their_own_defaults(tmp_path, monkeypatch):
+    commands = {}
+
+    def run(self, product, *words, **_):
+        commands[product.parent.name.split("-")[0], product.stem] = " ".join(map(str, words))
+        return product
+
+    monkeypatch.setattr(parts.Parts, "run", run)
+    opt = reproduce.Options(dataset="cifar10", full=True, out=str(tmp_path))
+    job = reproduce.Reproduction(opt, inception=True)
+    rows = reproduce.wanted_rows(opt)
+    assert set(paper.FIGURES) <= set(rows) and job.plan["n_eval"] == 0
+    for row in rows:
+        job.draw(row)
+    trained = {model: words for (model, kind), words in commands.items() if kind == "ckpt"}
+    data = "--dataset cifar10 --data-dir data"
+    assert trained["sup"].startswith(f"train_sup.py {data} --out ")
+    assert trained["unsup"].startswith(f"train_unsup.py {data} --out ")
+    assert trained["unsup50"].startswith(f"train_unsup.py {data} --arch resnet50 --out ")
+    drawn = [words for words in commands.values() if words.startswith("sample.py")]
+    assert drawn and all("--n 50000 " in words for words in drawn)
