@@ -129,16 +129,20 @@ LOSSES = {  # column -> kind of figure, key, unit or digits
     "AUROC noise": (figure, "auroc_noise", 3),
     "AUROC constant": (figure, "auroc_constant", 3),
     "AUROC digits": (figure, "auroc_digits", 3),
+    "AUROC held-out": (figure, "auroc_held-out", 3),
     "C-FD `cs`": (figure, "c-fd_cs", 1),
     "C-FD `langevin`": (figure, "c-fd_langevin", 1),
 }
 
 
-def losses(record: dict) -> Iterator[dict]:
-    """Mean ± standard deviation over the runs that did not diverge."""
-    measured = {key for runs in record["rows"].values() for run in runs for key in run}
+def losses(record: dict, held_out: dict | None = None) -> Iterator[dict]:
+    """Mean ± standard deviation over the runs that did not diverge. held_out: of runs of their own,
+    without some classes."""
+    more = held_out["rows"] if held_out else {}
+    rows = [run for runs in record["rows"].values() for run in runs]
+    measured = {key for row in [*rows, *more.values()] for key in row}
     for loss, runs in record["rows"].items():
-        finished = [run for run in runs if "diverged" not in run]
+        finished = [more.get(loss, {}) | run for run in runs if "diverged" not in run]
         row = {"": f"`{loss}`"}
         if len(runs) > 1:
             row["finished"] = f"{len(finished)} of {len(runs)}"
@@ -210,7 +214,7 @@ TABLES = {  # document -> marker -> function and its JSON files
         "finetune-cifar10": (finetune, "results/finetune-cifar10.json"),
         "digits-unsup": (digits, "results/digits-unsup.json", "results/digits-unsup-dat.json"),
         "losses-digits": (losses, "results/losses-digits.json"),
-        "losses-cifar10": (losses, "results/losses-cifar10.json"),
+        "losses-cifar10": (losses, "results/losses-cifar10.json", "results/held-out.json"),
     },
     "checkpoints/README.md": {"cards": (cards, *(f"results/{name}.json" for name in (
         "sup-autoattack", "real", "sup-at-accuracy", "sup-accuracy", "unsup-probe",
