@@ -227,7 +227,8 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         asked = re.search(r"tried to allocate (\d+) bytes|overflowed with (sizes.*)", str(error))
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            fail(f"error: torch.compile failed, leave out --compile: {error}".splitlines()[0])
+            reason = " ".join(str(error).split())[:300]
+            fail(f"error: torch.compile failed, leave out --compile: {reason}")
         if asked is None:
             raise
         size = f"{int(asked[1]):,} bytes" if asked[1] else f"a tensor of {asked[2]}"

@@ -86,7 +86,8 @@ def compile_network(network: torch.nn.Module, device: torch.device) -> None:
     """
     if network.training and distributed.world_size() > 1:
         return
-    network.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    network.compile(mode=mode, dynamic=False)  # torch 2.11 fails where batches change in size
 
 
 def try_batch_size(batch_size: int, work: Callable, *args):
