@@ -73,8 +73,7 @@ def preset(opt: Options) -> dict:
 def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tuple[Tensor, Tensor]:
     """Two random views of each image of x, by the uniform draws u (N, 2 SIMCLR_DRAWS)."""
     settings = dict(scale=(opt.min_crop, 1.0), flip=dataset.flip)
-    first, second = u.chunk(2, 1)
-    return augment.simclr(x, first, **settings), augment.simclr(x, second, **settings)
+    return augment.simclr(torch.cat([x, x]), torch.cat(u.chunk(2, 1)), **settings).chunk(2)
 
 
 def fixed_views(dataset: data.Dataset, opt: Options) -> tuple[Tensor, Tensor]:
