@@ -24,10 +24,10 @@ from lib.markdown import between, figure, share
 
 END = "<!-- end -->"
 SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
-    "`sup-at.pt`, classifier": "ta cs rcs langevin",
+    "classifier, first stage": "",
     "`sup.pt`, its second stage": "seeds ta langevin cs rcs",
-    "`unsup-at.pt`, encoder": "seeds pgd maxent",
-    "`unsup.pt`, its second stage": "seeds pgd marginal maxent",
+    "encoder, first stage": "seeds pgd maxent",
+    "`unsup.pt`, its second stage": "pgd maxent marginal maxent-marginal",
 }
 
 
@@ -44,15 +44,14 @@ def by_sampler(record: dict) -> dict[str, dict]:
 # A function per table: from the content of its JSON files to its rows.
 
 
-def shipped(autoattack: dict, *records: dict) -> Iterator[dict]:
+def shipped(*records: dict) -> Iterator[dict]:
     for (label, samplers), accuracy, scores in zip(SHIPPED.items(), records[::2], records[1::2]):
-        row = {"shipped model": label, "clean": share(accuracy, "clean_accuracy")}
+        row = {"model": label, "clean": share(accuracy, "clean_accuracy")}
         row["PGD-20"] = share(accuracy, "adversarial_accuracy")  # its only attack
-        own = autoattack["ckpt"] == accuracy["ckpt"]
-        row["AutoAttack"] = share(autoattack, "autoattack") if own else "–"
         found = by_sampler(scores)
         distances = [f"`{name}` {figure(found[name], 'C-FD')}" for name in samplers.split()]
-        yield row | {"C-FD of 1,000 images, by [sampler](#samplers)": ", ".join(distances)}
+        shown = ", ".join(distances) or "–"
+        yield row | {"C-FD of 1,000 images, by [sampler](#samplers)": shown}
 
 
 def with_interval(found: dict, key: str) -> str:
@@ -60,24 +59,24 @@ def with_interval(found: dict, key: str) -> str:
     return f"{between(*(100 * p for p in (found[key], *ends)))} of {found['n']:,}"
 
 
-def cards(autoattack: dict, judge: dict, *records: dict) -> Iterator[dict]:
+def cards(judge: dict, *records: dict) -> Iterator[dict]:
     for found in records:
         row = {"file": f"`{Path(found['ckpt']).name}`"}
         row["clean, %"] = with_interval(found, "clean_accuracy")
-        row["PGD-20, %"] = with_interval(found, "adversarial_accuracy")
-        own = autoattack["ckpt"] == found["ckpt"]
-        yield row | {"AutoAttack, %": with_interval(autoattack, "autoattack") if own else "–"}
-    row = {"file": "`judge.pt`", "clean, %": with_interval(judge["rows"][0], "wanted")}
-    yield row | {"PGD-20, %": "–", "AutoAttack, %": "–"}
+        yield row | {"PGD-20, %": with_interval(found, "adversarial_accuracy")}
+    clean = with_interval(judge["rows"][0], "wanted")
+    yield {"file": "`judge.pt`", "clean, %": clean, "PGD-20, %": "–"}
 
 
-def sup(first: dict, second: dict, real: dict) -> Iterator[dict]:
+def sup(second: dict, real: dict, *narrow: dict) -> Iterator[dict]:
+    """narrow: of a network of width 32, after its first and its second stage."""
     for name, scores in (by_sampler(second) | {"": real["rows"][0]}).items():
         row = {"1,000 images": f"[`{name}`](sup-{name}.png)" if name else "test images"}
-        row["C-FD, first stage"] = figure(by_sampler(first)[name], "C-FD") if name else "–"
         row["C-FD"] = figure(scores, "C-FD")
         row |= {key: figure(scores, key, 2) for key in ("precision", "recall")}
         row["wanted"] = share(scores, "wanted")
+        for stage, found in zip(("first", "second"), map(by_sampler, narrow)):
+            row[f"C-FD, width 32, {stage} stage"] = figure(found[name], "C-FD") if name else "–"
         yield row if name else {column: str(cell) for column, cell in row.items()}  # never bold
 
 
@@ -169,23 +168,25 @@ def finetune(record: dict) -> Iterator[dict]:
         yield row
 
 
-def bench(record: dict, float32: dict) -> Iterator[dict]:
-    ratios = {row["what"]: figure(row, "ratio", 2) for row in float32["rows"]}
+def bench(record: dict, *float32: dict) -> Iterator[dict]:
+    ratios = {row["what"]: figure(row, "ratio", 2) for other in float32 for row in other["rows"]}
     for run in record["rows"]:
         row = {"": re.sub("sampler (.+)", r"sampler `\1`", run["what"])}
         row["ratio"] = between(run["ratio"], run["lowest"], run["highest"], 2)
         row["images/s"] = figure(run, "images_per_second")
         row["textbook"] = figure(run, "textbook")
-        row["GFLOP/s"] = figure(run, "GFLOP_per_second", 0)
-        yield row | {"ratio in float32": ratios.get(run["what"], "–")}
+        peak = run.get("share_of_peak")
+        row |= (
+            {"of peak": f"{peak:.1%}"} if peak else {"GFLOP/s": figure(run, "GFLOP_per_second", 0)}
+        )
+        yield row | ({} if peak else {"ratio in float32": ratios.get(run["what"], "–")})
 
 
 def leaderboard(record: dict) -> Iterator[dict]:
     for run in record["rows"]:
         row = {key: run[key] for key in ("recipe", "machine")}
-        row["minutes"] = figure(run, "minutes", 0)
+        row["minutes"] = figure(run, "minutes", 1 if run["minutes"] < 10 else 0)
         row |= {key: share(run, key, "") for key in ("clean", "PGD-20")}
-        row["test images"] = f"{run['n']:,}"
         yield row | {"AutoAttack": share(run, "AutoAttack", "") if "AutoAttack" in run else "–"}
 
 
@@ -204,10 +205,11 @@ def cost(record: dict) -> Iterator[dict]:
 
 TABLES = {  # document -> marker -> function and its JSON files
     "README.md": {"shipped": (shipped, *(f"results/{name}.json" for name in (
-        "sup-autoattack", "sup-at-accuracy", "sup-at", "sup-accuracy", "sup",
+        "sup-at-accuracy", "sup", "sup-accuracy", "sup",
         "unsup-probe", "unsup", "unsup-dat-probe", "unsup-dat")))},
     "results/README.md": {
-        "sup": (sup, *(f"results/{name}.json" for name in ("sup-at", "sup", "real"))),
+        "sup": (sup, *(f"results/{name}.json" for name in (
+            "sup", "real", "width32-at", "width32"))),
         "dual-cifar10": (dual, "results/dual-cifar10.json"),
         "unsup": (unsup, "results/unsup.json"),
         "unsup-dat": (unsup_dat, "results/unsup-dat.json"),
@@ -217,12 +219,12 @@ TABLES = {  # document -> marker -> function and its JSON files
         "losses-cifar10": (losses, "results/losses-cifar10.json", "results/held-out.json"),
     },
     "checkpoints/README.md": {"cards": (cards, *(f"results/{name}.json" for name in (
-        "sup-autoattack", "real", "sup-at-accuracy", "sup-accuracy", "unsup-probe",
-        "unsup-dat-probe")))},
+        "real", "sup-accuracy", "unsup-dat-probe")))},
     "bench/README.md": {
         "leaderboard": (leaderboard, "bench/leaderboard.json"),
         "ablations": (ablations, "bench/ablations.json"),
         "bench-cpu": (bench, "bench/bench-cpu.json", "bench/bench-cpu-float32.json"),
+        "bench-cuda": (bench, "bench/bench-cuda.json"),
         "cost-cpu": (cost, "bench/cost-cpu.json"),
     },
 }  # fmt: skip
