@@ -1,7 +1,7 @@
 """Fine-tune an encoder adversarially, against training from scratch: results/finetune-<name>.json.
 
-    python results/finetune.py --encoder runs/unsup/ckpt.pt --dataset PATH --name cifar10 \\
-        --shares 0.01 0.1 1 --epochs 130 10 1
+    python results/finetune.py --encoder runs/unsup-at/ckpt.pt --dataset PATH --name cifar10 \\
+        --shares 0.01 0.1 1 --epochs 60 6 1
 
 For each share of the labels, trains twice for the same number of epochs: from scratch and from the
 encoder. Calls the scripts as a user would; an interrupted call resumes, and finished parts are not

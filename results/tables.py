@@ -24,7 +24,7 @@ from lib.markdown import between, figure, share
 
 END = "<!-- end -->"
 SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
-    "classifier, first stage": "",
+    "classifier, first stage": "",  # not scored
     "`sup.pt`, its second stage": "seeds ta langevin cs rcs",
     "encoder, first stage": "seeds pgd maxent",
     "`unsup.pt`, its second stage": "pgd maxent marginal maxent-marginal",
@@ -97,7 +97,7 @@ def unsup(record: dict) -> Iterator[dict]:
         row = {"": f"[`{name}`](unsup-{name}-cond.png)"}
         for scores, cond in ((found[name], ""), (found[f"{name}-cond"], ", `--cond`")):
             row[f"C-FD{cond}"] = figure(scores, "C-FD")
-            row[f"C-IS{cond}"] = figure(scores, "C-IS", 2)
+        row["C-IS"] = figure(found[name], "C-IS", 2)
         yield row | {"wanted, `--cond`": share(scores, "wanted")}
 
 
@@ -173,9 +173,9 @@ def bench(record: dict, *float32: dict) -> Iterator[dict]:
     for run in record["rows"]:
         row = {"": re.sub("sampler (.+)", r"sampler `\1`", run["what"])}
         row["ratio"] = between(run["ratio"], run["lowest"], run["highest"], 2)
-        row["images/s"] = figure(run, "images_per_second")
-        row["textbook"] = figure(run, "textbook")
         peak = run.get("share_of_peak")
+        for column, key in (("images/s", "images_per_second"), ("textbook", "textbook")):
+            row[column] = figure(run, key, 0 if peak else 1)
         row |= (
             {"of peak": f"{peak:.1%}"} if peak else {"GFLOP/s": figure(run, "GFLOP_per_second", 0)}
         )
@@ -199,7 +199,6 @@ def cost(record: dict) -> Iterator[dict]:
     for run in record["rows"]:
         row = {"images": run["batch_size"], "steps": run["steps"], "width": run["width"]}
         row["seconds"] = figure(run, "seconds", 3)
-        row["relative time"] = figure(run, "cost", 2)
         yield row | {"relative arithmetic": figure(run, "arithmetic", 2)}
 
 

@@ -354,7 +354,7 @@ def test_a_diverged_second_stage_stops_or_restarts(digits_run, tmp_path):
 
 @pytest.mark.slow
 def test_dat_draws_better_digits_at_the_same_accuracy(tmp_path):
-    """C-FD of cs by another classifier; results/dual-digits.json has five seeds."""
+    """C-FD of cs by another classifier."""
     digits = ["--dataset", "digits"]
     train(*digits, "--loss", "st", "--seed", 5, "--out", "judge", cwd=tmp_path)
     train(*digits, cwd=tmp_path)
