@@ -173,13 +173,15 @@ def bench(record: dict, *float32: dict) -> Iterator[dict]:
     for run in record["rows"]:
         row = {"": re.sub("sampler (.+)", r"sampler `\1`", run["what"])}
         row["ratio"] = between(run["ratio"], run["lowest"], run["highest"], 2)
-        peak = run.get("share_of_peak")
-        for column, key in (("images/s", "images_per_second"), ("textbook", "textbook")):
-            row[column] = figure(run, key, 0 if peak else 1)
-        row |= (
-            {"of peak": f"{peak:.1%}"} if peak else {"GFLOP/s": figure(run, "GFLOP_per_second", 0)}
-        )
-        yield row | ({} if peak else {"ratio in float32": ratios.get(run["what"], "–")})
+        gpu = "share_of_peak" in run
+        row["images/s"] = figure(run, "images_per_second", 0 if gpu else 1)
+        row["textbook"] = figure(run, "textbook", 0 if gpu else 1)
+        if gpu:
+            row["of peak"] = f"{run['share_of_peak']:.1%}"
+        else:
+            row["GFLOP/s"] = figure(run, "GFLOP_per_second", 0)
+            row["ratio in float32"] = ratios.get(run["what"], "–")
+        yield row
 
 
 def leaderboard(record: dict) -> Iterator[dict]:

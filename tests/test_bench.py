@@ -86,6 +86,21 @@ def test_a_speedrun_of_fewer_images_than_a_batch_learns_too():
     assert not one.net.fc.bias.equal(two.net.fc.bias)
 
 
+def test_a_speedrun_trains_in_the_ball_of_its_recipe(monkeypatch):
+    moved, pgd = [], cem.pgd
+
+    def recorded(potential, x, **options):
+        x_adv = pgd(potential, x, **options)
+        moved.append((x_adv - x).flatten(1).norm(dim=1).max().item())
+        return x_adv
+
+    monkeypatch.setattr(cem, "pgd", recorded)
+    few = data.load("digits", "train").subset(torch.arange(20))
+    recipe = dataclasses.replace(speedrun.TRACKS["sprint"], width=8, epochs=1, eps=0.2)
+    speedrun.train(recipe, few, 0, "float32")
+    assert moved and 0.1 < max(moved) <= 0.2 * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("wanted", [False, True])
 def test_a_speedrun_compiles_network_and_attack(wanted, monkeypatch):
     compiled = []
