@@ -223,15 +223,15 @@ class NonParametricCEM(_CEM):
 
 
 def conv_bn_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The names of every convolution and of the BatchNorm that follows it, until it is folded."""
+    """The names of each convolution and of the BatchNorm that follows it, unless it is folded."""
     names = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("downsample.0", "downsample.1")]
     pairs = {ResNet: names, BasicBlock: names, Bottleneck: names, WideBlock: [("conv1", "bn2")]}
     modules = dict(model.named_modules())
     for name, module in modules.items():
         for pair in pairs.get(type(module), ()):
             conv, bn = (f"{name}.{part}" if name else part for part in pair)
-            own = type(modules.get(conv)) is nn.Conv2d and "weight" in modules[conv]._parameters
-            if own and getattr(modules.get(bn), "running_mean", None) is not None:
+            plain = type(modules.get(conv)) is nn.Conv2d and "weight" in modules[conv]._parameters
+            if plain and getattr(modules.get(bn), "running_mean", None) is not None:
                 yield conv, bn  # not where spectral_norm computes the weight
 
 
@@ -336,9 +336,9 @@ def supervised_loss(
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
     dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   use λ = 1
 
-    In training, BatchNorm2d normalises x_s of jem and jeat by the data's statistics, as it should
-    in their chains, or the network distinguishes samples from data. dat is for a model in eval mode
-    and an offset b midway between the first LSE f(x) and LSE f(x_s); the model sees [x̂, x, x_s].
+    In training mode, BatchNorm2d normalises x_s of jem and jeat by the data's statistics, as their
+    chains should: by their own, samples could be told from data. dat is for a model in eval mode,
+    which sees [x̂, x, x_s], and an offset b midway between the first LSE f(x) and LSE f(x_s).
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
@@ -393,7 +393,7 @@ def _l2(x: Tensor) -> Tensor:
 
 
 def _unit(g: Tensor) -> Tensor:
-    """g / ‖g‖ of each image, 0 where g is. Squares of small gradients would underflow."""
+    """g / ‖g‖ of each image; 0 if g is 0. Scaled first: squares of small gradients underflow."""
     tiny = torch.finfo(g.dtype).tiny
     g = g / g.abs().amax(tuple(range(1, g.dim())), keepdim=True).clamp_min(tiny)
     return g / _l2(g).clamp_min(tiny)
@@ -468,8 +468,8 @@ def ascend(
     eps, clip   radius of the ball around x, in `norm`; range of the pixels. None disables.
     generator   of the noise (see `draw`); with one per image, noise does not depend on the batch.
     start       where to begin, if not at x.
-    model       to be in eval mode during the ascent; by default the potential, if a module, or its
-                `model`. Else pass its network, whose BatchNorm statistics would change.
+    model       put in eval mode during the ascent; by default the potential, if a module, or its
+                `model`. Else pass the network in it: its BatchNorm statistics would change.
 
     -> the last iterate, detached. Parameters, their .grad and that model's buffers are unchanged.
     Raises CEMError for options and, on the CPU only, pixels out of range.
@@ -514,12 +514,13 @@ def pgd(
 
     x (N, C, H, W) in [0, 1], to which iterates are clipped; eps and step_size in the same units.
     step_size defaults to 2.5 eps / steps; the random start is uniform in the ball of random_start
-    times eps. random_start > 1 disables projection: [N-FGSM] is steps=1, step_size=eps,
-    random_start=2. generator: for the random start; model: as in `ascend`. -> x_adv.
+    times eps. Above 1, for a single step, it disables projection: [N-FGSM] is steps=1,
+    step_size=eps, random_start=2. generator: for the random start; model: as in `ascend`. -> x_adv.
     """
     _require_one_of(("l2", "linf"), norm, "norm")
     at_least = "steps must be at least 1, eps and random_start finite and at least 0"
     require(steps >= 1 and all(0 <= v < math.inf for v in (eps, random_start)), at_least)
+    require(random_start <= 1 or steps == 1, "random_start above 1 is for a single step (N-FGSM)")
     _check_images(x, (0, 1))
     start = x.detach()
     if random_start and eps > 0:
@@ -567,12 +568,12 @@ def log_density(z: Tensor, temperature: float, bank: Tensor | None, log_p: Tenso
 WITHOUT_Y = ("langevin", "maxent")
 MARGINAL = ("marginal", "maxent-marginal")  # without y where log p(x) is learned
 COUPLED = ("pgd", "maxent", "maxent-marginal")  # U(x_i) depends on the other images of the batch
-NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), τ, z' = g(x'), log p(x)) -> U(x)
-    "pgd": lambda z, temperature, positives, _: info_nce(z, positives, temperature, "none"),
-    "maxent": lambda z, temperature, *_: batch_entropy(z, temperature),
-    "neighbour": lambda z, temperature, others, _: (z * others).sum(1) / temperature,  # log p(x|x')
+NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), t = τ, others = g(x'), learned log p(x)) -> U(x)
+    "pgd": lambda z, t, others, log_p: info_nce(z, others, t, "none"),
+    "maxent": lambda z, t, others, log_p: batch_entropy(z, t),
+    "neighbour": lambda z, t, others, log_p: (z * others).sum(1) / t,  # log p(x | x')
     "marginal": log_density,
-    "maxent-marginal": lambda z, t, *more: batch_entropy(z, t) + log_density(z, t, *more),
+    "maxent-marginal": lambda z, t, others, p: batch_entropy(z, t) + log_density(z, t, others, p),
 }
 
 
@@ -580,13 +581,12 @@ class Potential:
     """The potential of a sampler or an attack, by its name in the tables above ([CEM] section 4):
     a callable x (N, C, H, W) -> U(x) (N,) with its network as `model`.
 
-    P-CEM, f(x, ·) = model(x): "ta", "langevin", "cs", "rcs" and the attacks "ce", "joint",
-    "margin"; y: labels (N,), unused by "langevin".
-    NP-CEM, f(x, x') = model(x) · model(x') / τ: "pgd", y: the positives, images (N, C, H, W);
-    "maxent", without y; "neighbour", y: embeddings (N, D), one x' per image; "marginal" and
-    "maxent-marginal", y: embeddings (M, D) of real images, or None for the learned log p(x). The
-    COUPLED ones compare the images of a batch: the gradient flows through every f(x_i, x_j), but
-    not through the positives. Raises CEMError if name, model and y do not fit each other.
+    P-CEM, f(x, ·) = model(x): y are labels (N,), which "langevin" does not use.
+    NP-CEM, f(x, x') = model(x) · model(x') / τ: "maxent" takes no y, the others
+        "pgd"         the positives, images (N, C, H, W), through which no gradient flows
+        "neighbour"   embeddings (N, D), one x' per image
+        "marginal", "maxent-marginal"   embeddings (M, D) of real images; None: learned log p(x)
+    COUPLED ones compare the images of a batch. Raises CEMError if name, model and y do not match.
     """
 
     def __init__(self, name: str, model: nn.Module, y: Tensor | None = None):
@@ -611,7 +611,7 @@ class Potential:
         if self.labelled:
             return lambda x: formula(model(x), y)
         learned = self.name in MARGINAL and y is None
-        with torch.enable_grad():  # else autocast, before torch 2.11, keeps weights without a graph
+        with torch.enable_grad():  # else autocast, before torch 2.11, caches casts without a graph
             others = model(y).detach().clone() if self.name == "pgd" else y  # CUDA graphs overwrite
 
         def potential(x: Tensor) -> Tensor:
@@ -734,8 +734,8 @@ def _cosine(x: Tensor, channels: Tensor, inverse: bool = False) -> Tensor:
         dct = torch.cos(math.pi / n * i[:, None] * (i + 0.5)) * (2 / n) ** 0.5
         dct[0] /= 2**0.5
         transforms.append(dct)
-    matrices = "cd,hi,wj" if inverse else "dc,ih,jw"
-    return torch.einsum(f"{matrices},nchw->ndij", *transforms, x)
+    subscripts = "cd,hi,wj" if inverse else "dc,ih,jw"
+    return torch.einsum(f"{subscripts},nchw->ndij", *transforms, x)
 
 
 def _residual(centered: Tensor, factor: Tensor, channels: Tensor, shape) -> Tensor:
@@ -780,10 +780,10 @@ def write_atomically(path: str | os.PathLike, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes one of a full disk or a signal
-        reason = isinstance(error, RuntimeError) and error.__context__ or error
-        failure = OSError(f"cannot write {path}: {reason}")
-        raise (failure if isinstance(reason, Exception) else reason) from None
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk's error, or Ctrl-C
+        cause = isinstance(error, RuntimeError) and error.__context__ or error
+        failure = OSError(f"cannot write {path}: {cause}")
+        raise (failure if isinstance(cause, Exception) else cause) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -46,15 +46,16 @@ class Options:
     data_dir: str = option("data", data.DIR_HELP, INPUT, metavar="PATH")
     image_size: int = option(0, f"of the reference: {data.IMAGE_SIZE}", INPUT, least=0)
     neighbours: bool = option(
-        False, "show the closest training images beside samples; their distance", INPUT
+        False, "picture the closest training images beside samples, report their distance", INPUT
     )
     features: str = option("inception", "inception, dinov2, or a checkpoint", "features")
     weights: str = option(
         "", "weights of inception (default: downloaded) or dinov2", "features", metavar="PATH"
     )
     preprocess: str = option(
-        "torch", "as pytorch-fid; tf1: as torch-fidelity", "features", choices=["torch", "tf1"]
-    )
+        "torch", "torch: as pytorch-fid; tf1: as torch-fidelity", "features",
+        choices=["torch", "tf1"],
+    )  # fmt: skip
     precision: str = option("float32", "arithmetic", "features", choices=PRECISIONS)
     splits: int = option(10, "parts of the samples over which IS is averaged", "features", least=1)
     save_stats: str = option(
@@ -69,13 +70,13 @@ class Options:
 
 
 def check(opt: Options) -> None:
-    cli.require(not opt.out.endswith(".md"), "--out is the JSON file; the .md is written beside it")
+    cem.require(not opt.out.endswith(".md"), "--out is the JSON file; the .md is written beside it")
     if opt.features != "inception":
-        cli.require(not opt.save_stats, "--save-stats needs --features inception")
-        cli.require(opt.preprocess == "torch", "--preprocess tf1 needs --features inception")
+        cem.require(not opt.save_stats, "--save-stats needs --features inception")
+        cem.require(opt.preprocess == "torch", "--preprocess tf1 needs --features inception")
     if opt.neighbours:
         both = data.exists(opt.ref)
-        cli.require(both, f"--neighbours needs a dataset as --ref, with both splits: {opt.ref}")
+        cem.require(both, f"--neighbours needs a dataset as --ref, with both splits: {opt.ref}")
 
 
 # --------------------------------------------------------------------------------------- samples
@@ -86,21 +87,21 @@ def load_samples(opt: Options) -> list[tuple[Path, Tensor, Tensor]]:
     paths = [Path(path) for path in opt.samples]
     if not paths and not opt.save_stats:
         paths = sorted(Path("runs").glob("*/samples-*.npz"), key=lambda p: p.stat().st_mtime)[-1:]
-        cli.require(bool(paths), "no samples in runs/: run python sample.py, or pass --samples")
+        cem.require(bool(paths), "no samples in runs/: run python sample.py, or pass --samples")
     samples = [(path, *data.read_samples(path)) for path in paths]
     for path, images, _ in samples:
         enough = len(images) > opt.splits
-        cli.require(enough, f"{path} has {len(images)} images: --splits {opt.splits} needs more")
+        cem.require(enough, f"{path} has {len(images)} images: --splits {opt.splits} needs more")
     return samples
 
 
 def check_samples(samples: list, reference: Tensor, opt: Options) -> None:
-    cli.require(len(reference) > 1, f"--ref {opt.ref} has 1 image: a covariance needs at least 2")
+    cem.require(len(reference) > 1, f"--ref {opt.ref} has 1 image: a covariance needs at least 2")
     wanted = tuple(reference.shape[1:])
     for path, images, _ in samples:
         shape = tuple(images.shape[1:])
         differs = f"{path} has images of {shape}, the reference of {wanted}"
-        cli.require(shape == wanted, f"{differs}: --image-size resizes the reference")
+        cem.require(shape == wanted, f"{differs}: --image-size resizes the reference")
 
 
 def warn_if_sorted(path: Path, labels: Tensor, network, opt: Options) -> None:
@@ -259,10 +260,11 @@ def main() -> None:
         network = dinov2.DINOv2(opt.weights, device, opt.precision)
     else:
         network = metrics.Checkpoint(opt.features, device, opt.precision)
-    against = reference.load_images(opt, network.key)
-    if isinstance(against, Tensor):
-        check_samples(samples, against, opt)
-        against = reference.compute(against, network, opt)
+    against = reference.read_statistics(Path(opt.ref), network.key)
+    if against is None:
+        images = reference.load_images(opt)
+        check_samples(samples, images, opt)
+        against = reference.compute(images, network, opt)
     if opt.save_stats and distributed.rank() == 0:
         mu, sigma = (moment.numpy() for moment in against.moments[0])
         arrays = dict(mu=mu, sigma=sigma, key=np.array(network.key))

@@ -64,9 +64,9 @@ class Options:
 def check(opt: Options) -> None:
     opt.attacks = opt.attacks or ["pgd-20"]
     for name in opt.attacks:
-        cli.require(name in KNOWN, f"--attacks: unknown {name!r}, choose from {', '.join(KNOWN)}")
+        cem.require(name in KNOWN, f"--attacks: unknown {name!r}, choose from {', '.join(KNOWN)}")
     pgd = set(opt.attacks) - {robustness.AUTOATTACK}
-    cli.require(pgd or not opt.transfer, "--transfer needs a PGD attack, such as pgd-20")
+    cem.require(pgd or not opt.transfer, "--transfer needs a PGD attack, such as pgd-20")
 
 
 def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
@@ -78,7 +78,7 @@ def load(opt: Options, path: Path, device: torch.device) -> nn.Module:
     available = own in data.NAMES or (own != "" and Path(own).is_dir())
     if not opt.dataset and not available:
         of_cifar10 = own == "" or path.resolve().parent == cli.SHIPPED
-        cli.require(of_cifar10, f"the dataset of {path}, {own}, is not available: pass --dataset")
+        cem.require(of_cifar10, f"the dataset of {path}, {own}, is not available: pass --dataset")
         print(f"measuring on cifar10: its own dataset ({own or 'unknown'}) is not available")
     opt.dataset = opt.dataset or (own if available else "cifar10")
     shape = model.extra.get("image_shape")
@@ -98,15 +98,15 @@ def load_source(opt: Options, model: nn.Module, device: torch.device) -> nn.Modu
     if any(given) and (plain or "third_party" not in model.extra):
         source = interop.load(opt.transfer, device, *given)
     encoder = any(isinstance(network, cem.NonParametricCEM) for network in (model, source))
-    cli.require(not encoder, "--transfer needs two classifiers, and one of these is an encoder")
+    cem.require(not encoder, "--transfer needs two classifiers, and one of these is an encoder")
     return source.to(memory_format=torch.channels_last)
 
 
 def checked_logits(path, model, test_set: data.Dataset, opt: Options) -> torch.Tensor:
     """f(x, ·) (N, K) on the chosen images. Raises CEMError if they are not finite."""
-    chosen = test_set.evenly_spaced(opt.n or len(test_set))
+    chosen = test_set.evenly_spaced(opt.n)
     logits = robustness.outputs(model, test_set, chosen, opt)
-    cli.require(bool(logits.isfinite().all()), f"the logits of {path} are not finite")
+    cem.require(bool(logits.isfinite().all()), f"the logits of {path} are not finite")
     return logits
 
 
@@ -128,14 +128,14 @@ def evaluate_classifier(path, model, source, test_set: data.Dataset, opt: Option
 
 def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt: Options) -> dict:
     """k-NN and a linear probe on all training images, attacked through encoder and probe."""
-    cli.require(not opt.ood, "--ood needs a classifier, not an encoder")
+    cem.require(not opt.ood, "--ood needs a classifier, not an encoder")
     model = cem.folded(model)
     bank, query = (
-        robustness.outputs(model.features, s, s.evenly_spaced(len(s)), opt)
+        robustness.outputs(model.features, s, s.evenly_spaced(0), opt)
         for s in (train_set, test_set)
     )
     finite = bool(bank.isfinite().all() and query.isfinite().all())
-    cli.require(finite, "the checkpoint's features are not finite")
+    cem.require(finite, "the checkpoint's features are not finite")
     knn = robustness.knn_accuracy(bank, train_set.labels, query, test_set.labels)
     probe = robustness.fit_probe(model, bank, train_set.labels)
     result = robustness.accuracy(probe, test_set, opt.attacks, opt, opt.n, opt.restarts)
@@ -144,7 +144,7 @@ def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt
 
 def report(name: str, path: Path, folder: Path, test_set, opt: Options, result: dict) -> None:
     """Write the result, with its settings, to the file `name` in `folder`, and print it."""
-    n = min(opt.n or len(test_set), len(test_set))
+    n = len(test_set.evenly_spaced(opt.n))
     lines = [f"{path} on {n} test images of {test_set.name}, {opt.norm} eps {opt.eps:g}:"]
     intervals = {}
     for key, value in result.items():
@@ -174,7 +174,7 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     check(opt)
     one = distributed.world_size() == 1
-    cli.require(one, "eval_robust.py runs in one process: leave out torchrun")
+    cem.require(one, "eval_robust.py runs in one process: leave out torchrun")
     device = pick_device(opt.device)
     opt.precision = resolve_precision(device, opt.precision)
     path = Path(opt.ckpt or cli.default_checkpoint("sup"))

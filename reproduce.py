@@ -67,8 +67,8 @@ def wanted_rows(opt: Options) -> list[str]:
 class Reproduction:
     """The trainings, samples and scores for the rows of the table.
 
-    plan: the further options of each training, the number n of samples of a row, and n_eval of
-    test images under attack (0: all). inception: whether it scores the samples.
+    plan: for each training, the options added to its recipe; n: samples of a row; n_eval: test
+    images under attack, 0 for all. inception: whether it also scores the samples.
     """
 
     def __init__(self, opt: Options, inception: bool):
@@ -77,8 +77,9 @@ class Reproduction:
         self.folder = Path(opt.out)
         common = ["--device", opt.device] + ["--quiet"] * opt.quiet
         self.parts = Parts(self.folder / "done.json", common)
-        self.data = ["--dataset", opt.dataset, "--data-dir", opt.data_dir]
-        self.data += ["--image-size", opt.image_size] * bool(opt.image_size)
+        self.data_options = ["--data-dir", opt.data_dir]
+        self.data_options += ["--image-size", opt.image_size] * bool(opt.image_size)
+        self.data = ["--dataset", opt.dataset, *self.data_options]
         key = [opt.dataset, opt.image_size, opt.budget, opt.full, distributed.world_size()]
         self.plan_file = self.folder / f"plan-{digest(key)}.json"
         self.measured = self.folder / f"measured-{digest(key)}"
@@ -145,7 +146,7 @@ class Reproduction:
     def scores(self, rows: list[str]) -> dict[str, dict]:
         """Row -> its figures by the judge and, if the plan has it, by Inception."""
         figures = {row: {} for row in rows}
-        words = ["--samples", *map(self.draw, rows), "--ref", *self.data[1:]]  # without "--dataset"
+        words = ["--samples", *map(self.draw, rows), "--ref", self.opt.dataset, *self.data_options]
         networks = {"judge": ["--features", self.train("judge")]}
         if self.inception:
             weights = ["--weights", self.opt.weights] if self.opt.weights else []
@@ -244,16 +245,16 @@ def write(job: Reproduction, accuracies: dict, figures: dict) -> str:
 
 def check(opt: Options) -> None:
     digits = opt.dataset == "digits"
-    cli.require(not (opt.budget and opt.full), "--budget shortens what --full runs: choose one")
+    cem.require(not (opt.budget and opt.full), "--budget shortens what --full runs: choose one")
     chosen = opt.budget or opt.full
-    cli.require(not digits or not chosen, "digits need neither --budget nor --full")
-    cli.require(digits or chosen, f"--dataset {opt.dataset} needs a --budget such as 6h, or --full")
+    cem.require(not digits or not chosen, "digits need neither --budget nor --full")
+    cem.require(digits or chosen, f"--dataset {opt.dataset} needs a --budget such as 6h, or --full")
     if opt.budget:
         budget.seconds(opt.budget)
     found = data.exists(opt.dataset)
-    cli.require(found, f"--dataset {opt.dataset} not found: see python train_sup.py --help")
+    cem.require(found, f"--dataset {opt.dataset} not found: see python train_sup.py --help")
     n = distributed.world_size()
-    cli.require(128 % n == 0, f"{n} processes cannot split batches of 128 evenly: use 2, 4 or 8")
+    cem.require(128 % n == 0, f"{n} processes cannot split batches of 128 evenly: use 2, 4 or 8")
     folder = Path(opt.out)
     files.make_folder(folder)
     files.lock(folder, f"another process is running in {folder}: use another --out")

@@ -26,7 +26,6 @@ from torch import Tensor
 import cem
 from lib import cli, data, distributed, files, pictures, sampling
 from lib.cli import option
-from lib.clusters import ClusterSeeds
 from lib.device import PRECISIONS, autocast, pick_device, resolve_precision, try_batch_size
 from lib.sampling import DISPLACEMENT, UNTUNED
 
@@ -43,7 +42,7 @@ SAMPLER_HELP = (
 class Options:
     sampler: str = option("rcs", SAMPLER_HELP, "what to draw", choices=SAMPLERS, metavar="NAME")
     cond: bool = option(
-        False, "class-conditional seeds, neighbours; always on for classifiers", "what to draw"
+        False, "draw seeds and neighbours by class; always on for classifiers", "what to draw"
     )
     classes: str = option(
         "", "classes to draw, names or numbers, comma-separated (default: all)", "what to draw"
@@ -105,12 +104,12 @@ class Options:
 
 def check(opt: Options) -> None:
     new = not opt.png or not os.path.lexists(opt.png)
-    cli.require(new, f"--png {opt.png} already exists: use a new folder")
+    cem.require(new, f"--png {opt.png} already exists: use a new folder")
     couples = opt.sampler in cem.COUPLED
     enough = opt.batch_size > 1 or not couples
-    cli.require(enough, f"--sampler {opt.sampler} compares images: --batch-size must be at least 2")
+    cem.require(enough, f"--sampler {opt.sampler} compares images: --batch-size must be at least 2")
     sized = opt.dataset or not opt.image_size
-    cli.require(sized, "--image-size needs the --dataset that it applies to")
+    cem.require(sized, "--image-size needs the --dataset that it applies to")
 
 
 def traced(potential: cem.Potential, frames: list[Tensor]) -> Callable:
@@ -140,26 +139,24 @@ def draw_batch(
     y = classes[index % len(classes)]
     conditional = opt.cond or isinstance(model, cem.ParametricCEM)
     # one CPU generator per image: the same stream for any batch, device or process count
-    random = [
+    generators = [
         torch.Generator().manual_seed((opt.seed * 0x9E3779B1 + int(i)) % 2**32) for i in index
     ]
     if opt.start == "noise":
-        x = torch.stack([torch.rand(seeds.shape, generator=g) for g in random])
-    elif "clusters" in model.extra and not conditional:
-        x = ClusterSeeds.from_state_dict(model.extra["clusters"]).sample(size, random)
+        x = torch.stack([torch.rand(seeds.shape, generator=g) for g in generators])
     else:
-        x = seeds.sample(y if conditional else size, random)
+        x = seeds.sample(y if conditional else size, generators)
     x = x.to(device, memory_format=torch.channels_last)
     if opt.sampler != "seeds":
         wanted = y if conditional else None
-        given = sampling.potential_y(model, opt.sampler, x, wanted, random)
+        given = sampling.potential_y(model, opt.sampler, x, wanted, generators)
         potential = cem.potential(opt.sampler, model, given)
         ascent = dict(steps=opt.steps, step_size=opt.step_size, norm=opt.norm, noise=opt.noise)
         with autocast(device, opt.precision):
             if frames is not None:
                 potential = traced(potential, frames)
-            x = cem.ascend(potential, x, momentum=opt.momentum, generator=random, **ascent)
-        cli.require(bool(x.isfinite().all()), "the images are not finite: the network overflows")
+            x = cem.ascend(potential, x, momentum=opt.momentum, generator=generators, **ascent)
+        cem.require(bool(x.isfinite().all()), "the images are not finite: the network overflows")
     return to_bytes(x), y if conditional else torch.full_like(y, -1)
 
 
@@ -174,7 +171,7 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
 
     torchrun's processes share the batches; the first one collects them from that folder.
     """
-    seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
+    seeds = sampling.seeds_of(model, opt.cond)
     torch.empty(opt.n, *seeds.shape, dtype=torch.uint8)  # fails now if they do not fit in memory
     starts = range(0, opt.n, opt.batch_size)
     drawn = {}
@@ -201,7 +198,7 @@ def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor
 
 def draw_frames(model, opt: Options, device) -> tuple[list[Tensor], Tensor]:
     """The first images again -> uint8 (N, C, H, W) before each step and at the end; labels."""
-    seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
+    seeds = sampling.seeds_of(model, opt.cond)
     frames = []
     size = batch_at(0, opt.batch_size, opt)
     images, labels = draw_batch(model, seeds, opt, device, 0, size, frames)
@@ -233,8 +230,8 @@ def main() -> None:
     sampling.use_settings(opt, model)
     folder = Path(opt.out or cli.output_folder(path, "third_party" in model.extra))
     name = f"samples-{opt.sampler}{'-cond' * opt.cond}"
-    own = sampling.identity(opt, path)
-    parts = folder / f"{name}-{own}.parts"  # of its finished batches
+    identity = sampling.identity(opt, path)
+    parts = folder / f"{name}-{identity}.parts"  # of its finished batches
     files.make_folder(parts)
     files.lock(parts, f"another process is drawing these images: its batches are in {parts}")
     if opt.png:
@@ -253,12 +250,12 @@ def main() -> None:
     if distributed.rank():
         return
     seconds = time.monotonic() - begin
-    content = {"set": own} | record(opt, path, model, seconds)
+    content = {"set": identity} | record(opt, path, model, seconds)
     if not found:  # else some batches were drawn before
         content["images_per_second"] = round(opt.n / seconds, 2)
-    path = pictures.write(folder, name, images, labels, content)
+    written = pictures.write(folder, name, images, labels, content)
     if opt.gif:
-        pictures.write_gif(path.with_suffix(".gif"), *draw_frames(model, opt, device))
+        pictures.write_gif(written.with_suffix(".gif"), *draw_frames(model, opt, device))
     if opt.png:
         pictures.write_files(Path(opt.png), images, labels, model.extra["classes"])
     shutil.rmtree(parts)

@@ -11,6 +11,7 @@ the checkpoint, sample.py draws images from it.
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +67,8 @@ class Options(options.TrainOptions):
 
 
 def preset(opt: Options) -> dict:
-    energy_based = {"batch_norm": "local"}, ENERGY_BASED_DIGITS
-    of_loss = {"dat": (DAT, DAT_DIGITS), **dict.fromkeys(ENERGY_BASED, energy_based)}
+    of_loss = {"dat": (DAT, DAT_DIGITS)}
+    of_loss |= dict.fromkeys(ENERGY_BASED, ({"batch_norm": "local"}, ENERGY_BASED_DIGITS))
     return options.preset(opt, DIGITS, of_loss)
 
 
@@ -79,14 +80,14 @@ def check(opt: Options) -> None:
     options.check(opt)
     samplers = chain_samplers(opt)
     once = len(set(samplers)) == len(samplers)
-    cli.require(once, f"--chain-samplers {opt.chain_samplers}: names repeat")
+    cem.require(once, f"--chain-samplers {opt.chain_samplers}: names repeat")
     if opt.loss in ENERGY_BASED:
         positive = opt.likelihood_weight > 0
-        cli.require(positive, f"--likelihood-weight must be greater than 0 for {opt.loss}")
+        cem.require(positive, f"--likelihood-weight must be greater than 0 for {opt.loss}")
         enough = opt.buffer >= opt.batch_size
-        cli.require(enough, f"--buffer {opt.buffer} must be at least --batch-size {opt.batch_size}")
+        cem.require(enough, f"--buffer {opt.buffer} must be at least --batch-size {opt.batch_size}")
         local = opt.batch_norm == "local" or distributed.world_size() == 1
-        cli.require(local, f"--loss {opt.loss} needs --batch-norm local")
+        cem.require(local, f"--loss {opt.loss} needs --batch-norm local")
 
 
 def make_batch_loss(opt: Options, train_set: data.Dataset, buffer: ReplayBuffer | None = None):
@@ -146,11 +147,12 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
             x_s = chains.sample(climbed, x_s, generator)
             if not chains.updates:
                 chains.begin(network(torch.cat([x, x_s])), torch.cat([y, y_s]))
-            weight, (b, b_posterior) = opt.likelihood_weight, chains.offsets.tolist()
+            weight = opt.likelihood_weight
+            b, b_posterior = chains.offsets.tolist()
             logits, logits_x, logits_s = model(torch.cat([x_adv, x, x_s])).chunk(3)
             log_p, log_p_s = cem.log_marginal(logits_x), cem.log_marginal(logits_s)
             loss = F.cross_entropy(logits, y) + weight * cem.separation_loss(log_p, log_p_s, b)
-            if "ta" in samplers:  # it raises p(y | x) beyond that of data, which log p(x) misses
+            if "ta" in samplers:  # it raises p(y | x) above that of data, which log p(x) misses
                 posteriors = cem.log_posterior(logits_x, y), cem.log_posterior(logits_s, y_s)
                 weights = (which == samplers.index("ta")) * len(samplers)
                 loss = loss + weight * cem.separation_loss(*posteriors, b_posterior, weights)
@@ -191,7 +193,7 @@ def train(opt: Options) -> None:
         train_set = train_set.share(opt.share)
     info = train_set.checkpoint_info(opt.seed_rank)
     held_out, train_set = hold_out(opt, train_set)
-    watch = held_out and make_watch(opt, held_out.pixels(), held_out.labels)
+    watch = make_watch(opt, held_out.pixels(), held_out.labels) if held_out is not None else None
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     classes = len(train_set.classes)
@@ -215,7 +217,7 @@ def train(opt: Options) -> None:
         state = buffer
         batch_loss = make_batch_loss(opt, train_set, buffer)
 
-    def extra(model):
+    def extra(model, hurried):
         return {"settings": state["chains"].settings} if opt.loss == "dat" else {}
 
     def measure(model, epoch):
@@ -244,6 +246,7 @@ def train(opt: Options) -> None:
 def main() -> None:
     opt = cli.parse(Options, __doc__, preset)
     check(opt)
+    options.claim(Path(opt.out))
     train(opt)
 
 

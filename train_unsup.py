@@ -10,6 +10,7 @@ No label is used in training. Writes ckpt.pt, log.jsonl, options.json and Tensor
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +146,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
 def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> ClusterSeeds:
     """Fit the clusters of the model's features of all training images and, if its energy is new,
     standardise its input."""
-    everything = torch.arange(len(train_set), device=train_set.images.device)
+    everything = train_set.evenly_spaced(0)
     features = robustness.outputs(cem.folded(model).features, train_set, everything, opt)
     features = distributed.mean(features)  # identical in all processes, hence identical clusters
     norm, linear = model.energy
@@ -172,7 +173,7 @@ def measure(model: nn.Module, train_set, test_set, opt: Options) -> dict[str, fl
     asked = test_set.subset(test_set.evenly_spaced(opt.n_eval))
     known = train_set.subset(train_set.evenly_spaced(10 * opt.n_eval))
     query, bank = (
-        robustness.outputs(model.features, part, part.evenly_spaced(len(part)), opt)
+        robustness.outputs(model.features, part, part.evenly_spaced(0), opt)
         for part in (asked, known)
     )
     with autocast(query.device, opt.precision):
@@ -201,14 +202,14 @@ def train(opt: Options) -> None:
         compile_network(model, device)
     info = train_set.checkpoint_info(opt.seed_rank)
     held_out, train_set = hold_out(opt, train_set)
-    watch = held_out and make_watch(opt, *fixed_views(held_out, opt))
+    watch = make_watch(opt, *fixed_views(held_out, opt)) if held_out is not None else None
     state = None
     if dual:
         state = dual_state(opt, model, TUNED)
         if resumes(opt):  # without the first stage
             before = RunFolder(opt).load(torch.device("cpu")).extra
             info["clusters"] = before.get("clusters")
-            cli.require(bool(info["clusters"]), "--resume: the run's checkpoint has no clusters")
+            cem.require(bool(info["clusters"]), "--resume: the run's checkpoint has no clusters")
         else:
             before = init.load(opt).extra if opt.init else {}
             info["clusters"] = prepare_dual(opt, model, train_set).state_dict()
@@ -224,17 +225,13 @@ def train(opt: Options) -> None:
             return {}
         return measure(model, train_set, test_set, opt)
 
-    def extra(model):
+    def extra(model, hurried):
         found = {"settings": info["settings"] | state["chains"].settings} if dual else {}
-        # a new run has no use for a bank; after a signal there is little time, unless all is done
-        hurried = trainer.step == 0 or trainer.stop.signal
-        if trainer.step == trainer.total or not hurried:
-            found["bank"] = make_bank(model, train_set, opt)
-        return found
+        return found if hurried else found | {"bank": make_bank(model, train_set, opt)}
 
     n = len(train_set)
     per_image = VIEWS + augment.CROP_DRAWS * dual
-    trainer = Trainer(
+    Trainer(
         opt,
         model,
         n,
@@ -245,13 +242,13 @@ def train(opt: Options) -> None:
         chains=state,
         info=info,
         extra=extra,
-    )
-    trainer.fit()
+    ).fit()
 
 
 def main() -> None:
     opt = cli.parse(Options, __doc__, preset)
     options.check(opt)
+    options.claim(Path(opt.out))
     train(opt)
 
 

@@ -72,7 +72,7 @@ def selected(opt: Options, work: dict) -> dict:
     """The items of `work` whose names contain a part named by --only."""
     parts = [part.strip() for part in opt.only.split(",")]
     chosen = {name: item for name, item in work.items() if any(part in name for part in parts)}
-    cli.require(bool(chosen), f"--only {opt.only} matches none of: {', '.join(work)}")
+    cem.require(bool(chosen), f"--only {opt.only} matches none of: {', '.join(work)}")
     return chosen
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import cem
 from lib import cli, files
 from lib.cli import option
 
@@ -68,7 +69,7 @@ def readings_of(words: list[str], minutes: float, every: float) -> list[float]:
         errors.seek(0)
         lines = errors.read().decode().replace("\r", "\n").strip().splitlines() or [""]
     stopped = status == 128 + signal.SIGTERM
-    cli.require(stopped, f"{words[0]} ended with exit status {status}: {lines[-1]}")
+    cem.require(stopped, f"{words[0]} ended with exit status {status}: {lines[-1]}")
     return readings
 
 
@@ -95,7 +96,7 @@ def main() -> None:
     files.check_output(Path(opt.out), files.json_with("command", "rows"))
     minutes = opt.minutes / 2
     enough = 60 * minutes / opt.every >= 12
-    cli.require(enough, "--minutes is too short for --every: each part needs 12 readings")
+    cem.require(enough, "--minutes is too short for --every: each part needs 12 readings")
     train = "train_sup.py --dataset digits --loss jeat --epochs 1000000 --seed 1 --out".split()
     draw = "sample.py --sampler rcs --n 100000000 --ckpt".split()
     rows = []

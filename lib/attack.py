@@ -94,26 +94,23 @@ def make_watch(opt, x: Tensor, target: Tensor):
     @torch.no_grad()
     def watch(model):
         network = cem.folded(model)
-        attacks = {
-            "single_step_accuracy": pgd_options(opt),
-            "pgd10_accuracy": dict(eps=opt.eps, norm=opt.norm, steps=10),
-        }
-        found = []
+        attacks = pgd_options(opt), dict(eps=opt.eps, norm=opt.norm, steps=10)
+        accuracies = []
         with autocast(x.device, opt.precision):
             potential = cem.potential("ce" if classifier else "pgd", network, target)
-            for settings in attacks.values():
+            for settings in attacks:
                 generator = torch.Generator(x.device).manual_seed(opt.seed)
                 x_adv = cem.pgd(potential, x, **settings, generator=generator)
                 if classifier:
                     correct = network(x_adv).argmax(1) == target
                 else:
-                    found_in = cem.similarity(network(x_adv), network(target), 1).argmax(1)
-                    correct = found_in == torch.arange(len(x), device=x.device)
-                found.append(correct.float().mean())
-        single, several = found = distributed.mean(torch.stack(found)).tolist()
+                    closest = cem.similarity(network(x_adv), network(target), 1).argmax(1)
+                    correct = closest == torch.arange(len(x), device=x.device)
+                accuracies.append(correct.float().mean())
+        single, several = distributed.mean(torch.stack(accuracies)).tolist()
         if single > 0.3 and several < single / 2:
             under = f"{single:.3f} under its single step, {several:.3f} under PGD-10"
             raise cli.Diverged(f"catastrophic overfitting: accuracy {under}")
-        return dict(zip(attacks, found))
+        return {"single_step_accuracy": single, "pgd10_accuracy": several}
 
     return watch

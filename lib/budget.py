@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import cem
-from lib import cli, data, distributed, files, metrics
+from lib import data, distributed, files, metrics
 from lib.device import pick_device
 from lib.parts import call, digest
 
@@ -33,7 +33,7 @@ MARGIN = 0.9  # of its share, what a training is planned to take
 
 def seconds(budget: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([mhd])", budget)
-    cli.require(found and float(found[1]) > 0, f"--budget {budget!r} is invalid: try 90m, 6h or 2d")
+    cem.require(found and float(found[1]) > 0, f"--budget {budget!r} is invalid: try 90m, 6h or 2d")
     return float(found[1]) * {"m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
@@ -90,14 +90,15 @@ def shortened(job, rows: int) -> dict:
     begin = time.monotonic()
     total = seconds(job.opt.budget)
     images = len(data.load(job.opt.dataset, "train", job.opt.data_dir, job.opt.image_size))
-    minutes = min(total / 3600, 1)
+    minutes = min(total / 3600, 1)  # of a trial: a sixtieth of the budget, at most one
     options = {"judge": JUDGE, "dat": ""}
     rates = {}
     for sup, unsup in NETWORKS:
         trial, rate = measured(job, "sup", sup, minutes, images)
         enough = SHARES["sup"] * total * rate / images >= LEAST_EPOCHS
         if enough or not rates:
-            first_stage, rates["sup"] = trial, rate
+            first_stage = trial
+            rates["sup"] = rate
             options |= {"sup": sup, "unsup": unsup}
         if not enough:
             break
@@ -112,7 +113,7 @@ def shortened(job, rows: int) -> dict:
         )
     reference = images / score_rate
     too_long = f"Inception takes {reference / 60:.0f} minutes for the training images alone"
-    cli.require(reference < total / 4, f"--budget {job.opt.budget} is too short: {too_long}")
+    cem.require(reference < total / 4, f"--budget {job.opt.budget} is too short: {too_long}")
     spent = agreed(time.monotonic() - begin)
     left = total - spent - reference
     plan = {"options": {}, "minutes": {"plan": round(spent / 60, 1)}}
@@ -121,10 +122,10 @@ def shortened(job, rows: int) -> dict:
         whole = max(int(epochs), 1)
         share = f" --share {epochs:.3f}" if epochs < 1 else ""
         short = f"--budget {job.opt.budget} is too short for an epoch of the encoder"
-        cli.require(model != "unsup" or epochs >= 1, short)
+        cem.require(model != "unsup" or epochs >= 1, short)
         plan["options"][model] = f"{options[model]} --epochs {whole}{share}".strip()
         plan["minutes"][model] = round(min(epochs, whole) * images / rate / 60, 1)
-    rest = (1 - sum(SHARES.values())) / 2 * left  # for samples; as much again for scores
+    rest = (1 - sum(SHARES.values())) / 2 * left  # for drawing and Inception; as much for the rest
     n = (rest / rows - row) / (1 / draw_rate + 1 / score_rate)
     n = min(max(int(n) // 100 * 100, 100), 50_000)
     plan["minutes"]["samples"] = round(rows * n / draw_rate / 60, 1)

@@ -104,9 +104,9 @@ class GrowingChains(nn.Module):
     Every chain starts anew, and takes T - 2 to T steps of `step_size` along the l2-normalised
     gradient, the same number in all processes. T, at first 5, grows by one, up to `longest`, when
     samples are easily told from data: when the mean AUC of log p(x) over 8 training steps exceeds
-    0.8. (There all take T steps, T begins at 0, and the AUC is that of f(x, y).) `offsets` are the
-    b of the loss, for log p(x) and for log p(y | x): the midpoints between the means of data and of
-    all samples in the first step.
+    0.8. (In the paper all take T steps, from 0 on, and the AUC is that of f(x, y).) `offsets` are
+    the b of the loss, for log p(x) and for log p(y | x): the midpoints between the means of data
+    and of all samples in the first step.
     """
 
     def __init__(self, longest: int, step_size: float, samplers: Sequence[str] = ()):
@@ -116,13 +116,13 @@ class GrowingChains(nn.Module):
         self.step_size = step_size
         self.register_buffer("length", torch.tensor(min(5, longest)))  # T
         self.register_buffer("updates", torch.tensor(0))
-        self.register_buffer("auc_sum", torch.tensor(0.0))  # since T was last looked at
+        self.register_buffer("auc_sum", torch.tensor(0.0))  # since T was last reviewed
         self.register_buffer("offsets", torch.zeros(2))
 
     def sample(self, potential: Callable, x: Tensor, generator) -> Tensor:
         """The images x (N, C, H, W) after their chains."""
-        longest = self.length.item()
-        steps = torch.randint(max(longest - 2, 1), longest + 1, (), generator=generator.host)
+        length = self.length.item()
+        steps = torch.randint(max(length - 2, 1), length + 1, (), generator=generator.host)
         return cem.ascend(potential, x, steps=steps.item(), step_size=self.step_size)
 
     def begin(self, logits: Tensor, y: Tensor) -> None:

@@ -81,7 +81,7 @@ def names(flag: str, text: str, known: Iterable[str]) -> list[str]:
     """The comma-separated names of an option. Raises CEMError for one that is unknown."""
     found = [name.strip() for name in text.split(",")]
     for name in found:
-        require(name in known, f"{flag}: unknown {name!r}, choose from {', '.join(known)}")
+        cem.require(name in known, f"{flag}: unknown {name!r}, choose from {', '.join(known)}")
     return found
 
 
@@ -138,11 +138,11 @@ def check_bounds(opt) -> None:
         value = getattr(opt, f.name)
         flag = f"--{f.name.replace('_', '-')}"
         several = "nargs" in f.metadata or not isinstance(value, list)
-        require(several, f"{flag} needs a value")  # argparse reads --seed=-- as a list
+        cem.require(several, f"{flag} needs a value")  # argparse reads --seed=-- as a list
         for bound, (words, fits) in BOUNDS.items():
             if bound in f.metadata and value is not None:
                 limit = f.metadata[bound]
-                require(fits(value, limit), f"{flag} must be {words} {limit}, not {value}")
+                cem.require(fits(value, limit), f"{flag} must be {words} {limit}, not {value}")
 
 
 def default_checkpoint(kind: str) -> Path:
@@ -200,7 +200,6 @@ class Diverged(cem.CEMError):
     """A training run that cannot continue: exit status 3."""
 
 
-require = cem.require
 AT_END = contextlib.ExitStack()  # what remains to be done when the script ends, however it ends
 
 
@@ -225,10 +224,10 @@ def run(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         fail("error: out of device memory: try a smaller --batch-size")
     except RuntimeError as error:
-        asked = re.search(r"tried to allocate (\d+) bytes|overflowed with (sizes.*)", str(error))
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = " ".join(str(error).split())[:300]
             fail(f"error: torch.compile failed, leave out --compile: {reason}")
+        asked = re.search(r"tried to allocate (\d+) bytes|overflowed with (sizes.*)", str(error))
         if asked is None:
             raise
         size = f"{int(asked[1]):,} bytes" if asked[1] else f"a tensor of {asked[2]}"
@@ -248,8 +247,8 @@ def _terminate(number: int, _frame) -> None:
 
 
 class Stop:
-    """When a run has to stop: after max_minutes, on SIGTERM or Ctrl-C. Another one, more than a
-    second later, kills it: a launcher may send its own to a process twice."""
+    """When a run has to stop: after max_minutes, on SIGTERM or Ctrl-C. A second signal ends it at
+    once, unless it comes within a second: a launcher may deliver one twice."""
 
     def __init__(self, max_minutes: float):
         self.deadline = time.monotonic() + 60 * max_minutes

@@ -26,11 +26,11 @@ class ClusterSeeds:
         """images (N, C, H, W), uint8; features (N, D), clustered by their direction."""
         directions = F.normalize(features, dim=1).cpu().numpy()
         enough = 2 * clusters <= len(images)
-        cli.require(enough, f"--clusters {clusters} needs at least {2 * clusters} training images")
+        cem.require(enough, f"--clusters {clusters} needs at least {2 * clusters} training images")
         found = KMeans(clusters, n_init=1, random_state=seed % 2**32).fit(directions).labels_
         labels = torch.from_numpy(found).long().to(images.device)
         smallest = labels.bincount(minlength=clusters).min()
-        cli.require(smallest > 1, f"a cluster has {smallest} images: choose fewer --clusters")
+        cem.require(smallest > 1, f"a cluster has {smallest} images: choose fewer --clusters")
         bar = partial(cli.progress, name="seeds", unit="cluster")
         gaussians = cem.GaussianSeeds.fit(images, labels, rank, clusters, bar)
         return cls(gaussians, labels.bincount(minlength=clusters) / len(labels))

@@ -17,7 +17,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tv
 
-from cem import CEMError, GaussianSeeds
+import cem
 from lib import cli, distributed, files
 
 NAMES = ("cifar10", "cifar100", "svhn", "digits")
@@ -27,13 +27,14 @@ IMAGE_SIZE = "resize and crop a folder's images to this height and width; 0: as 
 
 
 def evenly_spaced(n: int, total: int, device="cpu") -> Tensor:
-    """The indices of n evenly spaced images out of `total`, or of all if there are fewer."""
-    n = min(n, total)
+    """The indices of n evenly spaced images out of `total`; of all if n is 0 or larger."""
+    n = min(n or total, total)
     return torch.arange(n, device=device) * total // max(n, 1)
 
 
 def shuffled(n: int) -> Tensor:
-    """A fixed permutation of n: sample.py's images cycle through the classes."""
+    """A fixed permutation of range(n). sample.py's images cycle through the classes, and a regular
+    choice of them could be of one class."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
@@ -85,7 +86,7 @@ class Dataset:
     def checkpoint_info(self, rank: int) -> dict:
         """What a checkpoint stores about its training set; `rank` is that of its seeds."""
         bar = partial(cli.progress, name="seeds", unit="class")
-        seeds = GaussianSeeds.fit(self.images, self.labels, rank, len(self.classes), bar)
+        seeds = cem.GaussianSeeds.fit(self.images, self.labels, rank, len(self.classes), bar)
         info = {"dataset": self.name, "classes": self.classes, "seeds": seeds.state_dict()}
         return info | {"image_shape": list(self.images.shape[1:]), "num_images": len(self)}
 
@@ -94,10 +95,10 @@ class Dataset:
         shape, classes = list(self.images.shape[1:]), len(self.classes)
         own = model.extra.get("image_shape") or [model.config["in_channels"], *shape[1:]]
         differs = f"{path} is for images of {own}, but {self.name} has {shape}"
-        cli.require(own == shape, f"{differs}: pass its --dataset and --image-size")
+        cem.require(own == shape, f"{differs}: pass its --dataset and --image-size")
         own = model.config.get("num_classes", classes)
         differs = f"{path} has {own} classes, but {self.name} has {classes}"
-        cli.require(own == classes, f"{differs}: pass its --dataset")
+        cem.require(own == classes, f"{differs}: pass its --dataset")
 
     def pixels(self, index=slice(None)) -> Tensor:
         """The images at `index` as floats in [0, 1], in channels_last memory format."""
@@ -116,14 +117,14 @@ def load(name: str, split: str, data_dir: str = "data", image_size: int = 0) -> 
     """
     if name in NAMES:
         fixed = f"--image-size is for image folders: {name} has images of one size"
-        cli.require(image_size == 0, fixed)
+        cem.require(image_size == 0, fixed)
     if name == "digits":
         return _digits(split)
     if name in NAMES:
         return _torchvision(name, split, data_dir)
     if Path(name).is_dir():
         return _folder(Path(name), split, image_size)
-    raise CEMError(f"unknown dataset {name!r}: not a folder and not one of {', '.join(NAMES)}")
+    raise cem.CEMError(f"unknown dataset {name!r}: not a folder and not one of {', '.join(NAMES)}")
 
 
 def exists(name: str) -> bool:
@@ -143,7 +144,7 @@ def splits(name: str, data_dir: str, device, image_size: int = 0) -> tuple[Datas
     train, test = (load(name, part, data_dir, image_size).to(device) for part in ("train", "test"))
     shapes = [tuple(dataset.images.shape[1:]) for dataset in (train, test)]
     differ = f"training images have shape {shapes[0]}, test images {shapes[1]}"
-    cli.require(shapes[0] == shapes[1], f"{name}: {differ}: --image-size makes them equal")
+    cem.require(shapes[0] == shapes[1], f"{name}: {differ}: --image-size makes them equal")
     return train, test
 
 
@@ -180,12 +181,12 @@ def _torchvision(name: str, split: str, data_dir: str) -> Dataset:
         else:
             images = images.permute(0, 3, 1, 2)
             labels, classes = raw.targets, raw.classes
-    except CEMError:
+    except cem.CEMError:
         raise
     except Exception as error:  # download, archive and unpickling fail with errors of any type
         reason = f"its download failed ({type(error).__name__}: {error})"
         advice = "use --dataset digits, which needs no network, or an image folder"
-        raise CEMError(f"{name} not found in {data_dir}, and {reason}: {advice}") from error
+        raise cem.CEMError(f"{name} not found in {data_dir}, and {reason}: {advice}") from error
     labels = torch.as_tensor(labels, dtype=torch.int64)
     return Dataset(name, images.contiguous(), labels, classes, flip=name != "svhn")
 
@@ -196,11 +197,11 @@ def _folder(root: Path, split: str, image_size: int) -> Dataset:
         try:
             listings[part] = datasets.ImageFolder(root / part)
         except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise CEMError(f"{root / part} is not an image folder <class>/*: {reason}") from error
+            failed = f"{root / part} is not an image folder <class>/*"
+            raise cem.CEMError(f"{failed}: {str(error).splitlines()[0]}") from error
     differing = set(listings["train"].classes) ^ set(listings["test"].classes)
     names = ", ".join(sorted(differing)[:5])
-    cli.require(not differing, f"{root}: train and test have different classes ({names})")
+    cem.require(not differing, f"{root}: train and test have different classes ({names})")
     listing = listings.pop(split)
     images = read_images([path for path, _ in listing.samples], image_size)
     others = (path for other in listings.values() for path, _ in other.samples)
@@ -211,7 +212,7 @@ def _folder(root: Path, split: str, image_size: int) -> Dataset:
         print(f"{root / split}: images of other sizes are resized and cropped to {width}x{height}")
     if height != width or height < 8:
         sizes = f"square and at least 8x8, not {width}x{height}"
-        raise CEMError(f"{root}: images must be {sizes}: --image-size resizes and crops them")
+        raise cem.CEMError(f"{root}: images must be {sizes}: --image-size resizes and crops them")
     return Dataset(str(root), images, torch.tensor(listing.targets), listing.classes)
 
 
@@ -228,7 +229,7 @@ def read_images(paths: list[str], image_size: int = 0) -> Tensor:
     for path, image in zip(paths, images):
         if image.size != (width, height):
             differs = f"{path} is {image.size[0]}x{image.size[1]}, others are {width}x{height}"
-            raise CEMError(f"{differs}: --image-size resizes and crops a dataset's images")
+            raise cem.CEMError(f"{differs}: --image-size resizes and crops a dataset's images")
     if any(image.mode == "RGB" for image in images):
         images = [image.convert("RGB") for image in images]
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
@@ -236,10 +237,10 @@ def read_images(paths: list[str], image_size: int = 0) -> Tensor:
 
 
 def _read_image(path: str, image_size: int) -> Image.Image:
-    cli.require(Path(path).is_file(), f"cannot read the image {path}: it is not a regular file")
+    cem.require(Path(path).is_file(), f"cannot read the image {path}: it is not a regular file")
     try:
         with Image.open(path) as image:
-            cli.require(image.mode[0] not in "IF", "it has more than 8 bits")  # clipped by convert
+            cem.require(image.mode[0] not in "IF", "it has more than 8 bits")  # clipped by convert
             image = ImageOps.exif_transpose(image)  # upright, as it is shown elsewhere
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
         if image_size:
@@ -247,7 +248,7 @@ def _read_image(path: str, image_size: int) -> Image.Image:
             image = tv.center_crop(image, [image_size])
         return image
     except Exception as error:  # decoders of damaged files fail with errors of any type
-        raise CEMError(
+        raise cem.CEMError(
             f"cannot read the image {path}: {str(error) or type(error).__name__}"
         ) from error
 
@@ -257,24 +258,24 @@ def _read_image(path: str, image_size: int) -> Image.Image:
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor]:
     """-> images uint8 (N, C, H, W) and labels (N,), -1 if the file has none."""
-    cli.require(path.is_file(), f"samples {path} not found: run sample.py first")
+    cem.require(path.is_file(), f"samples {path} not found: run sample.py first")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file}
     except Exception as error:  # a damaged archive can fail in any way
-        raise CEMError(f"cannot read the samples {path}: {error}") from error
-    cli.require("arr_0" in arrays, f"{path} contains no images (arr_0)")
+        raise cem.CEMError(f"cannot read the samples {path}: {error}") from error
+    cem.require("arr_0" in arrays, f"{path} contains no images (arr_0)")
     images = arrays["arr_0"]
     labels = arrays.get("arr_1", np.full(images.shape[:1], -1))
     if images.dtype.kind == "f":
         inside = bool(((images >= 0) & (images <= 1)).all())
-        cli.require(inside, f"{path}: arr_0 is float, but not in [0, 1]")
+        cem.require(inside, f"{path}: arr_0 is float, but not in [0, 1]")
         images = (255 * images).round().astype(np.uint8)
-    cli.require(labels.dtype.kind in "iu", f"{path}: arr_1 must contain integer labels")
+    cem.require(labels.dtype.kind in "iu", f"{path}: arr_1 must contain integer labels")
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] in (1, 3)
     fits = fits and len(images) > 0 and labels.shape == images.shape[:1]
     wanted = "uint8, or float in [0, 1], (N, H, W, C) with C = 1 or 3, and arr_1 (N,)"
-    cli.require(fits, f"{path}: arr_0 must be {wanted}")
+    cem.require(fits, f"{path}: arr_0 must be {wanted}")
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -287,7 +288,7 @@ def read_samples(path: Path, image_size: int = 0) -> tuple[Tensor, Tensor]:
     if not path.is_dir():
         return read_npz(path)
     found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-    cli.require(bool(found), f"{path} contains no images")
+    cem.require(bool(found), f"{path} contains no images")
     paths = [name for name in found if Path(name).parent == path] or found
     paths = [paths[i] for i in shuffled(len(paths))]
     return read_images(paths, image_size), torch.full((len(paths),), -1)

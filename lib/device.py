@@ -15,7 +15,8 @@ PRECISIONS = ["auto", "float32", "tf32", "bfloat16"]
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. Under torchrun each process has its own GPU."""
+    """auto: CUDA, else Apple's MPS, else the CPU. Under torchrun each process has its own GPU, and
+    joins the others here. Also makes the process keep freed memory."""
     if name == "auto":
         mps = torch.backends.mps.is_available() and distributed.world_size() == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -68,7 +69,8 @@ def resolve_precision(device: torch.device, precision: str) -> str:
 
 
 def autocast(device: torch.device, precision: str):
-    """The context manager of --precision. Raises CEMError for tf32 without an NVIDIA GPU."""
+    """The context manager of --precision; sets TF32 for the whole process. Raises CEMError for tf32
+    without an NVIDIA GPU."""
     precision = resolve_precision(device, precision)
     if precision == "tf32" and device.type != "cuda":
         raise cem.CEMError("--precision tf32 needs an NVIDIA GPU")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 import cem
-from lib import cli, files
+from lib import files
 from lib.device import autocast, resolve_precision
 
 URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
@@ -43,8 +43,8 @@ class DINOv2:
 
     def __init__(self, weights: str, device: torch.device, precision: str = "float32"):
         needs = f"--features dinov2 needs --weights PATH, the file of {URL}"
-        cli.require(bool(weights), needs)
-        cli.require(Path(weights).is_file(), f"{weights} not found: {needs}")
+        cem.require(bool(weights), needs)
+        cem.require(Path(weights).is_file(), f"{weights} not found: {needs}")
         try:
             from timm.models import vision_transformer as timm
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""What scripts check before they work: that outputs can be written and are theirs; locks."""
+"""Files: outputs that can be written and are the script's own, locks, JSON, hashes."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def lock(folder: Path, busy: str, until: ExitStack | None = None) -> None:
     except OSError:
         cli.warn(f"{folder} is on a file system without locks: start one run at a time")
         return
-    cli.require(current, busy)
+    cem.require(current, busy)
 
 
 def check_output(path: Path, is_ours: Callable[[Path], bool], *beside: Path) -> None:
@@ -69,7 +69,7 @@ def check_output(path: Path, is_ours: Callable[[Path], bool], *beside: Path) -> 
     for file in (path, *beside):
         if file.is_symlink() or file.exists():
             ours = file.is_file() and not file.is_symlink() and is_ours(path)
-            cli.require(ours, f"{file} exists and this script did not write it: use another file")
+            cem.require(ours, f"{file} exists and this script did not write it: use another file")
 
 
 def json_with(*keys: str) -> Callable[[Path], bool]:

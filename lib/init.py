@@ -3,7 +3,7 @@
 from torch import nn
 
 import cem
-from lib import cli, interop
+from lib import interop
 from lib.run import resumes
 
 
@@ -15,6 +15,11 @@ def load(opt) -> nn.Module:
 def defaults(opt) -> dict:
     """The options that the checkpoint determines: arch, width and those of an encoder's head."""
     return {name: value for name, value in load(opt).config.items() if hasattr(opt, name)}
+
+
+def head_shapes(state: dict) -> dict:
+    """The shapes of the last layer's tensors."""
+    return {k: v.shape for k, v in state.items() if k.startswith("net.fc.")}
 
 
 def start(model: nn.Module, opt, train_set) -> None:
@@ -29,24 +34,22 @@ def start(model: nn.Module, opt, train_set) -> None:
     source = load(opt)
     for name in ("arch", "width", "in_channels"):
         there, here = source.config[name], model.config[name]
-        cli.require(there == here, f"--init {opt.init} has {name} {there}, not {here}")
+        cem.require(there == here, f"--init {opt.init} has {name} {there}, not {here}")
     own, stored = model.state_dict(), source.state_dict()
     if not source.extra.get("normalised", True):
         print(f"{opt.init} has no pixel normalisation: using that of the training images")
         print("(many RobustBench models need --mean 0 --std 1)")
         stored |= {name: own[name] for name in ("mean", "std")}
-    last = [{k: v.shape for k, v in s.items() if k.startswith("net.fc.")} for s in (stored, own)]
     shape = list(train_set.images.shape[1:])
     size = source.extra.get("image_shape") or shape
     same = opt.loss != "dat" or size == shape
-    cli.require(
-        same, f"{opt.init} is for images of {size}, not {shape}: first fine-tune it with --loss at"
-    )
+    other = f"{opt.init} is for images of {size}, not {shape}"
+    cem.require(same, f"{other}: first fine-tune it with --loss at")
     classes = source.extra.get("classes") or train_set.classes
     others = isinstance(model, cem.ParametricCEM) and classes != train_set.classes
-    if last[0] != last[1] or others:
+    if head_shapes(stored) != head_shapes(own) or others:
         differs = f"the last layer of {opt.init} does not fit{' these classes' * others}"
-        cli.require(opt.loss != "dat", f"{differs}: first train a new one with --loss at")
+        cem.require(opt.loss != "dat", f"{differs}: first train a new one with --loss at")
         print(f"{differs}: starting with a new one")
         stored = {k: v for k, v in stored.items() if not k.startswith("net.fc.")}
     model.load_state_dict(own | {k: v for k, v in stored.items() if k in own})

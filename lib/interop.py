@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import cem
 from lib import schema
-from lib.cli import require, warn
+from lib.cli import warn
 
 State = dict[str, Tensor]
 
@@ -44,11 +44,11 @@ def load(path: str | Path, device="cpu", mean=None, std=None) -> nn.Module:
     are read; no code in the file runs. Raises CEMError for a file that is missing, damaged or of
     unknown architecture.
     """
-    require(Path(path).is_file(), f"checkpoint {path} not found")
+    cem.require(Path(path).is_file(), f"checkpoint {path} not found")
     ours = is_ours(path)
-    require((mean is None) == (std is None), "mean and std must be given together")
+    cem.require((mean is None) == (std is None), "mean and std must be given together")
     fits = mean is None or not ours
-    require(fits, f"mean and std are for third-party checkpoints, which {path} is not")
+    cem.require(fits, f"mean and std are for third-party checkpoints, which {path} is not")
     if ours:
         return schema.load(path, device)
     given = {} if mean is None else {"mean": mean, "std": std}
@@ -126,7 +126,7 @@ def state_dict(content: object) -> State:
         for name, state in found:
             if name == preferred:
                 return state
-    require(bool(found), "no state dict of a supported ResNet or Wide ResNet found")
+    cem.require(bool(found), "no state dict of a supported ResNet or Wide ResNet found")
     if len(found) > 1:
         names = ", ".join(repr(name) for name, _ in found)
         raise cem.CEMError(f"contains several networks ({names}): torch.save one of them alone")
@@ -143,9 +143,9 @@ def third_party_model(state: State, given: dict) -> cem.ParametricCEM:
     if not normalised:
         normalisation = {"mean": torch.zeros(1), "std": torch.ones(1)}
     inside = all(((v >= 0) & (v <= 1)).all() for v in normalisation.values())
-    require(inside, "mean and std must be in [0, 1], the range of pixels")
+    cem.require(inside, "mean and std must be in [0, 1], the range of pixels")
     model = cem.ParametricCEM(**config, **normalisation)
-    require(all(v.isfinite().all() for v in network.values()), "its weights are not finite")
+    cem.require(all(v.isfinite().all() for v in network.values()), "its weights are not finite")
     model.net.load_state_dict(network)
     model.extra = {"third_party": True, "normalised": normalised}
     return model

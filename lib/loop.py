@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+import cem
 from lib import cli, distributed, optim
 from lib.device import autocast, try_batch_size
 from lib.run import RunFolder, resumes
@@ -56,7 +57,7 @@ class Trainer:
         may raise Diverged
     chains: a module with further state: chains, and the first stage's network (lib/chains.py)
     info: what the checkpoint stores about the dataset, which stays the same
-    extra(model) -> what else it stores
+    extra(model, hurried) -> what else it stores; hurried: before the first step, or after a signal
 
     Under torchrun every process runs this with the same weights; the first measures and writes.
     """
@@ -64,17 +65,18 @@ class Trainer:
     def __init__(
         self, opt, model: nn.Module, num_images: int, *, shuffle, batch_loss, measure,
         watch=None, chains: nn.Module | None = None, info: dict | None = None,
-        extra: Callable[[nn.Module], dict] = lambda model: {}
+        extra: Callable[[nn.Module, bool], dict] = lambda model, hurried: {}
     ):  # fmt: skip
         fits = distributed.world_size() == 1 or opt.batch_size <= num_images
-        cli.require(fits, f"--batch-size {opt.batch_size} exceeds the {num_images} training images")
+        cem.require(fits, f"--batch-size {opt.batch_size} exceeds the {num_images} training images")
         self.device = next(model.parameters()).device
         autocast(self.device, opt.precision)  # raises for an unavailable one, before any writing
         torch.backends.cudnn.benchmark = True
         self.opt = opt
         self.model = model
         self.chains = chains
-        self.info, self.extra = info or {}, extra
+        self.info = info or {}
+        self.extra = extra
         self.shuffle = shuffle
         self.batch_loss = batch_loss
         self.measure = measure
@@ -246,7 +248,8 @@ class Trainer:
             training["chains"] = dict(state)
         keep = name == "ckpt.pt" and self.step > self.began
         if self.first:
-            stored = self.info | self.extra(self.average)
+            hurried = self.step == 0 or (self.step < self.total and bool(self.stop.signal))
+            stored = self.info | self.extra(self.average, hurried)
             self.folder.save(name, self.average, keep, training=training, **stored)
             self.folder.write_log(self.progress["log"])
         distributed.barrier()
@@ -255,13 +258,13 @@ class Trainer:
         saved = self.folder.load(self.device)
         training = saved.extra["training"]
         same = type(saved) is type(self.model)
-        cli.require(same, f"--resume: another script made the run in {self.folder.path}")
+        cem.require(same, f"--resume: another script made the run in {self.folder.path}")
         for name in ("classes", "image_shape", "num_images"):
             now = self.info.get(name)
             then = saved.extra.get(name, now)  # earlier versions store fewer
-            cli.require(then == now, f"--resume: the run has {name} {then}, the dataset {now}")
+            cem.require(then == now, f"--resume: the run has {name} {then}, the dataset {now}")
         found = self.chains is None or "chains" in training
-        cli.require(found, f"{self.folder.checkpoint} has no chains: an earlier version wrote it")
+        cem.require(found, f"{self.folder.checkpoint} has no chains: an earlier version wrote it")
         self.model.load_state_dict(training["model"])
         settings = {"param_groups": self.optimizer.state_dict()["param_groups"]}  # from the options
         self.optimizer.load_state_dict(training["optimizer"] | settings)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of a table. Its error, after ±, decides about bold."""
+    """A number in a table. Its error follows after ±, and decides whether it may be bold."""
 
     value: float
     digits: int = 1
@@ -43,6 +43,8 @@ def share(row: dict, key: str, unit: str = " %") -> Figure:
 
 def rounded(value: float, digits: int) -> str:
     """Halves are rounded up. Float32 noise is removed first: 60.1499975 is 60.15, and so 60.2."""
+    if not abs(value) < 1e15:  # or NaN: Decimal has 28 digits
+        return f"{value:.3g}"
     return str(Decimal(f"{value:.7g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
 
 

@@ -52,7 +52,7 @@ def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with mock.patch.object(torch.hub, "tqdm", partial(cli.progress, None, "Inception")):
                     torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=prefix)
-        cli.require(Path(path).is_file(), f"{path} not found")
+        cem.require(Path(path).is_file(), f"{path} not found")
         state = torch.load(path, map_location="cpu", weights_only=True)
         sha = files.sha256(path)
     except Exception as error:  # no network, or a file that is damaged in any way
@@ -131,7 +131,7 @@ class Checkpoint:
 
     def __init__(self, path: str, device: torch.device, precision: str = "float32"):
         wanted = "--features must be inception, dinov2 or a checkpoint"
-        cli.require(Path(path).is_file(), f"{wanted}: {path} not found")
+        cem.require(Path(path).is_file(), f"{wanted}: {path} not found")
         model = cem.load(path, device)
         encoder = isinstance(model, cem.NonParametricCEM)
         self.names = ("", "E-FD", "E-KD") if encoder else ("C-IS", "C-FD", "C-KD")
@@ -142,7 +142,7 @@ class Checkpoint:
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         channels = self.model.config["in_channels"]
-        cli.require(images.shape[1] == channels, f"--features needs images of {channels} channels")
+        cem.require(images.shape[1] == channels, f"--features needs images of {channels} channels")
         x = images.to(self.device, memory_format=torch.channels_last).float().div(255)
         with autocast(self.device, self.precision):
             stages = [stage.float() for stage in self.model.stages(x)]
@@ -163,7 +163,7 @@ def extract(
     CEMError, which calls the images `name`, if a feature is not finite.
     """
     world = distributed.world_size()
-    cli.require(len(images) >= world, f"{name}: fewer images than the {world} processes")
+    cem.require(len(images) >= world, f"{name}: fewer images than the {world} processes")
     size = min(batch_size, len(images) // world)
     batches = distributed.local_rows(images.split(size))
     parts = []
@@ -172,7 +172,7 @@ def extract(
         parts.append([tensor.cpu() for tensor in (*blocks, logits)])
     *blocks, logits = [distributed.gather(torch.cat(part)) for part in zip(*parts)]
     finite = all(tensor.isfinite().all() for tensor in (*blocks, logits))
-    cli.require(finite, f"{name}: the features are not finite")
+    cem.require(finite, f"{name}: the features are not finite")
     return blocks, logits
 
 
@@ -201,7 +201,7 @@ def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def square_root(sigma: Tensor) -> Tensor:
-    """Of a covariance (D, D), which may be rank-deficient."""
+    """Σ^½ of a covariance (D, D), which may be rank-deficient."""
     values, vectors = torch.linalg.eigh(sigma)
     return vectors * values.clamp_min(0).sqrt() @ vectors.T
 

@@ -124,20 +124,19 @@ def claim(folder: Path) -> None:
     for path in (folder / name for name in FILES):
         regular = path.is_file() and not path.is_symlink()
         wrong = f"{path} is not a regular file: use another --out"
-        cli.require(regular or not os.path.lexists(path), wrong)
+        cem.require(regular or not os.path.lexists(path), wrong)
 
 
 def check(opt: TrainOptions) -> None:
     n = distributed.world_size()
-    cli.require(opt.batch_size >= 2 * n, f"--batch-size must be at least {2 * n}, 2 per process")
-    cli.require(opt.batch_size % n == 0, f"--batch-size must be a multiple of {n}, the processes")
+    cem.require(opt.batch_size >= 2 * n, f"--batch-size must be at least {2 * n}, 2 per process")
+    cem.require(opt.batch_size % n == 0, f"--batch-size must be a multiple of {n}, the processes")
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    cli.require(opt.resume or not restarts, "torchrun --max-restarts needs --resume")
+    cem.require(opt.resume or not restarts, "torchrun --max-restarts needs --resume")
     given = opt.init or not (opt.mean or opt.std)
-    cli.require(given, "--mean and --std are for the third-party checkpoint of --init")
+    cem.require(given, "--mean and --std are for the third-party checkpoint of --init")
     named = opt.chain_start == "gaussian" or opt.chain_start in data.NAMES
     found = named or Path(opt.chain_start).exists()
-    cli.require(found, f"--chain-start {opt.chain_start} not found: use gaussian or a dataset")
+    cem.require(found, f"--chain-start {opt.chain_start} not found: use gaussian or a dataset")
     if opt.loss == "dat" and not opt.init:
         print("--loss dat expects an adversarially trained model as --init: starting without")
-    claim(Path(opt.out))

@@ -44,7 +44,8 @@ def order(figures: dict[str, dict], distance: str) -> list[str]:
     seeds. A gap below twice its standard error decides nothing."""
     counts = {"agree": 0, "disagree": 0, "are within the error bars": 0}
     for a, b in itertools.combinations([row for row in figures if row in FIGURES], 2):
-        if split(a)[::2] != split(b)[::2]:
+        (model_a, _, cond_a), (model_b, _, cond_b) = split(a), split(b)
+        if (model_a, cond_a) != (model_b, cond_b):
             continue
         gap = figures[a][distance] - figures[b][distance]
         bar = 2 * math.hypot(figures[a][f"{distance} std"], figures[b][f"{distance} std"])

@@ -74,7 +74,7 @@ class Parts:
                 call(script, *words, *self.common)
         distributed.barrier()
         left = f"delete what is left of it, {product.stem}.*, and repeat"
-        cli.require(product.exists(), f"{command} did not write {product}: {left}")
+        cem.require(product.exists(), f"{command} did not write {product}: {left}")
         seconds = round(time.monotonic() - begin, 1)
         done = {"command": command, "seconds": seconds}
         self.finished[str(product)] = self.used[str(product)] = done
@@ -86,7 +86,7 @@ class Parts:
 def minutes(ckpt: str | Path) -> float:
     """Training time of the run that wrote the checkpoint. Raises CEMError if it is not stored."""
     extra = cem.load(ckpt).extra
-    cli.require("training" in extra, f"{ckpt} has no training time: pass the ckpt.pt of a run")
+    cem.require("training" in extra, f"{ckpt} has no training time: pass the ckpt.pt of a run")
     return extra["training"]["seconds"] / 60
 
 

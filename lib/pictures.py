@@ -169,16 +169,19 @@ def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]
     """
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     digits = len(str(len(images)))
+    # class names come from a file and must not lead out of the folder
+    names = [re.sub(r"[^\w -]", "_", name) for name in classes]
+    if len(set(names)) < len(names):  # as of c++ and c##
+        names = [f"{k}-{name}" for k, name in enumerate(names)]
     try:
         temporary.mkdir(parents=True)
         for i, (image, label) in enumerate(zip(images, labels.tolist())):
             path = temporary / f"{i:0{digits}d}.png"
             to_pil_image(image).save(path)
             if label >= 0:
-                # class names come from a file and must not lead out of the folder
-                name = re.sub(r"[^\w -]", "_", classes[label]) or str(label)
-                (temporary / name).mkdir(exist_ok=True)
-                shutil.copyfile(path, temporary / name / path.name)
+                of_class = temporary / names[label]
+                of_class.mkdir(exist_ok=True)
+                shutil.copyfile(path, of_class / path.name)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -104,10 +104,13 @@ class Reference:
 
 
 def read_statistics(path: Path, key: str) -> Reference | None:
-    """mu (2048,) and sigma (2048, 2048) of an npz by --save-stats or pytorch-fid, None without.
+    """mu (2048,) and sigma (2048, 2048) of an npz by --save-stats or pytorch-fid; None if `path` is
+    no such file.
 
     Raises CEMError if they are damaged or of another network than `key`.
     """
+    if path.suffix != ".npz" or not path.is_file():
+        return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if not {"mu", "sigma"} <= set(arrays):
@@ -119,21 +122,19 @@ def read_statistics(path: Path, key: str) -> Reference | None:
     mu, sigma = reference.moments[0]
     shapes = (mu.shape, sigma.shape) == ((2048,), (2048, 2048))
     finite = bool(mu.isfinite().all() and sigma.isfinite().all())
-    cli.require(shapes and finite, f"{path}: mu and sigma must be finite, of 2,048 features")
+    cem.require(shapes and finite, f"{path}: mu and sigma must be finite, of 2,048 features")
     inception = key.startswith("inception")
-    cli.require(inception, f"{path}: statistics of Inception need --features inception")
+    cem.require(inception, f"{path}: statistics of Inception need --features inception")
     differs = f"{path} was computed with {made_by}, not {key}"
-    cli.require(made_by == key, f"{differs}: see --preprocess, --precision and --weights")
+    cem.require(made_by == key, f"{differs}: see --preprocess, --precision and --weights")
     return reference
 
 
-def load_images(opt, key: str) -> Tensor | Reference:
-    """The images of --ref, uint8 (N, C, H, W), or the statistics in an npz of mu and sigma, which
-    must be of the feature network `key`."""
-    path = Path(opt.ref)
-    found = read_statistics(path, key) if path.suffix == ".npz" and path.is_file() else None
-    images = found or data.images(opt.ref, opt.split, opt.data_dir, opt.image_size)
-    return images[data.shuffled(len(images))] if path.is_file() and not found else images
+def load_images(opt) -> Tensor:
+    """The images of --ref, uint8 (N, C, H, W). Those of a file are shuffled: sample.py's cycle
+    through the classes, so that evenly spaced ones could be of one class."""
+    images = data.images(opt.ref, opt.split, opt.data_dir, opt.image_size)
+    return images[data.shuffled(len(images))] if Path(opt.ref).is_file() else images
 
 
 FORMAT = 1  # of cached statistics: to be raised when features or blocks change

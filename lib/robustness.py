@@ -79,14 +79,15 @@ def accuracy(
     model = cem.folded(model)
     device = dataset.images.device
     attempts = {name: (name, model) for name in attacks}  # key -> attack, network of its gradients
+    transferred = []
     if source is not None:
         source = cem.folded(source)
-        pgd = [name for name in attacks if name != AUTOATTACK]
-        attempts |= {f"transfer-{name}": (name, source) for name in pgd}
+        transferred = [name for name in attacks if name != AUTOATTACK]
+        attempts |= {f"transfer-{name}": (name, source) for name in transferred}
     # one each, so that no figure depends on which others are measured
     generators = {key: torch.Generator(device).manual_seed(opt.seed) for key in attempts}
     correct = {name: [] for name in ("clean_accuracy", *attempts)}
-    batches = dataset.evenly_spaced(n or len(dataset)).split(opt.batch_size)
+    batches = dataset.evenly_spaced(n).split(opt.batch_size)
     for index in cli.progress(batches, "evaluating"):
         x, y = dataset.pixels(index), dataset.labels[index]
         with autocast(device, opt.precision):
@@ -104,8 +105,7 @@ def accuracy(
                 correct[key].append(survived)
     flags = {name: torch.cat(parts) for name, parts in correct.items()}
     flags["adversarial_accuracy"] = torch.stack([flags[name] for name in attempts]).all(0)
-    found = {name: flags[f"transfer-{name}"] for name in attacks if f"transfer-{name}" in flags}
-    stronger = [name for name, flag in found.items() if finds_more(flag, flags[name])]
+    stronger = [name for name in transferred if finds_more(flags[f"transfer-{name}"], flags[name])]
     if stronger:
         cli.warn(f"gradients may be masked: transfer strengthens {', '.join(stronger)}")
     return {name: flag.float().mean().item() for name, flag in flags.items()}
@@ -176,7 +176,7 @@ def ood_scores(model: nn.Module, logits: Tensor, dataset: data.Dataset, opt) -> 
 
     Keys: log_p_x by log p(x) = LSE f(x), max_p_y_x by max_y p(y | x). 0.5 is chance.
     """
-    index = dataset.evenly_spaced(opt.n or len(dataset))
+    index = dataset.evenly_spaced(opt.n)
     other = outputs(model, dataset, index, opt)
     inside = torch.cat([torch.ones(len(logits)), torch.zeros(len(other))])
     both = torch.cat([logits, other])

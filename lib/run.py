@@ -15,7 +15,8 @@ import cem
 from lib import cli, distributed, files, schema
 
 # The files of a run. Nothing else in its folder is moved, replaced or deleted.
-FILES = ("ckpt.pt", "ckpt-previous.pt", "diverged.pt", "log.jsonl", "options.json")
+CHECKPOINTS = ("ckpt.pt", "ckpt-previous.pt")  # a run resumes from either
+FILES = (*CHECKPOINTS, "diverged.pt", "log.jsonl", "options.json")
 EVENTS = ".cem"  # suffix of TensorBoard's event files
 
 # Options that --resume does not take from the run, and those that may differ from the run's.
@@ -25,7 +26,7 @@ MAY_CHANGE = (*OF_THIS_CALL, "data_dir", "n_eval", "eval_every", "on_diverge", "
 
 def resumes(opt) -> bool:
     """Whether --resume was given and opt.out has a run."""
-    return opt.resume and any((Path(opt.out) / name).exists() for name in FILES[:2])
+    return opt.resume and any((Path(opt.out) / name).exists() for name in CHECKPOINTS)
 
 
 class RunFolder:
@@ -77,13 +78,13 @@ class RunFolder:
 
     def _check_resumable(self, extra: dict) -> None:
         message = f"{self.checkpoint} has no training state: it cannot be resumed"
-        cli.require("training" in extra, message)
+        cem.require("training" in extra, message)
         for name, now in asdict(self.opt).items():
             then = extra["options"].get(name, now)
             agrees = name in MAY_CHANGE or now == then or (name == "epochs" and now > then)
             rule = " (it may only grow)" if name == "epochs" else ""
             then = cli.as_flags({name: then})
-            cli.require(agrees, f"--resume: the run in {self.path} has {then}, not {now}{rule}")
+            cem.require(agrees, f"--resume: the run in {self.path} has {then}, not {now}{rule}")
 
     def save(self, name: str, model: nn.Module, keep: bool, **extra) -> None:
         """Write the checkpoint `name`; keep: the last ckpt.pt becomes ckpt-previous.pt."""

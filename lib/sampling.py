@@ -11,6 +11,7 @@ from torch import Tensor
 
 import cem
 from lib import cli, data, files, interop, robustness
+from lib.clusters import ClusterSeeds
 
 BANK = 10_000  # training images; their embeddings take 2.6 MB
 SEED_RANK = 48  # of the seeds fitted for a checkpoint without any
@@ -28,16 +29,16 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
     encoder = isinstance(model, cem.NonParametricCEM)
     fits = encoder == (opt.sampler in cem.NON_PARAMETRIC_SAMPLERS) or opt.sampler == "seeds"
     kind = "an encoder" if encoder else "a classifier"
-    cli.require(fits, f"--sampler {opt.sampler} does not apply to {path}, {kind}")
+    cem.require(fits, f"--sampler {opt.sampler} does not apply to {path}, {kind}")
     chosen = opt.cond or not opt.classes
-    cli.require(chosen or not encoder, "--classes with an encoder needs --cond")
+    cem.require(chosen or not encoder, "--classes with an encoder needs --cond")
     noise = encoder and opt.cond and opt.start == "noise" and opt.sampler != "neighbour"
-    cli.require(not noise, "with an encoder, --cond chooses seeds: leave out --start noise")
+    cem.require(not noise, "with an encoder, --cond chooses seeds: leave out --start noise")
     if {"seeds", "classes", "dataset"} <= model.extra.keys():
         own = f"--dataset is for checkpoints without seeds: {path} has its own"
-        cli.require(not opt.dataset, own)
+        cem.require(not opt.dataset, own)
     else:
-        cli.require(opt.dataset, f"{path} has no seeds: pass the --dataset to fit them to")
+        cem.require(opt.dataset, f"{path} has no seeds: pass the --dataset to fit them to")
         dataset = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
         dataset.check_fits(model, path)
         if "third_party" in model.extra:
@@ -46,6 +47,14 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
         if needs_bank(model, opt.sampler) and not model.extra.get("bank"):
             model.extra["bank"] = make_bank(model, dataset.to(device), opt)
     return cem.folded(model).to(memory_format=torch.channels_last)
+
+
+def seeds_of(model: torch.nn.Module, cond: bool) -> cem.GaussianSeeds | ClusterSeeds:
+    """Where chains start: Gaussians of the classes and of all images or, without labels, those of
+    an encoder's clusters."""
+    if "clusters" in model.extra and not cond:
+        return ClusterSeeds.from_state_dict(model.extra["clusters"])
+    return cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
 
 
 def needs_bank(model: torch.nn.Module, sampler: str) -> bool:
@@ -61,7 +70,7 @@ def make_bank(encoder: torch.nn.Module, dataset: data.Dataset, opt) -> dict[str,
     return {"embeddings": z.half().cpu(), "labels": dataset.labels[index].cpu()}
 
 
-def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, random: list):
+def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, generators):
     """The y of a sampler's potential. x: the seeds; y (N,): their classes, for an encoder only with
     --cond, else None.
 
@@ -76,12 +85,12 @@ def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | Non
         return None
     bank = model.extra.get("bank")
     stores = "train_unsup.py stores one with each epoch: --resume an interrupted run"
-    cli.require(bool(bank), f"--sampler {sampler} needs a bank: {stores}")
+    cem.require(bool(bank), f"--sampler {sampler} needs a bank: {stores}")
     z, labels = bank["embeddings"].float(), bank["labels"]
     if sampler == "neighbour":
         wanted = torch.ones(len(x), len(z)) if y is None else (labels == y[:, None]).float()
-        cli.require(bool(wanted.any(1).all()), "the checkpoint's bank has no images of some class")
-        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(wanted, random)]
+        cem.require(bool(wanted.any(1).all()), "the checkpoint's bank has no images of some class")
+        drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(wanted, generators)]
         z = z[torch.cat(drawn)]
     return z.to(x.device)
 
@@ -105,7 +114,7 @@ def use_settings(opt, model: torch.nn.Module) -> None:
             setattr(opt, key, value)
     if opt.step_size is None:
         known = opt.norm != "none"
-        cli.require(known, "--norm none needs --step-size: the gradient's length is unknown")
+        cem.require(known, "--norm none needs --step-size: the gradient's length is unknown")
         per_pixel = DISPLACEMENT[opt.sampler] / math.sqrt(3 * 32 * 32) / opt.steps
         l2 = per_pixel * math.sqrt(math.prod(model.extra["seeds"]["shape"]))
         opt.step_size = per_pixel if opt.norm == "linf" else l2
@@ -116,7 +125,7 @@ def wanted_classes(names: str, classes: list[str]) -> list[int]:
     wanted = [name.strip() for name in names.split(",") if name.strip()] or classes
     for name in wanted:
         known = name in classes or (name.isdecimal() and int(name) < len(classes))
-        cli.require(known, f"--classes: unknown class {name!r}, choose from {', '.join(classes)}")
+        cem.require(known, f"--classes: unknown class {name!r}, choose from {', '.join(classes)}")
     return [classes.index(name) if name in classes else int(name) for name in wanted]
 
 

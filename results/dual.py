@@ -78,12 +78,12 @@ def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
-    cli.require(bool(opt.judges), "--judges needs a checkpoint")
+    cem.require(bool(opt.judges), "--judges needs a checkpoint")
     variants = dict(VARIANTS)
     if opt.other_start:
         variants[OTHER_START] = f"--chain-start {shlex.quote(opt.other_start)}"
     for name in opt.variants:
-        cli.require(name in variants, f"--variants: unknown {name!r}: one of {list(variants)}")
+        cem.require(name in variants, f"--variants: unknown {name!r}: one of {list(variants)}")
     rows = []
     for variant in opt.variants or variants:
         for seed in (opt.seeds or range(3)) if variant == "recipe" else [0]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import cem
 from lib import cli, pictures
 
 PANELS = {  # title -> keys of log.jsonl and their line styles
@@ -35,10 +36,10 @@ class Options:
 def read_log(run: Path) -> list[dict]:
     """The epochs of a run. Raises CEMError if it was trained without --diagnose."""
     path = run / "log.jsonl"
-    cli.require(path.is_file(), f"{path} not found: train with --diagnose")
+    cem.require(path.is_file(), f"{path} not found: train with --diagnose")
     log = [json.loads(line) for line in path.read_text().splitlines()]
     log = [line for line in log if "E_x" in line]
-    cli.require(bool(log), f"{path} has no energies: train with --diagnose")
+    cem.require(bool(log), f"{path} has no energies: train with --diagnose")
     return log
 
 

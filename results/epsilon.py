@@ -86,7 +86,7 @@ def main() -> None:
     settings = eval_robust.Options(dataset=opt.dataset, norm=opt.norm, n=opt.n)
     model = eval_robust.load(settings, ckpt, device)
     ours = isinstance(model, cem.ParametricCEM) and "third_party" not in model.extra
-    cli.require(ours, f"{ckpt} is not a classifier of this project")
+    cem.require(ours, f"{ckpt} is not a classifier of this project")
     test_set = data.load(settings.dataset, "test", opt.data_dir, settings.image_size).to(device)
     test_set.check_fits(model, ckpt)
     eval_robust.checked_logits(ckpt, model, test_set, settings)

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tables
 
+import cem
 from lib import cli, files, markdown
 from lib.cli import option
 from lib.parts import Parts, digest, evaluated, minutes
@@ -49,7 +50,7 @@ def row_of(start: str, share: float, epochs: int, parts: Parts, opt: Options) ->
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     shares, epochs = opt.shares or [0.1, 1.0], opt.epochs or [300, 30]
-    cli.require(len(shares) == len(epochs), "--shares and --epochs need as many numbers")
+    cem.require(len(shares) == len(epochs), "--shares and --epochs need as many numbers")
     parts = Parts(Path(opt.out) / "done.json")
     rows = [
         row_of(start, share, n, parts, opt)

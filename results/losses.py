@@ -117,7 +117,7 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     opt.losses = opt.losses or list(cem.SUPERVISED_LOSSES)
     same = len(opt.epochs) in (0, len(opt.losses))
-    cli.require(same, f"--epochs needs {len(opt.losses)} numbers, for {' '.join(opt.losses)}")
+    cem.require(same, f"--epochs needs {len(opt.losses)} numbers, for {' '.join(opt.losses)}")
     if opt.first_stage:
         minutes(opt.first_stage)
     seeds = opt.seeds or range(5)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem
 import eval_is_fid
 import sample
-from lib import cli, data, files, interop, metrics, reference, sampling
+from lib import cli, data, distributed, files, interop, metrics, reference, sampling
 from lib.cli import option
 from lib.device import pick_device
 from lib.schema import SETTINGS
@@ -77,11 +77,11 @@ class Sweep:
         self.rulers = []
         for path in paths:
             network = metrics.Checkpoint(path, device)
-            images = reference.load_images(opt, network.key)
-            self.rulers.append((network, reference.compute(images, network, opt)))
+            against = reference.compute(reference.load_images(opt), network, opt)
+            self.rulers.append((network, against))
         names = [network.names[1] for network, _ in self.rulers]
         fits = names == ["C-FD", "E-FD"][: len(names)]
-        cli.require(fits, "--judge must be a classifier, --second an encoder")
+        cem.require(fits, "--judge must be a classifier, --second an encoder")
         self.rows = []
 
     def point(self, **changes) -> dict:
@@ -136,6 +136,7 @@ class Sweep:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
+    cem.require(distributed.world_size() == 1, "sweep.py runs in one process: leave out torchrun")
     device = pick_device(opt.device)
     unsupervised = opt.samplers.split(",")[0].strip() in cem.NON_PARAMETRIC_SAMPLERS
     known = cem.NON_PARAMETRIC_SAMPLERS if unsupervised else cem.PARAMETRIC_SAMPLERS

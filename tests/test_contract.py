@@ -584,8 +584,9 @@ WRONG = [
         "steps", "step_size", "noise", "momentum", "eps")),
     *(PGD.format(f"{name}={value}") for value in ("nan", "inf", "-1") for name in (
         "steps", "step_size", "eps", "random_start")),
-    *(PGD.format(f"random_start=2, step_size=0.1, eps={v}") for v in ("nan", "inf", "-1")),
+    *(PGD.format(f"steps=1, random_start=2, step_size=0.1, eps={v}") for v in ("nan", "inf", "-1")),
     PGD.format("steps=0"), PGD.format("norm='none'"), PGD.format("norm='l3'"),
+    "cem.pgd(ce, x, eps=0.5, steps=2, random_start=2)",
     ASCEND.format("norm='l3'"), ASCEND.format("norm='none', eps=1"), ASCEND.format("norm=None"),
     ASCEND.format("start=x[:2]"), ASCEND.format("noise=1, generator=[g]"),
     PGD.format("generator=[g]"), ASCEND.format("clip=(0.9, 1)"),

@@ -260,7 +260,7 @@ def test_precision_and_recall_of_a_part_see_every_class(monkeypatch, tmp_path):
     images = labels.byte().view(-1, 1, 1, 1).expand(-1, 8, 8, 1)
     np.savez(tmp_path / "ref.npz", arr_0=images.numpy())
     opt = SimpleNamespace(ref=str(tmp_path / "ref.npz"), split="train", data_dir="", image_size=0)
-    read = reference.load_images(opt, "inception")
+    read = reference.load_images(opt)
     kept = read[data.evenly_spaced(400, 2000), 0, 0, 0]
     assert kept.unique().tolist() == [*range(10)]
     assert read[:, 0, 0, 0].bincount().tolist() == [200] * 10
@@ -757,7 +757,7 @@ def test_samples_sorted_by_class_are_a_warning(digits_run, tmp_path):
 def test_dataset_name_takes_precedence_over_folder(tmp_path, monkeypatch):
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert len(reference.load_images(eval_is_fid.Options(ref="digits"), "x")) > 1000
+    assert len(reference.load_images(eval_is_fid.Options(ref="digits"))) > 1000
 
 
 def test_float_images_in_0_to_1(digits_run, tmp_path):
@@ -825,8 +825,10 @@ def test_samples_without_precision_are_the_worst():
     assert sweep.inverse_f(0.0, 0.0) == sweep.inverse_f(1.0, 0.0) > sweep.inverse_f(0.1, 0.001)
 
 
-def test_sweep_refuses_rulers_of_the_wrong_kind(digits_run, tmp_path):
+def test_sweep_refuses_torchrun_and_rulers_of_the_wrong_kind(digits_run, tmp_path):
     ckpt = digits_run / CKPT
+    done = script("results/sweep.py", cwd=tmp_path, WORLD_SIZE="2")
+    assert_refused(done, "leave out torchrun")
     options = ["--ref", "digits", "--ckpt", ckpt, "--judge", ckpt, "--second", ckpt]
     done = script("results/sweep.py", *options, "--out", "sweep.json", cwd=tmp_path)
     assert_refused(done, "--second an encoder")

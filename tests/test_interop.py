@@ -3,6 +3,7 @@ ours."""
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -381,19 +382,19 @@ def test_class_names_in_a_file_cannot_leave_the_folder(tmp_path):
     written = files(tmp_path)
     assert len(written) == 6
     assert all(name.startswith("out/") for name in written)
+    pictures.write_files(tmp_path / "c", images, labels, ["c++", "c##", "d"])
+    folders = sorted(path.name for path in (tmp_path / "c").iterdir() if path.is_dir())
+    assert folders == ["0-c__", "1-c__", "2-d"]
 
 
 # ---------------------------------------------------------------------------------- cem.py alone
 
-USE = """
+BEFORE = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import cem, torch
+"""
+AFTER = """
 assert cem.__file__.startswith(sys.argv[1])
-model = cem.load("own.pt")
-seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
-x = seeds.sample(torch.arange(3), torch.Generator().manual_seed(0))
-x = cem.ascend(cem.potential("rcs", model, torch.arange(3)), x, steps=2, step_size=0.1)
 print("samples", tuple(x.shape), bool(x.isfinite().all()))
 try:
     cem.load("f.pt")
@@ -402,17 +403,20 @@ except cem.CEMError as error:
 """
 
 
-def test_cem_works_without_the_rest_of_the_repository(tmp_path):
-    shutil.copy(cem.__file__, tmp_path / "cem.py")
-    images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    seeds = cem.GaussianSeeds.fit(images, torch.arange(12) % 3)
-    model = cem.ParametricCEM("resnet18", 3, width=4)
-    cem.save(tmp_path / "own.pt", model, seeds=seeds.state_dict())
+@pytest.mark.slow
+def test_code_of_the_readme_needs_only_cem_and_a_checkpoint(tmp_path):
+    root = Path(cem.__file__).parent
+    first, second = re.findall("```python\n(.*?)```", (root / "README.md").read_text(), re.S)
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("cem.py", "checkpoints/sup.pt"):
+        shutil.copy(root / name, tmp_path / name)
     torch.save(plain_state(), tmp_path / "f.pt")
-    command = [sys.executable, "-I", "-c", USE, str(tmp_path)]
+    code = "\n".join([BEFORE, first, "net = model", second, AFTER])
+    command = [sys.executable, "-I", "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "samples (3, 3, 8, 8) True" in done.stdout
+    assert "samples (10, 3, 32, 32) True" in done.stdout
+    assert Image.open(tmp_path / "images.png").size == (342, 36)
     refusal = next(line for line in done.stdout.splitlines() if line.startswith("error"))
     assert "sample.py and eval_robust.py" in refusal
 

@@ -1,6 +1,7 @@
 """results/tables.py: tables are what their JSON files say; links and files in results/."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def test_a_json_file_without_a_figure(new, repository):
 def test_figures_are_rounded_half_up_after_removing_float32_noise():
     assert rounded(100 * 0.6014999747276306, 1) == "60.2"
     assert [rounded(x, 2) for x in (2.985, 0.565, 1e-9, 4)] == ["2.99", "0.57", "0.00", "4.00"]
+    assert [rounded(x, 1) for x in (1e24, -math.inf, math.nan)] == ["1e+24", "-inf", "nan"]
 
 
 @pytest.mark.parametrize(
