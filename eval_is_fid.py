@@ -74,6 +74,10 @@ def check(opt: Options) -> None:
     if opt.features != "inception":
         cem.require(not opt.save_stats, "--save-stats needs --features inception")
         cem.require(opt.preprocess == "torch", "--preprocess tf1 needs --features inception")
+        network = opt.features == "dinov2" or not opt.weights
+        cem.require(network, "--weights needs --features inception or dinov2")
+    resized = not opt.image_size or not Path(opt.ref).is_file()
+    cem.require(resized, f"--image-size does not apply to a file: --ref {opt.ref}")
     if opt.neighbours:
         both = data.exists(opt.ref)
         cem.require(both, f"--neighbours needs a dataset as --ref, with both splits: {opt.ref}")
@@ -101,7 +105,8 @@ def check_samples(samples: list, reference: Tensor, opt: Options) -> None:
     for path, images, _ in samples:
         shape = tuple(images.shape[1:])
         differs = f"{path} has images of {shape}, the reference of {wanted}"
-        cem.require(shape == wanted, f"{differs}: --image-size resizes the reference")
+        resize = ": --image-size resizes the reference" * (shape[0] == wanted[0])
+        cem.require(shape == wanted, f"{differs}{resize}")
 
 
 def warn_if_sorted(path: Path, labels: Tensor, network, opt: Options) -> None:
@@ -109,6 +114,17 @@ def warn_if_sorted(path: Path, labels: Tensor, network, opt: Options) -> None:
     if network.names[0] and runs == classes > 1:
         score = f"{network.names[0]}, averaged over {opt.splits} consecutive parts"
         cli.warn(f"{path} is sorted by class: {score}, will be too low")
+
+
+def judged_labels(path: Path, labels: Tensor, network: FeatureNetwork) -> Tensor:
+    """The labels of the samples, all -1 if their record names other classes than the judge has."""
+    found = files.read_json(path.with_suffix(".json"))
+    theirs = found.get("classes") if isinstance(found, dict) else None
+    own = network.model.extra.get("classes") if isinstance(network, metrics.Checkpoint) else None
+    if None in (theirs, own) or theirs == own:
+        return labels
+    cli.warn(f"{path} is of other classes than {network.key} distinguishes: no `wanted`")
+    return torch.full_like(labels, -1)
 
 
 # ----------------------------------------------------------------------------------------- table
@@ -230,6 +246,7 @@ def evaluate(network: FeatureNetwork, samples: list, reference: Reference, opt: 
     rows = record["rows"]
     neighbours = Neighbours(network, reference, opt) if opt.neighbours else None
     for i, (path, images, labels) in enumerate(samples):
+        labels = judged_labels(path, labels, network)
         rows.append(judge(network, images, labels, reference, opt, str(path)))
         if neighbours:
             medians, grid = neighbours.of(images)

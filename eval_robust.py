@@ -186,10 +186,13 @@ def main() -> None:
     files.check_output(folder / name, files.json_with("command", "ckpt", "eps"))
     if encoder:
         train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
+    else:
+        test_set = data.load(opt.dataset, "test", opt.data_dir, opt.image_size).to(device)
+    cem.require(len(test_set.classes) > 1, f"{opt.dataset} has one class: accuracy needs two")
+    if encoder:
         test_set.check_fits(model, path)
         result = evaluate_encoder(model, train_set, test_set, opt)
     else:
-        test_set = data.load(opt.dataset, "test", opt.data_dir, opt.image_size).to(device)
         for file, network in ((path, model), (opt.transfer, source)):
             if network is None:
                 continue

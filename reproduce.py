@@ -80,7 +80,8 @@ class Reproduction:
         self.data_options = ["--data-dir", opt.data_dir]
         self.data_options += ["--image-size", opt.image_size] * bool(opt.image_size)
         self.data = ["--dataset", opt.dataset, *self.data_options]
-        key = [opt.dataset, opt.image_size, opt.budget, opt.full, distributed.world_size()]
+        key = [opt.dataset, opt.image_size, opt.budget, opt.full, inception]
+        key.append(distributed.world_size())
         self.plan_file = self.folder / f"plan-{digest(key)}.json"
         self.measured = self.folder / f"measured-{digest(key)}"
         self.plan = self.make_plan()
@@ -94,14 +95,17 @@ class Reproduction:
             if distributed.rank() == 0:
                 shutil.rmtree(self.measured, ignore_errors=True)  # of a call that was killed
             distributed.barrier()
-            plan = budget.shortened(self, sum(not row.startswith("unsup50") for row in ROWS))
+            try:
+                plan = budget.shortened(self, sum(not row.startswith("unsup50") for row in ROWS))
+            finally:
+                if distributed.rank() == 0:
+                    shutil.rmtree(self.measured, ignore_errors=True)
         else:
             judge = f"{budget.JUDGE} --epochs {budget.EPOCHS['judge']}" if self.opt.full else ""
             n = 50_000 if self.opt.full else 1000
             plan = {"options": {"judge": judge}, "n": n, "n_eval": 0}
         distributed.barrier()
         if distributed.rank() == 0:
-            shutil.rmtree(self.measured, ignore_errors=True)
             files.write_json(self.plan_file, plan)
         return plan
 

@@ -148,6 +148,7 @@ def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> Clu
     standardise its input."""
     everything = train_set.evenly_spaced(0)
     features = robustness.outputs(cem.folded(model).features, train_set, everything, opt)
+    cem.require(bool(features.isfinite().all()), f"the features of {opt.init} are not finite")
     features = distributed.mean(features)  # identical in all processes, hence identical clusters
     norm, linear = model.energy
     if not linear.weight.any():
@@ -191,6 +192,7 @@ def measure(model: nn.Module, train_set, test_set, opt: Options) -> dict[str, fl
 def train(opt: Options) -> None:
     device = pick_device(opt.device)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
+    cem.require(len(test_set) > 1, f"{opt.dataset} has one test image: measurements need two")
     torch.manual_seed(opt.seed)
     shape = dict(width=opt.width, in_channels=train_set.images.shape[1])
     dual = opt.loss == "dat"

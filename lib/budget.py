@@ -56,6 +56,7 @@ def measured(job, model: str, options: str, minutes: float, images: int, first_s
     training = extra["training"]
     batch = min(extra["options"]["batch_size"], images)
     rate = agreed(training["step"] * batch / training["seconds"])
+    cem.require(rate > 0, f"--budget {job.opt.budget} is too short: {model} has not trained a step")
     return run / "ckpt.pt", rate / GROWTH.get(model, 1)
 
 

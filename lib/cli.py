@@ -124,10 +124,12 @@ def parse(options: type, description: str, preset=None, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(options, description)
-    if preset:
-        parser.set_defaults(**preset(parser.parse_args(argv)))
     opt = parser.parse_args(argv)
     check_bounds(opt)
+    if preset:
+        parser.set_defaults(**preset(opt))
+        opt = parser.parse_args(argv)
+        check_bounds(opt)
     global _quiet
     _quiet = getattr(opt, "quiet", False)
     return opt

@@ -91,7 +91,8 @@ class Dataset:
         return info | {"image_shape": list(self.images.shape[1:]), "num_images": len(self)}
 
     def check_fits(self, model, path) -> None:
-        """Raise CEMError unless the images and, of a classifier, the classes are the model's."""
+        """Raise CEMError unless image size and, of a classifier, number of classes are the model's.
+        Warns if its classes have other names."""
         shape, classes = list(self.images.shape[1:]), len(self.classes)
         own = model.extra.get("image_shape") or [model.config["in_channels"], *shape[1:]]
         differs = f"{path} is for images of {own}, but {self.name} has {shape}"
@@ -99,6 +100,10 @@ class Dataset:
         own = model.config.get("num_classes", classes)
         differs = f"{path} has {own} classes, but {self.name} has {classes}"
         cem.require(own == classes, f"{differs}: pass its --dataset")
+        own = model.extra.get("classes") or self.classes
+        if "num_classes" in model.config and own != self.classes:
+            pairs = [f"{a}/{b}" for a, b in zip(own, self.classes) if a != b]
+            cli.warn(f"classes of {path} and of {self.name} differ: {', '.join(pairs[:3])}")
 
     def pixels(self, index=slice(None)) -> Tensor:
         """The images at `index` as floats in [0, 1], in channels_last memory format."""

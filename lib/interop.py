@@ -145,8 +145,13 @@ def third_party_model(state: State, given: dict) -> cem.ParametricCEM:
     inside = all(((v >= 0) & (v <= 1)).all() for v in normalisation.values())
     cem.require(inside, "mean and std must be in [0, 1], the range of pixels")
     model = cem.ParametricCEM(**config, **normalisation)
+    cem.require(not any(v.is_complex() for v in network.values()), "its weights are complex")
+    try:
+        network = {name: value.to_dense().float() for name, value in network.items()}
+        model.net.load_state_dict(network)
+    except RuntimeError as error:  # of an unusual layout, type or shape
+        raise cem.CEMError(f"cannot use its weights: {error}") from error
     cem.require(all(v.isfinite().all() for v in network.values()), "its weights are not finite")
-    model.net.load_state_dict(network)
     model.extra = {"third_party": True, "normalised": normalised}
     return model
 
@@ -229,7 +234,8 @@ def check_third_party(model: nn.Module, path: Path, train_set) -> None:
         print(f"{path} has no pixel normalisation: using that of {train_set.name},")
         print(f"--mean {mean} --std {std}; many RobustBench models need --mean 0 --std 1")
     index = train_set.evenly_spaced(500)
-    predicted = model(train_set.pixels(index).to(model.mean.device)).argmax(1).cpu()
+    logits = [model(train_set.pixels(part).to(model.mean.device)) for part in index.split(100)]
+    predicted = torch.cat(logits).argmax(1).cpu()
     accuracy = (predicted == train_set.labels[index].cpu()).float().mean()
     print(f"accuracy on {len(index)} training images of {train_set.name}: {accuracy:.0%}")
     if accuracy < 0.5:

@@ -89,9 +89,7 @@ class Trainer:
         self.first = distributed.rank() == 0
         self.folder = RunFolder(opt)
         # what a checkpoint stores beside weights and optimiser; restarted_at: a step
-        self.progress = {
-            "step": 0, "restarts": 0, "restarted_at": -1, "seconds": 0.0, "log": [], "sums": {},
-        }  # fmt: skip
+        self.progress = dict(step=0, restarts=0, restarted_at=-1, seconds=0.0, log=[], sums={})
         self.began = 0  # the step at which this process began, or the last restart
         self.clock = time.monotonic()
 
@@ -121,6 +119,10 @@ class Trainer:
                     self.save()
                 except cli.Diverged as error:
                     self.restart(error)
+                except Exception:
+                    if self.first and self.step == 0 and not resume:  # the batch does not fit
+                        self.folder.undo()
+                    raise
         print(f"wrote {self.folder.checkpoint}, {self.folder.path / 'log.jsonl'}")
         if self.step < self.total:
             at = f"stopped {self.stop.reason} at step {self.step} of {self.total}"
@@ -152,7 +154,7 @@ class Trainer:
             if read or stop:
                 self.log_metrics(pending)
                 pending = []
-                speed = count * size / (time.monotonic() - begin)
+                speed = count * len(index) / (time.monotonic() - begin)
                 means = {k: v / (done + count) for k, v in self.progress["sums"].items()}
                 shown = [f"{k} {v:.3f}" for k, v in means.items()]
                 bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]), refresh=False)
@@ -263,8 +265,6 @@ class Trainer:
             now = self.info.get(name)
             then = saved.extra.get(name, now)  # earlier versions store fewer
             cem.require(then == now, f"--resume: the run has {name} {then}, the dataset {now}")
-        found = self.chains is None or "chains" in training
-        cem.require(found, f"{self.folder.checkpoint} has no chains: an earlier version wrote it")
         self.model.load_state_dict(training["model"])
         settings = {"param_groups": self.optimizer.state_dict()["param_groups"]}  # from the options
         self.optimizer.load_state_dict(training["optimizer"] | settings)

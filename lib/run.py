@@ -37,23 +37,37 @@ class RunFolder:
         self.path = Path(opt.out)
         self.checkpoint = self.path / "ckpt.pt"
         self.previous = self.path / "ckpt-previous.pt"
+        self.earlier = None  # where prepare has moved an earlier run
+
+    def files(self) -> list[Path]:
+        """The run's files that exist."""
+        events = self.path.glob(f"events.out.tfevents.*{EVENTS}")
+        return [p for p in (*(self.path / name for name in FILES), *events) if p.is_file()]
 
     def prepare(self, resume: bool) -> None:
         """Move an earlier run's files into previous-N unless it is resumed; write options.json."""
         for name in FILES:  # left behind by a process that was killed
             for temporary in self.path.glob(f".{name}.*.cem-tmp"):
                 temporary.unlink()
-        events = self.path.glob(f"events.out.tfevents.*{EVENTS}")
-        own = [p for p in (*(self.path / name for name in FILES), *events) if p.is_file()]
-        if own and not resume:
+        if self.files() and not resume:
             folders = (self.path / f"previous-{i}" for i in itertools.count(1))
-            folder = next(path for path in folders if not path.exists())
-            folder.mkdir()
-            for path in own:
-                os.replace(path, folder / path.name)
-            print(f"moved the earlier run to {folder}")
+            self.earlier = next(path for path in folders if not path.exists())
+            self.earlier.mkdir()
+            for path in self.files():
+                os.replace(path, self.earlier / path.name)
+            print(f"moved the earlier run to {self.earlier}")
         options = {k: v for k, v in asdict(self.opt).items() if v != math.inf}  # not in JSON
         files.write_json(self.path / "options.json", options)
+
+    def undo(self) -> None:
+        """Remove the files of a new run, and move the earlier run back."""
+        for path in self.files():
+            path.unlink()
+        if self.earlier:
+            for path in self.earlier.iterdir():
+                os.replace(path, self.path / path.name)
+            self.earlier.rmdir()
+            print(f"moved the earlier run back from {self.earlier}")
 
     def board(self, step: int) -> SummaryWriter:
         """TensorBoard's writer; events after `step` are discarded."""

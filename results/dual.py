@@ -47,7 +47,7 @@ class Options:
     )
     judges: list[str] = cli.option_list(str, "checkpoints that judge the samples", "evaluation")
     evaluation: str = option("--n 1000", "further options of eval_robust.py", "evaluation")
-    n_samples: int = option(500, "samples of each sampler", "evaluation")
+    n_samples: int = option(500, "samples of each sampler", "evaluation", least=20)
     name: str = option("digits", "name of the table", "run")
     out: str = option("runs/dual", "folder of the runs", "run", metavar="PATH")
 

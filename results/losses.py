@@ -42,7 +42,7 @@ class Options:
     options: str = option("", "further options of train_sup.py, in one string", "training")
     evaluation: str = option("", "further options of eval_robust.py, in one string", "evaluation")
     autoattack: int = option(0, "test images under AutoAttack", "evaluation", least=0)
-    n_samples: int = option(1000, "samples of each sampler, for C-FD", "evaluation")
+    n_samples: int = option(1000, "samples of each sampler, for C-FD", "evaluation", least=20)
     judge: str = option(
         "", "classifier checkpoint for C-FD (default: trained with --loss st --seed 100)",
         "evaluation", metavar="PATH",

@@ -2,9 +2,11 @@
 
 import collections
 import copy
+import itertools
 import json
 import os
 import signal
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -128,24 +130,34 @@ def test_a_step_with_samples_reads_no_value_from_the_device(loss, own, monkeypat
 
 
 class Bright(torch.nn.Module):
+    """Bright images are of class 0, dark ones of class 1."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classes = classes
+
     def forward(self, x):
         mean = x.mean((1, 2, 3))
-        return torch.stack([mean, 1 - mean], 1)
+        rest = [torch.zeros(len(x))] * (self.classes - 2)
+        return torch.stack([mean, 1 - mean, *rest], 1)
 
 
 class Pixels(torch.nn.Module):
     """An encoder whose embedding is the image."""
 
+    temperature = 1.0
+
     def forward(self, x):
         return torch.nn.functional.normalize(x.flatten(1), dim=1)
 
 
-@pytest.mark.parametrize("encoder", [False, True])
+@pytest.mark.parametrize("classes", [10, 2, 0])
 @pytest.mark.parametrize("single, several, noticed", [(4, 1, True), (4, 2, False), (2, 0, False)])
 def test_overfitting_is_half_of_more_than_30_percent(
-    encoder, single, several, noticed, monkeypatch
+    classes, single, several, noticed, monkeypatch
 ):
-    """Here the attacks make all but the first images black."""
+    """And of more than chance. The attacks make all but the first images black. 0: an encoder."""
+    encoder = classes == 0
 
     def pgd(potential, x, *, steps, **_):
         return x * (torch.arange(len(x)) < (single if steps == 1 else several)).view(-1, 1, 1, 1)
@@ -154,13 +166,24 @@ def test_overfitting_is_half_of_more_than_30_percent(
     options = train_sup.Options(attack="fgsm", precision="float32")
     x = torch.rand(10, 3, 8, 8) if encoder else torch.ones(10, 3, 8, 8)
     watch = make_watch(options, x, x if encoder else torch.zeros(10).long())
-    network = Pixels() if encoder else Bright()
-    if noticed:
+    network = Pixels() if encoder else Bright(classes)
+    if noticed and classes != 2:
         with pytest.raises(cli.Diverged):
             watch(network)
     else:
         expected = [single / 10, max(several, int(encoder)) / 10]  # of all, black finds the first
         assert list(watch(network).values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_the_watch_needs_no_more_memory_than_a_training_step(encoder):
+    x, seen = torch.rand(17, 3, 8, 8), set()
+    network = Pixels() if encoder else Bright(10)
+    network.register_forward_hook(lambda module, args, output: seen.add(len(args[0])))
+    options = train_sup.Options(attack="fgsm", precision="float32", batch_size=4)
+    with mock.patch.object(cem, "folded", lambda model: model):
+        make_watch(options, x, x if encoder else torch.arange(17) % 10)(network)
+    assert seen == {3, 4}
 
 
 def test_the_watch_looks_every_200_steps(tmp_path):
@@ -177,6 +200,20 @@ def test_the_watch_looks_every_200_steps(tmp_path):
     )
     trainer.fit()
     assert steps == [200, 400, 425]
+
+
+def test_the_speed_of_a_batch_that_is_the_whole_dataset(tmp_path, monkeypatch):
+    clock = itertools.count()  # a second per reading
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    loop.Trainer(
+        options.TrainOptions(out=str(tmp_path), batch_size=1000, ema=0.0, epochs=1),
+        cem.ParametricCEM("resnet18", 2, width=4),
+        10,
+        shuffle=lambda epoch: (torch.arange(10), torch.zeros(10, 1)),
+        batch_loss=lambda model, *_: (model.net.fc.bias.sum(), {}),
+        measure=lambda *_: {},
+    ).fit()
+    assert 0 < json.loads((tmp_path / "log.jsonl").read_text())["images_per_second"] <= 10
 
 
 def test_the_watch_does_not_delay_a_stop_by_a_signal(tmp_path):
@@ -259,7 +296,7 @@ def test_a_run_that_overfits_continues_from_its_last_checkpoint(monkeypatch, tmp
 
 
 def test_of_a_few_images_two_are_held_out(tmp_path):
-    write_folder(tmp_path / "set", size=8, per_class=4)
+    write_folder(tmp_path / "set", size=8, per_class=10)
     options = dict(dataset=str(tmp_path / "set"), arch="resnet18", width=8, epochs=1, batch_size=2)
     options |= dict(attack="fgsm", seed_rank=2, out=str(tmp_path / "run"), n_eval=2)
     opt = train_sup.Options(**options)
@@ -267,7 +304,9 @@ def test_of_a_few_images_two_are_held_out(tmp_path):
     (line,) = (tmp_path / "run/log.jsonl").read_text().splitlines()
     assert json.loads(line)["pgd10_accuracy"] in (0, 0.5, 1)
     held_out, rest = hold_out(opt, data.load(opt.dataset, "train"))
-    assert (len(held_out), len(rest)) == (2, 6)
+    assert (len(held_out), len(rest)) == (2, 18)
+    few = rest.subset(torch.arange(19 - 1))
+    assert hold_out(opt, few) == (None, few)
 
 
 @pytest.mark.parametrize("attack, least, most", [("pgd", 0.0, 0.5), ("fgsm", 0.8, 1.5)])

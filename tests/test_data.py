@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import files
+from conftest import assert_refused, files, script
 from PIL import Image
 
 import cem
@@ -319,3 +320,29 @@ def test_images_of_a_folder_count_once_and_are_shuffled(tmp_path):
                 path.unlink()
         found = data.read_samples(tmp_path / "p")[0][:, 0, 0, 0].tolist()
         assert sorted(found) == [*range(20)] != found
+
+
+def test_other_names_of_the_classes_are_a_warning(model, capsys):
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    dataset = data.Dataset("new", images, torch.arange(5), list("abcde"))
+    for names, expected in (
+        ("abcde", ""),
+        ("abdce", "classes of m.pt and of new differ: d/c, c/d"),
+    ):
+        model.extra = {"classes": list(names)}
+        dataset.check_fits(model, "m.pt")
+        assert expected in capsys.readouterr().err
+
+
+def test_one_class_or_one_test_image_is_too_few(digits_run, tmp_path):
+    root = write_folder(tmp_path / "set", size=8, mode="L")
+    for split in ("train", "test"):
+        shutil.rmtree(root / split / "bee")
+    ckpt = digits_run / "runs/sup/ckpt.pt"
+    done = script("eval_robust.py", "--ckpt", ckpt, "--dataset", root, "--out", "o", cwd=tmp_path)
+    assert_refused(done, "set has one class: accuracy needs two")
+    for path in sorted((root / "test/ant").iterdir())[1:]:
+        path.unlink()
+    done = script("train_unsup.py", "--dataset", root, "--width", 8, cwd=tmp_path)
+    assert_refused(done, "set has one test image: measurements need two")
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "o").exists()

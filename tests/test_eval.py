@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -927,3 +928,31 @@ def test_classes_one_after_another_are_warned_of(labels, warned, capsys):
 )
 def test_sweep_tunes_samplers_of_one_kind(options, message, tmp_path):
     assert_refused(script("results/sweep.py", *options, cwd=tmp_path), message)
+
+
+def test_labels_of_other_classes_than_the_judge_has_are_not_judged(digits_run, tmp_path, capsys):
+    judge = metrics.Checkpoint(digits_run / CKPT, torch.device("cpu"))
+    path, labels = tmp_path / "s.npz", torch.arange(10)
+    assert eval_is_fid.judged_labels(path, labels, judge).equal(labels)
+    for classes, kept in ((list("0123456789"), True), (list("1023456789"), False)):
+        path.with_suffix(".json").write_text(json.dumps({"classes": classes}))
+        found = eval_is_fid.judged_labels(path, labels, judge)
+        assert found.equal(labels if kept else torch.full((10,), -1))
+        assert kept == ("is of other classes" not in capsys.readouterr().err)
+
+
+def test_options_that_would_do_nothing_are_refused(digits_run, tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=noise_images())
+    options = ["--samples", "s.npz", "--features", digits_run / CKPT]
+    done = evaluate(tmp_path, *options, "--ref", "digits", "--weights", "w.pth")
+    assert_refused(done, "--weights needs --features inception or dinov2")
+    done = evaluate(tmp_path, *options, "--ref", "s.npz", "--image-size", 9)
+    assert_refused(done, "--image-size does not apply to a file: --ref s.npz")
+
+
+def test_resizing_is_no_advice_where_channels_differ():
+    samples = [(Path("s.npz"), torch.zeros(3, 1, 8, 8), None)]
+    for shape, advice in (((3, 8, 8), ""), ((1, 9, 9), ": --image-size resizes the reference")):
+        message = f"the reference of {shape}{advice}"
+        with pytest.raises(cem.CEMError, match=re.escape(message) + "$"):
+            eval_is_fid.check_samples(samples, torch.zeros(2, *shape), eval_is_fid.Options())

@@ -435,3 +435,20 @@ def test_of_several_networks_the_named_one_is_read(tmp_path):
     torch.save({"ema": average, "model": state}, tmp_path / "f.pt")
     model = interop.load(tmp_path / "f.pt")
     assert torch.equal(model.net.conv1.weight, state["conv1.weight"])
+
+
+@pytest.mark.parametrize("key, change, message", [
+    ("fc.weight", lambda w: w.to_sparse(), ""),
+    ("conv1.weight", lambda w: w.to(torch.float8_e4m3fn), ""),
+    ("conv1.weight", lambda w: w.to(torch.complex64), "its weights are complex"),
+    ("bn1.num_batches_tracked", lambda w: torch.zeros(3).long(), "(?s)cannot use its weights: .*size"),
+])  # fmt: skip
+def test_unusual_tensors_are_converted_or_refused(key, change, message, tmp_path):
+    state = plain_state()
+    torch.save(state | {key: change(state[key])}, tmp_path / "f.pt")
+    if message:
+        with pytest.raises(cem.CEMError, match=message):
+            interop.load(tmp_path / "f.pt")
+        return
+    found = interop.load(tmp_path / "f.pt").net.state_dict()[key]
+    assert torch.allclose(found, state[key], atol=0.1) and found.dtype == torch.float32

@@ -267,9 +267,13 @@ def test_a_second_stage_is_planned_slower_than_its_first_minute(monkeypatch, tmp
     monkeypatch.setattr(budget, "call", lambda *_: None)
     monkeypatch.setattr(budget.cem, "load", lambda _: SimpleNamespace(extra=extra))
     common = SimpleNamespace(common=[])
-    job = SimpleNamespace(training=lambda *_: [], measured=tmp_path, parts=common)
+    opt = SimpleNamespace(budget="1m")
+    job = SimpleNamespace(training=lambda *_: [], measured=tmp_path, parts=common, opt=opt)
     rates = [budget.measured(job, model, "", 1, 50_000)[1] for model in ("sup", "dat")]
     assert rates == pytest.approx([320, 320 / 1.5])
+    extra["training"]["step"] = 0
+    with pytest.raises(cem.CEMError, match="--budget 1m is too short: sup has not trained a step"):
+        budget.measured(job, "sup", "", 1, 50_000)
 
 
 def test_a_plan_leaves_out_the_time_that_measuring_took(plan, monkeypatch):

@@ -800,3 +800,8 @@ def test_sets_of_other_seeds_share_no_image(unsup_run):
     draw = ["--ckpt", "runs/unsup/ckpt.pt", "--sampler", "seeds", "--n", 20, "--seed"]
     one, other = (drawn_images(unsup_run, *draw, s)[0].reshape(20, -1) for s in (0, 1))
     assert not (one[:, None] == other[None]).all(2).any()
+
+
+def test_two_dashes_are_no_folder(tmp_path):
+    done = script("train_sup.py", "--dataset", "digits", "--resume", "--out=--", cwd=tmp_path)
+    assert_refused(done, "--out needs a value")

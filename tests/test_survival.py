@@ -539,8 +539,14 @@ def test_out_of_memory_names_the_largest_batch_size_that_fits(whole, tmp_path, m
         return forward(self, x)
 
     monkeypatch.setattr(cem.ParametricCEM, "forward", small)
-    done = script("train_sup.py", *TINY, "--out", "run", cwd=tmp_path)
-    assert_refused(done, "--batch-size 128 does not fit", "about 37 does")
+    shutil.copytree(whole, tmp_path / "whole")
+    before = {name: (tmp_path / "whole" / name).read_bytes() for name in files(tmp_path / "whole")}
+    for run in ("run", "whole"):
+        done = script("train_sup.py", *TINY, "--out", run, cwd=tmp_path)
+        assert_refused(done, "--batch-size 128 does not fit", "about 37 does")
+    assert not (tmp_path / "run").exists()
+    after = {name: (tmp_path / "whole" / name).read_bytes() for name in files(tmp_path / "whole")}
+    assert after == before
     options = ["--ckpt", whole / "ckpt.pt", "--n", 100, "--out", "out"]
     done = script("sample.py", *options, cwd=tmp_path)
     assert_refused(done, "--batch-size 250 does not fit", "about 37 does")

@@ -509,3 +509,14 @@ def test_the_log_classifies_test_images_by_training_images():
     _, labels, _, y = knn.call_args.args
     assert torch.equal(labels, train_set.labels[train_set.evenly_spaced(40)])
     assert torch.equal(y, test_set.labels[test_set.evenly_spaced(4)])
+
+
+def test_features_that_are_not_finite_have_no_clusters(unsup_run, tmp_path):
+    model = cem.load(unsup_run / CKPT)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.data *= 1e12
+    cem.save(tmp_path / "huge.pt", model, **model.extra)
+    options = ["--dataset", "digits", "--loss", "dat", "--init", "huge.pt", "--clusters", 4]
+    done = script("train_unsup.py", *options, cwd=tmp_path)
+    assert_refused(done, "the features of huge.pt are not finite")
