@@ -95,7 +95,7 @@ class Options:
     )  # fmt: skip
     gif: bool = option(False, "show the ascent of up to 10 x 10 images as a GIF", "run")
     batch_size: int = option(
-        250, f"images at a time; {', '.join(cem.COUPLED)} couple these", "run", least=1
+        250, f"images at a time; {', '.join(cem.COUPLED)} draw whole batches", "run", least=1
     )
     device: str = option("auto", cli.DEVICE, "run")
     precision: str = option("auto", "auto: bfloat16 if native", "run", choices=PRECISIONS)
@@ -236,7 +236,8 @@ def main() -> None:
     files.lock(parts, f"another process is drawing these images: its batches are in {parts}")
     if opt.png:
         files.make_folder(Path(opt.png).absolute().parent)
-    print(f"{opt.sampler}: {opt.n} images from {path}")
+    whole = f", in whole batches of {opt.batch_size}" * (opt.sampler in cem.COUPLED)
+    print(f"{opt.sampler}: {opt.n} images from {path}{whole}")
     begin = time.monotonic()
     found = len(list(parts.glob("*.npz")))
     if found:

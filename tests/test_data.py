@@ -325,13 +325,12 @@ def test_images_of_a_folder_count_once_and_are_shuffled(tmp_path):
 def test_other_names_of_the_classes_are_a_warning(model, capsys):
     images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
     dataset = data.Dataset("new", images, torch.arange(5), list("abcde"))
-    for names, expected in (
-        ("abcde", ""),
-        ("abdce", "classes of m.pt and of new differ: d/c, c/d"),
-    ):
-        model.extra = {"classes": list(names)}
-        dataset.check_fits(model, "m.pt")
-        assert expected in capsys.readouterr().err
+    model.extra = {"classes": list("abcde")}
+    dataset.check_fits(model, "m.pt")
+    assert not capsys.readouterr().err
+    model.extra = {"classes": list("abdce")}
+    dataset.check_fits(model, "m.pt")
+    assert "classes of m.pt and of new differ: d/c, c/d" in capsys.readouterr().err
 
 
 def test_one_class_or_one_test_image_is_too_few(digits_run, tmp_path):
