@@ -336,9 +336,9 @@ def supervised_loss(
     jeat  CE(x̂, y) + λ [LSE f(x_s) - LSE f(x̂)]           λ = 1 in [JEAT]
     dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   use λ = 1
 
-    In training mode, BatchNorm2d normalises x_s of jem and jeat by the data's statistics, as their
-    chains should: by their own, samples could be told from data. dat is for a model in eval mode,
-    which sees [x̂, x, x_s], and an offset b midway between the first LSE f(x) and LSE f(x_s).
+    In training mode, BatchNorm2d normalises x_s of jem and jeat by the data's statistics. So should
+    their chains, or statistics tell samples from data. dat is for a model in eval mode, which
+    sees [x̂, x, x_s], and an offset b midway between the first LSE f(x) and LSE f(x_s).
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv

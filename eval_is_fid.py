@@ -105,7 +105,8 @@ def check_samples(samples: list, reference: Tensor, opt: Options) -> None:
     for path, images, _ in samples:
         shape = tuple(images.shape[1:])
         differs = f"{path} has images of {shape}, the reference of {wanted}"
-        resize = ": --image-size resizes the reference" * (shape[0] == wanted[0])
+        folder = opt.ref not in data.NAMES and Path(opt.ref).is_dir()
+        resize = ": --image-size resizes the reference" * (folder and shape[0] == wanted[0])
         cem.require(shape == wanted, f"{differs}{resize}")
 
 
@@ -116,15 +117,17 @@ def warn_if_sorted(path: Path, labels: Tensor, network, opt: Options) -> None:
         cli.warn(f"{path} is sorted by class: {score}, will be too low")
 
 
-def judged_labels(path: Path, labels: Tensor, network: FeatureNetwork) -> Tensor:
-    """The labels of the samples, all -1 if their record names other classes than the judge has."""
+def has_wanted(path: Path, labels: Tensor, network: FeatureNetwork) -> bool:
+    """Whether labels are the judge's classes, by their names where it and the samples have them."""
+    if network.names[0] != "C-IS" or labels.min() < 0:
+        return False
+    judges = network.model.extra.get("classes")
     found = files.read_json(path.with_suffix(".json"))
-    theirs = found.get("classes") if isinstance(found, dict) else None
-    own = network.model.extra.get("classes") if isinstance(network, metrics.Checkpoint) else None
-    if None in (theirs, own) or theirs == own:
-        return labels
-    cli.warn(f"{path} is of other classes than {network.key} distinguishes: no `wanted`")
-    return torch.full_like(labels, -1)
+    named = found.get("classes") if isinstance(found, dict) else None
+    same = None in (judges, named) or judges == named
+    if not same:
+        cli.warn(f"{path} is of other classes than {network.key} distinguishes: no `wanted`")
+    return same and labels.max() < network.model.config["num_classes"]
 
 
 # ----------------------------------------------------------------------------------------- table
@@ -156,7 +159,7 @@ def judge(
         mmd = reference.kernel(blocks, network.device)
         row[kernel], row[f"{kernel} std"] = mmd
         row |= reference.manifold(blocks)
-    if score == "C-IS" and 0 <= labels.min() and labels.max() < logits.shape[1]:
+    if has_wanted(Path(name), labels, network):
         hits = logits.argmax(1) == labels
         row["wanted"] = hits.double().mean().item()
         row["wanted low"], row["wanted high"] = metrics.interval(hits.sum().item(), len(hits))
@@ -246,7 +249,6 @@ def evaluate(network: FeatureNetwork, samples: list, reference: Reference, opt: 
     rows = record["rows"]
     neighbours = Neighbours(network, reference, opt) if opt.neighbours else None
     for i, (path, images, labels) in enumerate(samples):
-        labels = judged_labels(path, labels, network)
         rows.append(judge(network, images, labels, reference, opt, str(path)))
         if neighbours:
             medians, grid = neighbours.of(images)

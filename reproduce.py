@@ -68,7 +68,7 @@ class Reproduction:
     """The trainings, samples and scores for the rows of the table.
 
     plan: for each training, the options added to its recipe; n: samples of a row; n_eval: test
-    images under attack, 0 for all. inception: whether it also scores the samples.
+    images under attack, 0 for all. inception: whether Inception also scores the samples.
     """
 
     def __init__(self, opt: Options, inception: bool):

@@ -93,8 +93,8 @@ def make_watch(opt, x: Tensor, target: Tensor):
     """
     classifier = target.dim() == 1
     wanted = target if classifier else torch.arange(len(x), device=x.device)
-    # batches no larger than in training, but of at least 2 images, as InfoNCE needs
-    batches = math.ceil(len(x) / max(opt.batch_size // distributed.world_size(), 4))
+    # of the size of a training batch, but at least 3: the smallest then has 2, as InfoNCE needs
+    batches = math.ceil(len(x) / max(opt.batch_size // distributed.world_size(), 3))
     parts = list(zip(x.tensor_split(batches), target.tensor_split(batches)))
 
     def logits(network: nn.Module, settings: dict) -> Tensor:

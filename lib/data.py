@@ -59,7 +59,7 @@ class Dataset:
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def evenly_spaced(self, n: int) -> Tensor:
-        """Indices of n evenly spaced images, or of all if fewer: folders are sorted by class."""
+        """Indices of n evenly spaced images, as folders are sorted by class; of all if n is 0."""
         return evenly_spaced(n, len(self), self.images.device)
 
     def hold_out(self, n: int) -> tuple["Dataset", "Dataset"]:

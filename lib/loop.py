@@ -160,7 +160,9 @@ class Trainer:
                 bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]), refresh=False)
             hurried = stop and distributed.any_process(bool(self.stop.signal), self.device)
             if epoch_ends or self.step % WATCH_EVERY == 0 or (stop and not hurried):
-                means |= self.watched()
+                found = self.watch(self.model)
+                self.plot(found, self.step, "step/")
+                means |= found
             if stop:
                 break
         bar.close()
@@ -217,11 +219,6 @@ class Trainer:
             for name, value in values.items():
                 self.board.add_scalar(prefix + name, value, step)
 
-    def watched(self) -> dict[str, float]:
-        found = self.watch(self.model)
-        self.plot(found, self.step, "step/")
-        return found
-
     def end_epoch(self, epoch: int, means: dict[str, float], speed: float) -> None:
         """Measure the model; log the epoch."""
         line = {"epoch": epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
@@ -265,6 +262,8 @@ class Trainer:
             now = self.info.get(name)
             then = saved.extra.get(name, now)  # earlier versions store fewer
             cem.require(then == now, f"--resume: the run has {name} {then}, the dataset {now}")
+        found = self.chains is None or "chains" in training
+        cem.require(found, f"{self.folder.checkpoint} has no chains")
         self.model.load_state_dict(training["model"])
         settings = {"param_groups": self.optimizer.state_dict()["param_groups"]}  # from the options
         self.optimizer.load_state_dict(training["optimizer"] | settings)

@@ -52,7 +52,7 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
 def seeds_of(model: torch.nn.Module, cond: bool) -> cem.GaussianSeeds | ClusterSeeds:
     """Where chains start: Gaussians of the classes and of all images or, without labels, those of
     an encoder's clusters."""
-    if "clusters" in model.extra and not cond:
+    if isinstance(model, cem.NonParametricCEM) and "clusters" in model.extra and not cond:
         return ClusterSeeds.from_state_dict(model.extra["clusters"])
     return cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
 

@@ -933,12 +933,14 @@ def test_sweep_tunes_samplers_of_one_kind(options, message, tmp_path):
 def test_labels_of_other_classes_than_the_judge_has_are_not_judged(digits_run, tmp_path, capsys):
     judge = metrics.Checkpoint(digits_run / CKPT, torch.device("cpu"))
     path, labels = tmp_path / "s.npz", torch.arange(10)
-    assert eval_is_fid.judged_labels(path, labels, judge).equal(labels)
-    for classes, kept in ((list("0123456789"), True), (list("1023456789"), False)):
+    assert eval_is_fid.has_wanted(path, labels, judge)
+    assert not eval_is_fid.has_wanted(path, labels + 1, judge)
+    for classes, same in ((list("0123456789"), True), (list("1023456789"), False)):
         path.with_suffix(".json").write_text(json.dumps({"classes": classes}))
-        found = eval_is_fid.judged_labels(path, labels, judge)
-        assert found.equal(labels if kept else torch.full((10,), -1))
-        assert kept == ("is of other classes" not in capsys.readouterr().err)
+        assert eval_is_fid.has_wanted(path, labels, judge) == same
+        assert same == ("is of other classes" not in capsys.readouterr().err)
+    assert not eval_is_fid.has_wanted(path, labels - 1, judge)
+    assert not capsys.readouterr().err
 
 
 def test_options_that_would_do_nothing_are_refused(digits_run, tmp_path):
@@ -950,9 +952,12 @@ def test_options_that_would_do_nothing_are_refused(digits_run, tmp_path):
     assert_refused(done, "--image-size does not apply to a file: --ref s.npz")
 
 
-def test_resizing_is_no_advice_where_channels_differ():
+def test_resizing_is_advised_only_where_it_helps(tmp_path):
     samples = [(Path("s.npz"), torch.zeros(3, 1, 8, 8), None)]
-    for shape, advice in (((3, 8, 8), ""), ((1, 9, 9), ": --image-size resizes the reference")):
-        message = f"the reference of {shape}{advice}"
-        with pytest.raises(cem.CEMError, match=re.escape(message) + "$"):
-            eval_is_fid.check_samples(samples, torch.zeros(2, *shape), eval_is_fid.Options())
+    advice = ": --image-size resizes the reference"
+    folder, dataset = eval_is_fid.Options(ref=str(tmp_path)), eval_is_fid.Options(ref="digits")
+    for opt, shape, end in (
+        (folder, (3, 8, 8), ""), (folder, (1, 9, 9), advice), (dataset, (1, 9, 9), ""),
+    ):  # fmt: skip
+        with pytest.raises(cem.CEMError, match=re.escape(f"the reference of {shape}{end}") + "$"):
+            eval_is_fid.check_samples(samples, torch.zeros(2, *shape), opt)
