@@ -35,6 +35,7 @@ import train_sup
 import train_unsup
 from lib import cli, data, device, loop, pictures, robustness, sampling
 from lib.attack import AttackCopy
+from lib.clusters import ClusterSeeds
 from lib.device import resolve_precision
 
 SCRIPTS = "train_sup.py train_unsup.py sample.py eval_is_fid.py eval_robust.py".split()
@@ -805,3 +806,30 @@ def test_sets_of_other_seeds_share_no_image(unsup_run):
 def test_two_dashes_are_no_folder(tmp_path):
     done = script("train_sup.py", "--dataset", "digits", "--resume", "--out=--", cwd=tmp_path)
     assert_refused(done, "--out needs a value")
+
+
+def test_a_run_whose_chains_are_gone_is_not_resumed(tmp_path):
+    options = "--dataset digits --arch resnet18 --width 8 --loss jem --sgld-steps 1 --buffer 128"
+    options = [*options.split(), "--epochs", 1, "--n-eval", 10, "--seed-rank", 4, "--out", "run"]
+    assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    model = cem.load(tmp_path / "run/ckpt.pt")
+    del model.extra["training"]["chains"]
+    cem.save(tmp_path / "run/ckpt.pt", model, **model.extra)
+    done = script("train_sup.py", *options, "--epochs", 2, "--resume", cwd=tmp_path)
+    assert_refused(done, "ckpt.pt has no chains")
+
+
+def test_only_an_encoder_begins_from_clusters(model):
+    images = torch.rand(10, 3, 8, 8)
+    of_classes = cem.GaussianSeeds.fit(images, torch.arange(10) % 5, rank=2)
+    gaussians = cem.GaussianSeeds.fit(images, torch.arange(10) % 2, rank=2)
+    clusters = ClusterSeeds(gaussians, torch.full((2,), 0.5))
+    extra = {"seeds": of_classes.state_dict(), "clusters": clusters.state_dict()}
+    encoder = cem.NonParametricCEM("resnet18", width=4)
+    model.extra = encoder.extra = extra
+    for network, cond, expected in (
+        (encoder, False, ClusterSeeds),
+        (encoder, True, cem.GaussianSeeds),
+        (model, False, cem.GaussianSeeds),
+    ):
+        assert type(sampling.seeds_of(network, cond)) is expected
