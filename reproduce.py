@@ -80,8 +80,7 @@ class Reproduction:
         self.data_options = ["--data-dir", opt.data_dir]
         self.data_options += ["--image-size", opt.image_size] * bool(opt.image_size)
         self.data = ["--dataset", opt.dataset, *self.data_options]
-        key = [opt.dataset, opt.image_size, opt.budget, opt.full, inception]
-        key.append(distributed.world_size())
+        key = [opt.dataset, opt.image_size, opt.budget, opt.full, distributed.world_size()]
         self.plan_file = self.folder / f"plan-{digest(key)}.json"
         self.measured = self.folder / f"measured-{digest(key)}"
         self.plan = self.make_plan()

@@ -419,7 +419,7 @@ UINT8 = np.zeros((30, 8, 8, 1), np.uint8)
         ({"arr_0": np.zeros((30, 8, 8, 1), np.int32)}, "must be uint8"),
         ({"arr_0": np.zeros((30, 8, 8), np.uint8)}, "must be uint8"),
         ({"arr_0": np.uint8(3)}, "must be uint8"),
-        ({"arr_0": np.zeros((30, 9, 9, 1), np.uint8)}, "--image-size resizes"),
+        ({"arr_0": np.zeros((30, 9, 9, 1), np.uint8)}, "the reference of (1, 8, 8)"),
         ({"arr_0": np.zeros((5, 8, 8, 1), np.uint8)}, "--splits 10 needs more"),
         ({"arr_0": UINT8, "arr_1": np.zeros(4, int)}, "arr_1 (N,)"),
         ({"arr_0": UINT8, "arr_1": np.full(30, "cat")}, "integer labels"),

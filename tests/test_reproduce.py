@@ -432,7 +432,7 @@ def test_precision_stays_the_judges(tmp_path):
 
     job = SimpleNamespace(
         draw=lambda row: Path("s.npz"), train=lambda model: Path("j.pt"), folder=tmp_path,
-        data=["--dataset", "digits"], inception=True, opt=SimpleNamespace(weights=""),
+        data_options=[], inception=True, opt=SimpleNamespace(dataset="digits", weights=""),
         parts=SimpleNamespace(run=run),
     )  # fmt: skip
     (row,) = reproduce.Reproduction.scores(job, ["sup-cs"]).values()
