@@ -78,6 +78,8 @@ def row_of(variant: str, change: str, seed: int, opt: Options) -> dict:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
+    out = Path("results") / f"dual-{opt.name}.json"
+    files.check_output(out, files.json_with("command", "rows"))
     cem.require(bool(opt.judges), "--judges needs a checkpoint")
     variants = dict(VARIANTS)
     if opt.other_start:
@@ -88,7 +90,6 @@ def main() -> None:
     for variant in opt.variants or variants:
         for seed in (opt.seeds or range(3)) if variant == "recipe" else [0]:
             rows.append(row_of(variant, variants[variant], seed, opt))
-    out = Path("results") / f"dual-{opt.name}.json"
     record = {"command": cli.command(), "judges": opt.judges, "rows": rows}
     files.write_json(out, record)
     print(f"{markdown.table(tables.dual(record))}wrote {out}")

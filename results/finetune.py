@@ -49,6 +49,8 @@ def row_of(start: str, share: float, epochs: int, parts: Parts, opt: Options) ->
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
+    out = Path("results") / f"finetune-{opt.name}.json"
+    files.check_output(out, files.json_with("command", "rows"))
     shares, epochs = opt.shares or [0.1, 1.0], opt.epochs or [300, 30]
     cem.require(len(shares) == len(epochs), "--shares and --epochs need as many numbers")
     parts = Parts(Path(opt.out) / "done.json")
@@ -57,7 +59,6 @@ def main() -> None:
         for share, n in zip(shares, epochs)
         for start in ("nothing", "encoder")
     ]
-    out = Path("results") / f"finetune-{opt.name}.json"
     commands = [part["command"] for part in parts.used.values()]
     record = {"command": cli.command(), "rows": rows, "commands": commands}
     files.write_json(out, record)

@@ -115,6 +115,8 @@ def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
 
 def main() -> None:
     opt = cli.parse(Options, __doc__)
+    out = Path("results") / f"losses-{opt.name}.json"
+    files.check_output(out, files.json_with("command", "rows"))
     opt.losses = opt.losses or list(cem.SUPERVISED_LOSSES)
     same = len(opt.epochs) in (0, len(opt.losses))
     cem.require(same, f"--epochs needs {len(opt.losses)} numbers, for {' '.join(opt.losses)}")
@@ -125,7 +127,6 @@ def main() -> None:
     if not opt.judge:
         train("st", 100, Parts(judge.with_name("done.json")), opt)
     rows = {loss: [row_of(loss, seed, judge, opt) for seed in seeds] for loss in opt.losses}
-    out = Path("results") / f"losses-{opt.name}.json"
     record = {"command": cli.command(), "rows": rows}
     files.write_json(out, record)
     print(f"{markdown.table(tables.losses(record))}wrote {out}")

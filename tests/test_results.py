@@ -163,6 +163,16 @@ def test_errors_are_printed_once_the_json_files_have_them(repository):
     assert "| 36.5 ± 0.3 |" in (repository / "results/README.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["losses", "dual", "finetune"])
+def test_a_file_of_the_user_is_not_replaced_by_a_table(name, tmp_path):
+    path = tmp_path / f"results/{name}-digits.json"
+    path.parent.mkdir()
+    path.write_text("mine")
+    done = script(f"results/{name}.py", "--name", "digits", cwd=tmp_path)
+    assert_refused(done, f"{name}-digits.json exists and this script did not write it")
+    assert path.read_text() == "mine"
+
+
 def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path, monkeypatch):
     monkeypatch.setattr(robustness, "autoattack", lambda model, x, y, opt: y < 0)  # finds all
     first = digits_run / "runs/sup/ckpt.pt"
