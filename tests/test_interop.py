@@ -411,7 +411,8 @@ def test_code_of_the_readme_needs_only_cem_and_a_checkpoint(tmp_path):
     for name in ("cem.py", "checkpoints/sup.pt"):
         shutil.copy(root / name, tmp_path / name)
     torch.save(plain_state(), tmp_path / "f.pt")
-    code = "\n".join([BEFORE, first, "net = model", second, AFTER])
+    own = "net = cem.ParametricCEM(width=8)"
+    code = "\n".join([BEFORE, first, own, second, AFTER])
     command = [sys.executable, "-I", "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
