@@ -453,3 +453,15 @@ def test_unusual_tensors_are_converted_or_refused(key, change, message, tmp_path
         return
     found = interop.load(tmp_path / "f.pt").net.state_dict()[key]
     assert torch.allclose(found, state[key], atol=0.1) and found.dtype == torch.float32
+
+
+def test_the_check_of_a_checkpoint_forwards_100_images_at_once(model, capsys):
+    images = torch.rand(250, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = images.mul(255).byte()
+    labels = model(images / 255).argmax(1)
+    dataset = data.Dataset("some", images, labels, list("abcde"))
+    model.extra, seen = {"normalised": True}, []
+    model.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    interop.check_third_party(model, "f.pt", dataset)
+    assert seen == [100, 100, 50]
+    assert "accuracy on 250 training images of some: 100%" in capsys.readouterr().out

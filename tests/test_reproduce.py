@@ -460,3 +460,15 @@ def test_full_trains_the_papers_models_by_their_own_defaults(tmp_path, monkeypat
     assert trained["unsup50"].startswith(f"train_unsup.py {data} --arch resnet50 --out ")
     drawn = [words for words in commands.values() if words.startswith("sample.py")]
     assert drawn and all("--n 50000 " in words for words in drawn)
+
+
+def test_a_plan_that_fails_leaves_no_file(tmp_path, monkeypatch):
+    def shortened(job, rows):
+        job.measured.mkdir(parents=True)
+        raise cem.CEMError("too short")
+
+    monkeypatch.setattr(budget, "shortened", shortened)
+    write_folder(tmp_path / "set")
+    done = script("reproduce.py", *COMMAND, cwd=tmp_path)
+    assert_refused(done, "too short")
+    assert not (tmp_path / OUT).exists()

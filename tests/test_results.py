@@ -171,6 +171,9 @@ def test_a_file_of_the_user_is_not_replaced_by_a_table(name, tmp_path):
     done = script(f"results/{name}.py", "--name", "digits", cwd=tmp_path)
     assert_refused(done, f"{name}-digits.json exists and this script did not write it")
     assert path.read_text() == "mine"
+    if name != "finetune":  # their scores need error bars
+        done = script(f"results/{name}.py", "--n-samples", 19, cwd=tmp_path)
+        assert_refused(done, "--n-samples must be at least 20")
 
 
 def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path, monkeypatch):

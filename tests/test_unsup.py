@@ -400,6 +400,7 @@ def draw(folder, sampler, *options):
     """The images, as integers, and labels that sample.py draws from the run in `folder`."""
     done = script("sample.py", "--sampler", sampler, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
+    assert ("in whole batches of" in done.stdout) == (sampler in cem.COUPLED)
     (path,) = re.findall(r"^wrote (\S+\.npz)", done.stdout, re.M)
     with np.load(folder / path) as z:
         return z["arr_0"].astype(int), z["arr_1"].tolist()
