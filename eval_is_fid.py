@@ -74,8 +74,8 @@ def check(opt: Options) -> None:
     if opt.features != "inception":
         cem.require(not opt.save_stats, "--save-stats needs --features inception")
         cem.require(opt.preprocess == "torch", "--preprocess tf1 needs --features inception")
-        network = opt.features == "dinov2" or not opt.weights
-        cem.require(network, "--weights needs --features inception or dinov2")
+        used = opt.features == "dinov2" or not opt.weights
+        cem.require(used, "--weights needs --features inception or dinov2")
     resized = not opt.image_size or not Path(opt.ref).is_file()
     cem.require(resized, f"--image-size does not apply to a file: --ref {opt.ref}")
     if opt.neighbours:
@@ -127,7 +127,7 @@ def has_wanted(path: Path, labels: Tensor, network: FeatureNetwork) -> bool:
     same = None in (judges, named) or judges == named
     if not same:
         cli.warn(f"{path} is of other classes than {network.key} distinguishes: no `wanted`")
-    return same and labels.max() < network.model.config["num_classes"]
+    return same and labels.max().item() < network.model.config["num_classes"]
 
 
 # ----------------------------------------------------------------------------------------- table
