@@ -91,25 +91,19 @@ def resized_crop(x: Tensor, top, left, height, width, mirror: Tensor) -> Tensor:
 
     The boxes, each a tensor (N,), are in whole pixels. mirror, bool (N,), selects images.
     """
-    x = _crop_rows(x, top, height)
-    x = _crop_rows(x.transpose(2, 3), left, width).transpose(2, 3)
-    return torch.where(mirror.view(-1, 1, 1, 1), x.flip(3), x)
+    side = x.shape[-1]
+    centres = (torch.arange(side, device=x.device) + 0.5) / side
 
+    def positions(start: Tensor, size: Tensor) -> Tensor:
+        """Where the pixels' centres (N, side) lie in the image, from -1 to 1 as grid_sample has it;
+        at the box's edge, nothing beyond it is seen."""
+        inside = (size[:, None] * centres).clamp(min=0.5).minimum(size[:, None] - 0.5)
+        return 2 * (start[:, None] + inside) / side - 1
 
-def _crop_rows(x: Tensor, start: Tensor, size: Tensor) -> Tensor:
-    """Resize the rows [start, start + size) of each image, (N,), linearly to x's height."""
-    side = x.shape[2]
-    centres = torch.arange(side, device=x.device) + 0.5
-    inside = centres * size[:, None] / side - 0.5
-    position = start[:, None] + inside.clamp(min=0).minimum(size[:, None] - 1)
-    lower = position.floor().long().clamp(0, side - 1)
-    upper = (lower + 1).clamp(max=side - 1)
-    image = torch.arange(len(x), device=x.device)[:, None]
-    rows = x.transpose(1, 2)
-    below = rows[image, lower]
-    above = rows[image, upper]
-    weight = (position - lower)[:, :, None, None]
-    return (below + weight * (above - below)).transpose(1, 2)
+    rows, columns = positions(top, height), positions(left, width)
+    columns = torch.where(mirror[:, None], columns.flip(1), columns)
+    grid = torch.broadcast_tensors(columns[:, None, :], rows[:, :, None])
+    return F.grid_sample(x, torch.stack(grid, 3), align_corners=False)
 
 
 def colour_jitter(x: Tensor, brightness, contrast, saturation, hue: Tensor) -> Tensor:
