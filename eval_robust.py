@@ -41,7 +41,7 @@ class Options:
     std: list[float] = cli.option_list(float, cli.STD, "checkpoint and data")
     n: int = option(0, "test images, evenly spaced; 0: all", "checkpoint and data", least=0)
     attacks: list[str] = cli.option_list(
-        str, f"any of {', '.join(KNOWN)} (default: pgd-20)", "attack"
+        str, f"any of {', '.join(KNOWN)}", "attack", default=["pgd-20"], choices=KNOWN
     )
     restarts: int = option(1, "random starts of each PGD attack", "attack", least=1)
     norm: str = option("l2", "norm of the ball", "attack", choices=["l2", "linf"])
@@ -62,9 +62,6 @@ class Options:
 
 
 def check(opt: Options) -> None:
-    opt.attacks = opt.attacks or ["pgd-20"]
-    for name in opt.attacks:
-        cem.require(name in KNOWN, f"--attacks: unknown {name!r}, choose from {', '.join(KNOWN)}")
     pgd = set(opt.attacks) - {robustness.AUTOATTACK}
     cem.require(pgd or not opt.transfer, "--transfer needs a PGD attack, such as pgd-20")
 
@@ -104,8 +101,7 @@ def load_source(opt: Options, model: nn.Module, device: torch.device) -> nn.Modu
 
 def checked_logits(path, model, test_set: data.Dataset, opt: Options) -> torch.Tensor:
     """f(x, ·) (N, K) on the chosen images. Raises CEMError if they are not finite."""
-    chosen = test_set.evenly_spaced(opt.n)
-    logits = robustness.outputs(model, test_set, chosen, opt)
+    logits = robustness.outputs(model, test_set, opt, opt.n)
     cem.require(bool(logits.isfinite().all()), f"the logits of {path} are not finite")
     return logits
 
@@ -130,10 +126,7 @@ def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt
     """k-NN and a linear probe on all training images, attacked through encoder and probe."""
     cem.require(not opt.ood, "--ood needs a classifier, not an encoder")
     model = cem.folded(model)
-    bank, query = (
-        robustness.outputs(model.features, s, s.evenly_spaced(0), opt)
-        for s in (train_set, test_set)
-    )
+    bank, query = (robustness.outputs(model.features, s, opt) for s in (train_set, test_set))
     finite = bool(bank.isfinite().all() and query.isfinite().all())
     cem.require(finite, "the checkpoint's features are not finite")
     knn = robustness.knn_accuracy(bank, train_set.labels, query, test_set.labels)

@@ -26,7 +26,7 @@ from torch import Tensor
 import cem
 from lib import cli, data, distributed, files, pictures, sampling
 from lib.cli import option
-from lib.device import PRECISIONS, autocast, pick_device, resolve_precision, try_batch_size
+from lib.device import PRECISIONS, autocast, pick_device, resolve_precision
 from lib.sampling import DISPLACEMENT, UNTUNED
 
 SAMPLERS = [*cem.PARAMETRIC_SAMPLERS, *cem.NON_PARAMETRIC_SAMPLERS, "seeds"]
@@ -128,14 +128,15 @@ def to_bytes(x: Tensor) -> Tensor:
 
 
 def draw_batch(
-    model, seeds, opt: Options, device, first: int, size: int, frames: list | None = None
+    model, seeds, opt: Options, device, first: int, frames: list | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Images uint8 (size, C, H, W) from number `first` on, labels (size,); -1: unconditional.
-
-    frames: receives the images before each step.
-    """
+    """A batch that begins at image number `first`: uint8 (n, C, H, W), labels (n,), -1 if
+    unconditional. frames: receives the images before each step."""
+    n = opt.batch_size
+    if opt.sampler not in cem.COUPLED:  # these depend on a whole batch
+        n = min(n, opt.n - first)
     classes = torch.tensor(sampling.wanted_classes(opt.classes, model.extra["classes"]))
-    index = torch.arange(first, first + size)
+    index = torch.arange(first, first + n)
     y = classes[index % len(classes)]
     conditional = opt.cond or isinstance(model, cem.ParametricCEM)
     # one CPU generator per image: the same stream for any batch, device or process count
@@ -145,7 +146,7 @@ def draw_batch(
     if opt.start == "noise":
         x = torch.stack([torch.rand(seeds.shape, generator=g) for g in generators])
     else:
-        x = seeds.sample(y if conditional else size, generators)
+        x = seeds.sample(y if conditional else n, generators)
     x = x.to(device, memory_format=torch.channels_last)
     if opt.sampler != "seeds":
         wanted = y if conditional else None
@@ -160,48 +161,31 @@ def draw_batch(
     return to_bytes(x), y if conditional else torch.full_like(y, -1)
 
 
-def batch_at(first: int, n: int, opt: Options) -> int:
-    """The size of the batch of n images that begins at number `first`: the last may be smaller,
-    but coupled images depend on a whole one."""
-    return n if opt.sampler in cem.COUPLED else min(n, opt.n - first)
-
-
-def draw(model, opt: Options, device, parts: Path | None = None) -> tuple[Tensor, Tensor]:
-    """Images uint8 (N, C, H, W) and labels (N,). Finished batches are kept and reused in `parts`.
+def draw(model, opt: Options, device, parts: Path) -> tuple[Tensor, Tensor]:
+    """Images uint8 (N, C, H, W) and labels (N,). The folder `parts` keeps finished batches.
 
     torchrun's processes share the batches; the first one collects them from that folder.
     """
     seeds = sampling.seeds_of(model, opt.cond)
     torch.empty(opt.n, *seeds.shape, dtype=torch.uint8)  # fails now if they do not fit in memory
     starts = range(0, opt.n, opt.batch_size)
-    drawn = {}
-
-    def draw_at_most(n: int, first: int) -> tuple[Tensor, Tensor]:
-        return draw_batch(model, seeds, opt, device, first, batch_at(first, n, opt))
-
     for first in cli.progress(distributed.local_rows(starts), opt.sampler, unit="batch"):
-        if parts is None or pictures.read_part(parts, first) is None:
-            batch = try_batch_size(opt.batch_size, draw_at_most, first)
-            if parts is None:
-                drawn[first] = batch
-            else:
-                pictures.write_part(parts, first, *batch)
+        if pictures.read_part(parts, first) is None:
+            batch = draw_batch(model, seeds, opt, device, first)
+            pictures.write_part(parts, first, *batch)
     distributed.barrier()
     if distributed.rank():
         return torch.empty(0), torch.empty(0)
-    if parts is not None:
-        drawn = {first: pictures.read_part(parts, first) for first in starts}
-    images = torch.cat([drawn[first][0] for first in starts])
-    labels = torch.cat([drawn[first][1] for first in starts])
-    return images[: opt.n], labels[: opt.n]
+    drawn = [pictures.read_part(parts, first) for first in starts]
+    images, labels = (torch.cat(rows)[: opt.n] for rows in zip(*drawn))
+    return images, labels
 
 
 def draw_frames(model, opt: Options, device) -> tuple[list[Tensor], Tensor]:
     """The first images again -> uint8 (N, C, H, W) before each step and at the end; labels."""
     seeds = sampling.seeds_of(model, opt.cond)
     frames = []
-    size = batch_at(0, opt.batch_size, opt)
-    images, labels = draw_batch(model, seeds, opt, device, 0, size, frames)
+    images, labels = draw_batch(model, seeds, opt, device, 0, frames)
     return [frame[: opt.n] for frame in (*frames, images)], labels[: opt.n]
 
 

@@ -146,8 +146,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
 def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> ClusterSeeds:
     """Fit the clusters of the model's features of all training images and, if its energy is new,
     standardise its input."""
-    everything = train_set.evenly_spaced(0)
-    features = robustness.outputs(cem.folded(model).features, train_set, everything, opt)
+    features = robustness.outputs(cem.folded(model).features, train_set, opt)
     cem.require(bool(features.isfinite().all()), f"the features of {opt.init} are not finite")
     features = distributed.mean(features)  # identical in all processes, hence identical clusters
     norm, linear = model.energy
@@ -173,10 +172,7 @@ def measure(model: nn.Module, train_set, test_set, opt: Options) -> dict[str, fl
     model = cem.folded(model)
     asked = test_set.subset(test_set.evenly_spaced(opt.n_eval))
     known = train_set.subset(train_set.evenly_spaced(10 * opt.n_eval))
-    query, bank = (
-        robustness.outputs(model.features, part, part.evenly_spaced(0), opt)
-        for part in (asked, known)
-    )
+    query, bank = (robustness.outputs(model.features, part, opt) for part in (asked, known))
     with autocast(query.device, opt.precision):
         z1, z2 = (
             torch.cat([model(x) for x in view.split(opt.batch_size)])

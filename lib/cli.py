@@ -69,12 +69,13 @@ def option(default, help: str, group: str = "options", **metadata):
     return field(default=default, metadata=metadata)
 
 
-def option_list(kind: type, help: str, group: str = "options"):
-    """A field for an option that takes several values, none by default."""
-    metavar = METAVARS[kind]
-    kind = {float: number, int: integer}.get(kind, kind)
-    metadata = {"help": help, "type": kind, "nargs": "+", "metavar": metavar, "group": group}
-    return field(default_factory=list, metadata=metadata)
+def option_list(kind: type, help: str, group: str = "options", default=(), **metadata):
+    """A field for an option that takes several values."""
+    if default:
+        help = f"{help} (default: {' '.join(map(str, default))})"
+    metadata |= {"help": help, "nargs": "+", "metavar": METAVARS[kind], "group": group}
+    metadata["type"] = {float: number, int: integer}.get(kind, kind)
+    return field(default_factory=lambda: list(default), metadata=metadata)
 
 
 def names(flag: str, text: str, known: Iterable[str]) -> list[str]:

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import platform
-from collections.abc import Callable
 
 import torch
 
@@ -90,24 +89,3 @@ def compile_network(network: torch.nn.Module, device: torch.device) -> None:
         return
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     network.compile(mode=mode, dynamic=False)  # torch 2.11 fails where batches change in size
-
-
-def try_batch_size(batch_size: int, work: Callable, *args):
-    """work(batch_size, *args). If memory runs out, a CEMError names the largest size that fits."""
-    try:
-        return work(batch_size, *args)
-    except torch.OutOfMemoryError:
-        pass  # outside this block, the exception no longer keeps the tensors of its frames alive
-    message = f"--batch-size {batch_size} does not fit into device memory"
-    if distributed.world_size() > 1:  # the other processes may not have run out
-        raise cem.CEMError(f"{message}: try half of it")
-    fits, too_large = 0, batch_size
-    while too_large - fits > max(fits // 50, 1) and too_large > 2:  # to 2 %
-        n = max((fits + too_large) // 2, 2)  # batch statistics need 2 images
-        torch.cuda.empty_cache()
-        try:
-            work(n, *args)
-            fits = n
-        except torch.OutOfMemoryError:
-            too_large = n
-    raise cem.CEMError(f"{message}: " + (f"about {fits} does" if fits else "not even 2 do"))

@@ -74,10 +74,9 @@ def mean(values: Tensor) -> Tensor:
     return values / world_size()
 
 
-def any_process(flag: bool, device: str | torch.device = "cpu") -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process."""
-    single = world_size() == 1  # without a GPU synchronisation
-    return flag if single else bool(mean(torch.tensor(float(flag), device=device)) > 0)
+    return bool(mean(torch.tensor(float(flag))) > 0)
 
 
 class RankGenerator:

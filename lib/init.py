@@ -35,11 +35,8 @@ def start(model: nn.Module, opt, train_set) -> None:
     for name in ("arch", "width", "in_channels"):
         there, here = source.config[name], model.config[name]
         cem.require(there == here, f"--init {opt.init} has {name} {there}, not {here}")
+    interop.normalise(source, opt.init, train_set)
     own, stored = model.state_dict(), source.state_dict()
-    if not source.extra.get("normalised", True):
-        print(f"{opt.init} has no pixel normalisation: using that of the training images")
-        print("(many RobustBench models need --mean 0 --std 1)")
-        stored |= {name: own[name] for name in ("mean", "std")}
     shape = list(train_set.images.shape[1:])
     size = source.extra.get("image_shape") or shape
     same = opt.loss != "dat" or size == shape

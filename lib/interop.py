@@ -219,20 +219,23 @@ def count_blocks(state: State, prefix: str) -> int:
     return len({key.split(".")[position] for key in state if key.startswith(prefix)})
 
 
+def normalise(model: nn.Module, path: str | Path, train_set) -> None:
+    """Give a third-party model without a normalisation that of the training images; print it."""
+    if model.extra.get("normalised", True):
+        return
+    for name, value in train_set.normalisation().items():
+        getattr(model, name).copy_(value.view(-1, 1, 1))
+    mean = " ".join(f"{v:.4f}" for v in model.mean.flatten().tolist())
+    std = " ".join(f"{v:.4f}" for v in model.std.flatten().tolist())
+    print(f"{path} has no pixel normalisation: using that of {train_set.name},")
+    print(f"--mean {mean} --std {std}; many RobustBench models need --mean 0 --std 1")
+
+
 @torch.no_grad()
 def check_third_party(model: nn.Module, path: Path, train_set) -> None:
-    """Check a third-party model on its training set.
-
-    A model without a normalisation gets that of the training images, which is printed. Prints the
-    accuracy on 500 of them, with a warning if it is low.
-    """
-    if not model.extra["normalised"]:
-        for name, value in train_set.normalisation().items():
-            getattr(model, name).copy_(value.view(-1, 1, 1))
-        mean = " ".join(f"{v:.4f}" for v in model.mean.flatten().tolist())
-        std = " ".join(f"{v:.4f}" for v in model.std.flatten().tolist())
-        print(f"{path} has no pixel normalisation: using that of {train_set.name},")
-        print(f"--mean {mean} --std {std}; many RobustBench models need --mean 0 --std 1")
+    """Check a third-party model, once it is normalised, on 500 of its training images: prints its
+    accuracy, with a warning if it is low."""
+    normalise(model, path, train_set)
     index = train_set.evenly_spaced(500)
     logits = [model(train_set.pixels(part).to(model.mean.device)) for part in index.split(100)]
     predicted = torch.cat(logits).argmax(1).cpu()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cem
 from lib import cli, distributed, optim
-from lib.device import autocast, try_batch_size
+from lib.device import autocast
 from lib.run import RunFolder, resumes
 
 WATCH_EVERY = 200  # steps between calls of `watch`; a multiple of READ_EVERY
@@ -99,7 +99,7 @@ class Trainer:
 
     def fit(self) -> nn.Module:
         """Train to the end, or until it is time to stop -> the model, averaged with --ema."""
-        resume = distributed.any_process(resumes(self.opt), self.device)
+        resume = distributed.any_process(resumes(self.opt))
         if self.opt.resume and not resume:
             print(f"nothing to resume in {self.folder.path}: starting a new run")
         if resume:
@@ -132,7 +132,7 @@ class Trainer:
         return self.average.eval()
 
     def must_stop(self) -> bool:
-        return distributed.any_process(self.stop.due(), self.device)
+        return distributed.any_process(self.stop.due())
 
     def train_epoch(self) -> None:
         """The rest of the epoch in which the current step lies, or as much as time allows."""
@@ -158,7 +158,7 @@ class Trainer:
                 means = {k: v / (done + count) for k, v in self.progress["sums"].items()}
                 shown = [f"{k} {v:.3f}" for k, v in means.items()]
                 bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]), refresh=False)
-            hurried = stop and distributed.any_process(bool(self.stop.signal), self.device)
+            hurried = stop and distributed.any_process(bool(self.stop.signal))
             if epoch_ends or self.step % WATCH_EVERY == 0 or (stop and not hurried):
                 found = self.watch(self.model)
                 self.plot(found, self.step, "step/")
@@ -176,15 +176,9 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = rate * 0.5**restarts
         seed = opt.seed * 100_003 + self.step + 7_919_000 * restarts  # a restart draws anew
         generator = distributed.RankGenerator(seed, self.device)
-
-        def backward(n: int) -> tuple[Tensor, dict[str, Tensor]]:
-            rows = index[:n]
-            loss, metrics = self.batch_loss(self.wrapped, rows, draws[rows], generator)
-            loss.backward()
-            return loss.detach(), metrics
-
         self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = try_batch_size(opt.batch_size, backward)
+        loss, metrics = self.batch_loss(self.wrapped, index, draws[index], generator)
+        loss.backward()
         trained = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in trained])
         if opt.clip:

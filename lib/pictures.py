@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -165,21 +164,18 @@ def read_part(parts: Path, first: int) -> tuple[Tensor, Tensor] | None:
 def write_files(folder: Path, images: Tensor, labels: Tensor, classes: list[str]) -> None:
     """Write one PNG file per image, folder/<index>.png, and again as folder/<class>/<index>.png.
 
-    The folder appears once it is complete. Images with label -1 have no class folder.
+    The folder appears once it is complete. Images with label -1 have no class folder. Class names
+    are names of folders, not paths: lib/schema.py refuses a checkpoint with others.
     """
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     digits = len(str(len(images)))
-    # class names come from a file and must not lead out of the folder
-    names = [re.sub(r"[^\w -]", "_", name) for name in classes]
-    if len(set(names)) < len(names):  # as of c++ and c##
-        names = [f"{k}-{name}" for k, name in enumerate(names)]
     try:
         temporary.mkdir(parents=True)
         for i, (image, label) in enumerate(zip(images, labels.tolist())):
             path = temporary / f"{i:0{digits}d}.png"
             to_pil_image(image).save(path)
             if label >= 0:
-                of_class = temporary / names[label]
+                of_class = temporary / classes[label]
                 of_class.mkdir(exist_ok=True)
                 shutil.copyfile(path, of_class / path.name)
         temporary.rename(folder)

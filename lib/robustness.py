@@ -126,11 +126,11 @@ def finds_more(transferred: Tensor, own: Tensor) -> bool:
 
 
 @torch.no_grad()
-def outputs(network: Callable, dataset: data.Dataset, index: Tensor, opt) -> Tensor:
-    """network(x) (N, ...) of the dataset's images at index. opt has batch_size and precision."""
+def outputs(network: Callable, dataset: data.Dataset, opt, n: int = 0) -> Tensor:
+    """network(x) (n, ...) of n evenly spaced images; 0: of all. opt has batch_size, precision."""
     parts = []
-    for rows in cli.progress(index.split(opt.batch_size), "images"):
-        with autocast(index.device, opt.precision):
+    for rows in cli.progress(dataset.evenly_spaced(n).split(opt.batch_size), "images"):
+        with autocast(rows.device, opt.precision):
             parts.append(network(dataset.pixels(rows)))
     return torch.cat(parts)
 
@@ -176,8 +176,7 @@ def ood_scores(model: nn.Module, logits: Tensor, dataset: data.Dataset, opt) -> 
 
     Keys: log_p_x by log p(x) = LSE f(x), max_p_y_x by max_y p(y | x). 0.5 is chance.
     """
-    index = dataset.evenly_spaced(opt.n)
-    other = outputs(model, dataset, index, opt)
+    other = outputs(model, dataset, opt, opt.n)
     inside = torch.cat([torch.ones(len(logits)), torch.zeros(len(other))])
     both = torch.cat([logits, other])
     certainty = -cem.log_odds_against(both, both.argmax(1))  # as max p(y | x), which rounds to 1

@@ -65,9 +65,9 @@ def needs_bank(model: torch.nn.Module, sampler: str) -> bool:
 
 def make_bank(encoder: torch.nn.Module, dataset: data.Dataset, opt) -> dict[str, Tensor]:
     """Embeddings of evenly spaced training images, and their labels."""
-    index = dataset.evenly_spaced(BANK)
-    z = robustness.outputs(cem.folded(encoder), dataset, index, opt)
-    return {"embeddings": z.half().cpu(), "labels": dataset.labels[index].cpu()}
+    labels = dataset.labels[dataset.evenly_spaced(BANK)]
+    z = robustness.outputs(cem.folded(encoder), dataset, opt, BANK)
+    return {"embeddings": z.half().cpu(), "labels": labels.cpu()}
 
 
 def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | None, generators):

@@ -40,7 +40,7 @@ class Options:
     dataset: str = option("digits", "dataset, as for train_sup.py", "training")
     init: str = option("", "classifier of the first stage", "training", metavar="PATH")
     variants: list[str] = cli.option_list(str, "variants to train (default: all)", "training")
-    seeds: list[int] = cli.option_list(int, "seeds of the recipe (default: 0 1 2)", "training")
+    seeds: list[int] = cli.option_list(int, "seeds of the recipe", "training", default=[0, 1, 2])
     options: str = option("", "further options of train_sup.py, in one string", "training")
     other_start: str = option(
         "", "images for the variant of --chain-start", "training", metavar="PATH"
@@ -88,7 +88,7 @@ def main() -> None:
         cem.require(name in variants, f"--variants: unknown {name!r}: one of {list(variants)}")
     rows = []
     for variant in opt.variants or variants:
-        for seed in (opt.seeds or range(3)) if variant == "recipe" else [0]:
+        for seed in opt.seeds if variant == "recipe" else [0]:
             rows.append(row_of(variant, variants[variant], seed, opt))
     record = {"command": cli.command(), "judges": opt.judges, "rows": rows}
     files.write_json(out, record)

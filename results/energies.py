@@ -28,7 +28,7 @@ PANELS = {  # title -> keys of log.jsonl and their line styles
 @dataclass
 class Options:
     runs: list[str] = cli.option_list(
-        str, "folders of runs trained with --diagnose (default: runs/sup)"
+        str, "folders of runs trained with --diagnose", default=["runs/sup"]
     )
     name: str = cli.option("digits", "name of the figure")
 
@@ -58,7 +58,7 @@ def draw_panel(axis, title: str, names: list[str], logs: list[list[dict]]) -> No
 def main() -> None:
     opt = cli.parse(Options, __doc__)
     plt = pictures.pyplot()
-    runs = [Path(run) for run in opt.runs or ["runs/sup"]]
+    runs = [Path(run) for run in opt.runs]
     names, logs = [run.name for run in runs], [read_log(run) for run in runs]
     figure, axes = plt.subplots(2, 2, figsize=(14, 8))
     for axis, title in zip(axes.flat, PANELS):

@@ -26,8 +26,8 @@ from lib.parts import Parts, digest, evaluated, minutes
 class Options:
     encoder: str = option("", "encoder checkpoint (default: runs/unsup/ckpt.pt)", metavar="PATH")
     dataset: str = option("digits", "dataset, as for train_sup.py")
-    shares: list[float] = cli.option_list(float, "shares of the labels (default: 0.1 1)")
-    epochs: list[int] = cli.option_list(int, "epochs with each share (default: 300 30)")
+    shares: list[float] = cli.option_list(float, "shares of the labels", default=[0.1, 1.0])
+    epochs: list[int] = cli.option_list(int, "epochs with each share", default=[300, 30])
     options: str = option("", "further options of train_sup.py, in one string")
     evaluation: str = option("", "further options of eval_robust.py, in one string")
     name: str = option("digits", "name of the table")
@@ -51,12 +51,12 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     out = Path("results") / f"finetune-{opt.name}.json"
     files.check_output(out, files.json_with("command", "rows"))
-    shares, epochs = opt.shares or [0.1, 1.0], opt.epochs or [300, 30]
-    cem.require(len(shares) == len(epochs), "--shares and --epochs need as many numbers")
+    same = len(opt.shares) == len(opt.epochs)
+    cem.require(same, "--shares and --epochs need as many numbers")
     parts = Parts(Path(opt.out) / "done.json")
     rows = [
         row_of(start, share, n, parts, opt)
-        for share, n in zip(shares, epochs)
+        for share, n in zip(opt.shares, opt.epochs)
         for start in ("nothing", "encoder")
     ]
     commands = [part["command"] for part in parts.used.values()]

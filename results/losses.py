@@ -33,12 +33,14 @@ SAMPLERS = ("cs", "rcs", "langevin")
 @dataclass
 class Options:
     dataset: str = option("digits", "dataset, as for train_sup.py", "training")
-    losses: list[str] = cli.option_list(str, "losses to compare (default: all)", "training")
+    losses: list[str] = cli.option_list(
+        str, "losses to compare", "training", cem.SUPERVISED_LOSSES, choices=cem.SUPERVISED_LOSSES
+    )
     epochs: list[int] = cli.option_list(int, "epochs of each of the losses", "training")
     first_stage: str = option(
         "", "classifier that dat begins from (default: the run of at)", "training", metavar="PATH"
     )
-    seeds: list[int] = cli.option_list(int, "seeds of the runs (default: 0 1 2 3 4)", "training")
+    seeds: list[int] = cli.option_list(int, "seeds of the runs", "training", default=range(5))
     options: str = option("", "further options of train_sup.py, in one string", "training")
     evaluation: str = option("", "further options of eval_robust.py, in one string", "evaluation")
     autoattack: int = option(0, "test images under AutoAttack", "evaluation", least=0)
@@ -117,16 +119,14 @@ def main() -> None:
     opt = cli.parse(Options, __doc__)
     out = Path("results") / f"losses-{opt.name}.json"
     files.check_output(out, files.json_with("command", "rows"))
-    opt.losses = opt.losses or list(cem.SUPERVISED_LOSSES)
     same = len(opt.epochs) in (0, len(opt.losses))
     cem.require(same, f"--epochs needs {len(opt.losses)} numbers, for {' '.join(opt.losses)}")
     if opt.first_stage:
         minutes(opt.first_stage)
-    seeds = opt.seeds or range(5)
     judge = Path(opt.judge or folder("st", 100, opt) / "ckpt.pt")
     if not opt.judge:
         train("st", 100, Parts(judge.with_name("done.json")), opt)
-    rows = {loss: [row_of(loss, seed, judge, opt) for seed in seeds] for loss in opt.losses}
+    rows = {loss: [row_of(loss, seed, judge, opt) for seed in opt.seeds] for loss in opt.losses}
     record = {"command": cli.command(), "rows": rows}
     files.write_json(out, record)
     print(f"{markdown.table(tables.losses(record))}wrote {out}")

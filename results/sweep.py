@@ -12,6 +12,7 @@ copy of the checkpoint that contains the settings.
 
 import math
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,8 @@ class Sweep:
         sample.check(options)
         model = sampling.load_model(self.ckpt, self.device, options)
         sampling.use_settings(options, model)
-        images, labels = sample.draw(model, options, self.device)
+        with tempfile.TemporaryDirectory() as parts:
+            images, labels = sample.draw(model, options, self.device, Path(parts))
         row = {key: getattr(options, key) for key in ("sampler", "cond", *SETTINGS)}
         judging = eval_is_fid.Options(batch_size=opt.batch_size)
         for network, against in self.rulers:

@@ -939,7 +939,7 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(name, digits_run):
     model, test_set = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
     other = robustness.ood_dataset(name, test_set, "data", seed=0)
     index, opt = test_set.evenly_spaced(60), settings(n=60, batch_size=25)
-    logits = robustness.outputs(model, test_set, index, opt)
+    logits = robustness.outputs(model, test_set, opt, 60)
     result = robustness.ood_scores(model, logits, other, opt)
     with torch.no_grad():
         torch.testing.assert_close(logits, model(test_set.pixels(index)), rtol=0, atol=1e-4)

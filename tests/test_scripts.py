@@ -336,8 +336,8 @@ def test_each_sampler_climbs_its_density_from_the_seeds_of_its_images(sampler, d
     model = cem.load(digits_run / CKPT)
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
     options = dict(steps=3, step_size=0.3, noise=0.02, norm="l2")
-    opt = sample.Options(sampler=sampler, precision="float32", **options)
-    drawn, y = sample.draw_batch(model, seeds, opt, torch.device("cpu"), 4, 5)
+    opt = sample.Options(sampler=sampler, precision="float32", batch_size=5, **options)
+    drawn, y = sample.draw_batch(model, seeds, opt, torch.device("cpu"), 4)
     assert y.tolist() == [4, 5, 6, 7, 8]
     random = [torch.Generator().manual_seed(i) for i in range(4, 9)]
     x = seeds.sample(y, random)
@@ -347,20 +347,20 @@ def test_each_sampler_climbs_its_density_from_the_seeds_of_its_images(sampler, d
     others = [name for name in DENSITIES if name != sampler]
     for name in others:
         opt.sampler = name
-        other, _ = sample.draw_batch(model, seeds, opt, torch.device("cpu"), 4, 5)
+        other, _ = sample.draw_batch(model, seeds, opt, torch.device("cpu"), 4)
         assert (other.float() - drawn.float()).abs().max() > 10
 
 
 @pytest.mark.parametrize("sampler", ["cs", "ta", "rcs", "langevin"])
 def test_sixteen_steps_cost_sixteen_passes(sampler, digits_run):
-    opt = sample.Options(sampler=sampler, steps=16, precision="float32")
+    opt = sample.Options(sampler=sampler, steps=16, precision="float32", batch_size=4)
     model = sampling.load_model(digits_run / CKPT, torch.device("cpu"), opt)
     sampling.use_settings(opt, model)
     seeds = cem.GaussianSeeds.from_state_dict(model.extra["seeds"])
     passes = []
     model.register_forward_hook(lambda *_: passes.append("forward"))
     model.net.conv1.register_full_backward_hook(lambda *_: passes.append("backward"))
-    sample.draw_batch(model, seeds, opt, torch.device("cpu"), 0, 4)
+    sample.draw_batch(model, seeds, opt, torch.device("cpu"), 0)
     assert passes == ["forward", "backward"] * 16
 
 

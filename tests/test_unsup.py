@@ -164,7 +164,13 @@ def test_potentials_refuse_the_other_kind_of_model(encoder, model):
 def test_frames_lead_to_the_same_images_in_bfloat16(encoder):
     """The positives of pgd are embedded in the type of the ascent, also for --gif."""
     opt = sample.Options(
-        sampler="pgd", steps=2, step_size=0.5, noise=0.0, norm="l2", precision="bfloat16"
+        sampler="pgd",
+        steps=2,
+        step_size=0.5,
+        noise=0.0,
+        norm="l2",
+        precision="bfloat16",
+        batch_size=8,
     )
     torch.manual_seed(0)
     images, labels = torch.rand(40, 3, 8, 8), torch.arange(40) % 2
@@ -172,7 +178,7 @@ def test_frames_lead_to_the_same_images_in_bfloat16(encoder):
     encoder.float().extra = {"classes": ["a", "b"]}
     frames = []
     drawn = [
-        sample.draw_batch(encoder, seeds, opt, torch.device("cpu"), 0, 8, kept)[0]
+        sample.draw_batch(encoder, seeds, opt, torch.device("cpu"), 0, kept)[0]
         for kept in (None, frames)
     ]
     assert torch.equal(*drawn) and len(frames) == 2
