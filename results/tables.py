@@ -92,17 +92,17 @@ def dual(record: dict) -> Iterator[dict]:
         yield row
 
 
-def unsup(record: dict) -> Iterator[dict]:
+def unsup_at(record: dict) -> Iterator[dict]:
     found = by_sampler(record)
     for name in ("seeds", "pgd", "maxent"):
-        row = {"": f"[`{name}`](unsup-{name}-cond.png)"}
+        row = {"": f"[`{name}`](unsup-at-{name}-cond.png)"}
         for scores, cond in ((found[name], ""), (found[f"{name}-cond"], ", `--cond`")):
             row[f"C-FD{cond}"] = figure(scores, "C-FD")
         row["C-IS"] = figure(found[name], "C-IS", 2)
         yield row | {"wanted, `--cond`": share(scores, "wanted")}
 
 
-def unsup_dat(record: dict) -> Iterator[dict]:
+def unsup(record: dict) -> Iterator[dict]:
     found = by_sampler(record)
     for name in ("seeds", "pgd", "maxent", "neighbour", "marginal", "maxent-marginal"):
         row = {"second stage": f"`{name}`"}
@@ -208,20 +208,20 @@ def cost(record: dict) -> Iterator[dict]:
 TABLES = {  # document -> marker -> function and its JSON files
     "README.md": {"shipped": (shipped, *(f"results/{name}.json" for name in (
         "sup-at-accuracy", "sup", "sup-accuracy", "sup",
-        "unsup-probe", "unsup", "unsup-dat-probe", "unsup-dat")))},
+        "unsup-at-probe", "unsup-at", "unsup-probe", "unsup")))},
     "results/README.md": {
         "sup": (sup, *(f"results/{name}.json" for name in (
             "sup", "real", "width32-at", "width32"))),
         "dual-cifar10": (dual, "results/dual-cifar10.json"),
+        "unsup-at": (unsup_at, "results/unsup-at.json"),
         "unsup": (unsup, "results/unsup.json"),
-        "unsup-dat": (unsup_dat, "results/unsup-dat.json"),
         "finetune-cifar10": (finetune, "results/finetune-cifar10.json"),
         "digits-unsup": (digits, "results/digits-unsup.json", "results/digits-unsup-dat.json"),
         "losses-digits": (losses, "results/losses-digits.json"),
         "losses-cifar10": (losses, "results/losses-cifar10.json", "results/held-out.json"),
     },
     "checkpoints/README.md": {"cards": (cards, *(f"results/{name}.json" for name in (
-        "real", "sup-accuracy", "unsup-dat-probe")))},
+        "real", "sup-accuracy", "unsup-probe")))},
     "bench/README.md": {
         "leaderboard": (leaderboard, "bench/leaderboard.json"),
         "ablations": (ablations, "bench/ablations.json"),
