@@ -579,13 +579,14 @@ NON_PARAMETRIC_SAMPLERS = {  # (z = g(x), t = τ, others = g(x'), learned log p(
 
 class Potential:
     """The potential of a sampler or an attack, by its name in the tables above ([CEM] section 4):
-    a callable x (N, C, H, W) -> U(x) (N,) with its network as `model`.
+    a callable x (N, C, H, W) -> U(x) (N,) with its network as `model`. y is for
 
-    P-CEM, f(x, ·) = model(x): y are labels (N,), which "langevin" does not use.
-    NP-CEM, f(x, x') = model(x) · model(x') / τ: "maxent" takes no y, the others
-        "pgd"         the positives, images (N, C, H, W), through which no gradient flows
-        "neighbour"   embeddings (N, D), one x' per image
-        "marginal", "maxent-marginal"   embeddings (M, D) of real images; None: learned log p(x)
+    ta, cs, rcs, ce, joint, margin   the labels (N,)
+    pgd                              the positives, images (N, C, H, W), embedded once
+    neighbour                        embeddings (N, D), one x' per image
+    marginal, maxent-marginal        embeddings (M, D) of real images; None: learned log p(x)
+    langevin, maxent                 nothing
+
     COUPLED ones compare the images of a batch. Raises CEMError if name, model and y do not match.
     """
 
@@ -678,19 +679,19 @@ class GaussianSeeds:
         rank = min(dim if rank is None else rank, dim, len(images) - 1)
         require(rank >= 1, f"rank must be at least 1, not {rank}")
         dtype, shape = torch.get_default_dtype(), images.shape[1:]
-        fitted, channels = [], None
-        for k in progress([num_classes, *range(num_classes)]):  # all images first, for channels
+        planes = images.to(dtype) / scale
+        planes = (planes - planes.mean(0)).transpose(0, 1).flatten(1)
+        channels = torch.linalg.eigh((planes @ planes.T).cpu())[1].T.contiguous().to(planes)
+        fitted = []
+        for k in progress(range(num_classes + 1)):  # the last: all images
             rows = images if k == num_classes else images[labels == k]
             require(len(rows) > 1, f"class {k} has {len(rows)} images: its seeds need at least 2")
             rows = rows.flatten(1).to(dtype) / scale
             mean = rows.mean(0)
             centered = rows.sub_(mean).div_((len(rows) - 1) ** 0.5)
-            if channels is None:
-                planes = centered.view(-1, *shape).transpose(0, 1).flatten(1)
-                channels = torch.linalg.eigh((planes @ planes.T).cpu())[1].T.contiguous().to(planes)
             factor = _principal_factor(centered, rank, seed=k)
             fitted.append((mean, factor, _residual(centered, factor, channels, shape)))
-        mean, factor, residual = (torch.stack(rows).roll(-1, 0) for rows in zip(*fitted))
+        mean, factor, residual = map(torch.stack, zip(*fitted))
         return cls(mean, factor, shape, residual, channels)
 
     def sample(self, labels: int | Tensor, generator=None) -> Tensor:
@@ -827,8 +828,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Modu
     require(Path(path).is_file(), f"checkpoint {path} not found")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        # torch.load does not check the checksums
-        whole = zipfile.is_zipfile(path) and not zipfile.ZipFile(path).testzip()
+        whole = zipfile.is_zipfile(path) and not zipfile.ZipFile(path).testzip()  # checksums
     except Exception as error:  # a damaged or hostile file can fail in any way
         raise CEMError(f"cannot read {path}: it is damaged or {NOT_OURS}") from error
     require(isinstance(content, dict) and content.get("format") == "cem", f"{path} is {NOT_OURS}")

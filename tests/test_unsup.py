@@ -155,6 +155,18 @@ def test_importance_sampling_of_log_z_is_the_second_half_of_info_nce(encoder, x)
     torch.testing.assert_close(gradient(loss), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_potentials_of_any_encoder_with_a_temperature(encoder, x):
+    class Own(torch.nn.Module):
+        temperature = encoder.temperature
+
+        def forward(self, x):
+            return encoder(x)
+
+    for name, y in (("maxent", None), ("pgd", x.flip(3)), ("marginal", encoder(x).detach())):
+        own, ours = (cem.potential(name, network, y)(x) for network in (Own(), encoder))
+        assert torch.equal(own, ours)
+
+
 def test_potentials_refuse_the_other_kind_of_model(encoder, model):
     for name, wrong in (("maxent", model), ("pgd", model), ("rcs", encoder), ("ce", encoder)):
         with pytest.raises(cem.CEMError, match="is not for a"):
