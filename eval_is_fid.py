@@ -204,8 +204,8 @@ def cell(row: dict, key: str) -> str:
 
 def markdown(record: dict) -> str:
     rows = record["rows"]
-    keys = dict.fromkeys(key for row in rows for key in row)
-    keys = [key for key in keys if not key.endswith((" std", " low", " high"))]
+    bars = (" std", " low", " high")
+    keys = dict.fromkeys(key for row in rows for key in row if not key.endswith(bars))
     figures = table([{key: cell(row, key) for key in keys} for row in rows], bold=False)
     return f"{figures}\nBy {record['network']}, against {record['reference']}.\n"
 
@@ -221,11 +221,9 @@ def check_outputs(samples: list, opt: Options) -> None:
         files.check_output(Path(opt.save_stats), is_statistics)
     if samples:
         path = output(samples, opt)
-        others = [path.parent / f"{path.stem}.md"]
-        if opt.neighbours:
-            others += [picture(path, i) for i in range(len(samples))]
+        grids = [picture(path, i) for i in range(len(samples)) if opt.neighbours]
         is_ours = files.json_with("command", "network", "reference", "rows")
-        files.check_output(path, is_ours, *others)
+        files.check_output(path, is_ours, path.with_suffix(".md"), *grids)
 
 
 def picture(path: Path, i: int) -> Path:
@@ -258,6 +256,7 @@ def evaluate(network: FeatureNetwork, samples: list, reference: Reference, opt: 
         try:
             if neighbours:
                 pictures.write_grid(picture(out, i), grid)
+            files.keep_other(out, out.with_suffix(".md"))
             files.write_json(out, record)
             files.write_text(out.with_suffix(".md"), markdown(record))
         except OSError:

@@ -18,6 +18,7 @@ from torch import nn
 
 import cem
 from lib import cli, data, distributed, files, interop, metrics, robustness
+from lib.attack import check_ball
 from lib.cli import option
 from lib.device import PRECISIONS, pick_device, resolve_precision
 
@@ -44,8 +45,13 @@ class Options:
         str, f"any of {', '.join(KNOWN)}", "attack", default=["pgd-20"], choices=KNOWN
     )
     restarts: int = option(1, "random starts of each PGD attack", "attack", least=1)
-    norm: str = option("l2", "norm of the ball", "attack", choices=["l2", "linf"])
-    eps: float = option(0.5, "radius, for pixels in [0, 1]; 8/255 works", "attack", least=0)
+    norm: str = option(
+        "l2", "norm of the ball; the checkpoint's, if it has one", "attack", choices=["l2", "linf"]
+    )
+    eps: float = option(
+        0.5, "radius, for pixels in [0, 1]; 8/255 works; the checkpoint's, if it has one", "attack",
+        least=0,
+    )  # fmt: skip
     transfer: str = option(
         "", "also transfer attacks from this classifier, to test for masked gradients",
         "attack", metavar="PATH",
@@ -61,7 +67,20 @@ class Options:
     precision: str = option("float32", "arithmetic", "run", choices=PRECISIONS)
 
 
+def preset(opt: Options) -> dict:
+    """The ball in which one of our checkpoints was trained."""
+    path = Path(opt.ckpt or cli.default_checkpoint("sup"))
+    try:
+        found = cem.load(path).extra["options"]
+        ball = {key: found[key] for key in ("norm", "eps")}
+    except (cem.CEMError, KeyError, TypeError):  # another's, or of another kind, or damaged
+        return {}
+    valid = ball["norm"] in ("l2", "linf") and isinstance(ball["eps"], float)
+    return ball if valid else {}
+
+
 def check(opt: Options) -> None:
+    check_ball(opt)
     pgd = set(opt.attacks) - {robustness.AUTOATTACK}
     cem.require(pgd or not opt.transfer, "--transfer needs a PGD attack, such as pgd-20")
 
@@ -157,6 +176,7 @@ def report(name: str, path: Path, folder: Path, test_set, opt: Options, result: 
         record["transfer"] = opt.transfer
     record |= result | {"intervals": intervals}
     try:
+        files.keep_other(folder / name)
         files.write_json(folder / name, record)
     finally:
         print("\n".join(lines))
@@ -164,7 +184,7 @@ def report(name: str, path: Path, folder: Path, test_set, opt: Options, result: 
 
 
 def main() -> None:
-    opt = cli.parse(Options, __doc__)
+    opt = cli.parse(Options, __doc__, preset)
     check(opt)
     one = distributed.world_size() == 1
     cem.require(one, "eval_robust.py runs in one process: leave out torchrun")

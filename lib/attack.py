@@ -10,6 +10,11 @@ from lib import cli, data, distributed
 from lib.device import autocast, compile_network, resolve_precision
 
 
+def check_ball(opt) -> None:
+    wrong = f"--eps {opt.eps:g} in linf: pixels are in [0, 1], write it as 8/255"
+    cem.require(opt.norm == "l2" or opt.eps <= 1, wrong)
+
+
 def pgd_options(opt) -> dict:
     """The options of --attack, as those of cem.pgd."""
     ball = dict(eps=opt.eps, norm=opt.norm)

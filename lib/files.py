@@ -1,6 +1,7 @@
 """Files: outputs that can be written and are the script's own, locks, JSON, hashes."""
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -96,6 +97,21 @@ def sha256(path: str | Path) -> str:
 
 def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def keep_other(path: Path, *beside: Path) -> None:
+    """Rename the result of another command at `path`, and files beside it, to <name>-1, -2, ..."""
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("command") == cli.command():
+        return
+    for number in itertools.count(1):
+        moved = [p.with_stem(f"{p.stem}-{number}") for p in (path, *beside)]
+        if not any(map(os.path.lexists, moved)):
+            break
+    for old, new in zip((path, *beside), moved):
+        if old.exists():
+            os.replace(old, new)
+    print(f"kept the result of another command as {moved[0]}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -126,7 +126,9 @@ def state_dict(content: object) -> State:
         for name, state in found:
             if name == preferred:
                 return state
-    cem.require(bool(found), "no state dict of a supported ResNet or Wide ResNet found")
+    cem.require(
+        bool(found), "no state dict of a supported network found: torch.save model.state_dict()"
+    )
     if len(found) > 1:
         names = ", ".join(repr(name) for name, _ in found)
         raise cem.CEMError(f"contains several networks ({names}): torch.save one of them alone")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import cem
 from lib import cli, distributed, optim
-from lib.device import autocast
+from lib.device import autocast, resolve_precision
 from lib.run import RunFolder, resumes
 
 WATCH_EVERY = 200  # steps between calls of `watch`; a multiple of READ_EVERY
@@ -92,6 +92,11 @@ class Trainer:
         self.progress = dict(step=0, restarts=0, restarted_at=-1, seconds=0.0, log=[], sums={})
         self.began = 0  # the step at which this process began, or the last restart
         self.clock = time.monotonic()
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        precision = resolve_precision(self.device, opt.precision)
+        self.summary = f"{opt.arch} of width {opt.width}, {millions:.2f} million parameters; "
+        self.summary += f"{opt.epochs} epochs of {self.steps_per_epoch} steps, "
+        self.summary += f"{num_images} images; {precision} on {self.device}"
 
     @property
     def step(self) -> int:
@@ -107,6 +112,7 @@ class Trainer:
             self.began = self.step
             print(f"resuming at step {self.step} of {self.total}")
         if self.first:
+            print(self.summary, flush=True)
             self.folder.prepare(resume)
             self.folder.write_log(self.progress["log"])
         if not resume:

@@ -57,7 +57,7 @@ def inception_weights(path: str) -> tuple[dict[str, Tensor], str]:
         sha = files.sha256(path)
     except Exception as error:  # no network, or a file that is damaged in any way
         reason = " ".join(str(error).split())[:200]
-        advice = f"pass {FID_WEIGHTS_URL} as --weights, or --features CHECKPOINT to eval_is_fid.py"
+        advice = f"download {FID_WEIGHTS_URL} for --weights, or use --features CHECKPOINT"
         raise cem.CEMError(f"Inception weights not available ({reason}): {advice}") from error
     if not sha.startswith(prefix):
         differs = f"{path} has SHA-256 {sha[:8]}…, the published weights {prefix}…"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cem
 from lib import cli, data, distributed, files, init
+from lib.attack import check_ball
 from lib.cli import option
 from lib.device import PRECISIONS
 from lib.run import FILES, OF_THIS_CALL, resumes
@@ -139,4 +140,8 @@ def check(opt: TrainOptions) -> None:
     found = named or Path(opt.chain_start).exists()
     cem.require(found, f"--chain-start {opt.chain_start} not found: use gaussian or a dataset")
     if opt.loss == "dat" and not opt.init:
-        print("--loss dat expects an adversarially trained model as --init: starting without")
+        cli.warn("--loss dat expects an adversarially trained model as --init: starting without")
+    check_ball(opt)
+    if opt.attack == "pgd" and opt.attack_steps > 1 and opt.attack_step_size > opt.eps > 0:
+        usual = f"usual is 2.5 eps / steps = {2.5 * opt.eps / opt.attack_steps:.2g}"
+        cli.warn(f"--attack-step-size {opt.attack_step_size:g} exceeds --eps {opt.eps:g}: {usual}")

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 import cem
 from lib import cli, distributed, files, schema
 
-# The files of a run. Nothing else in its folder is moved, replaced or deleted.
+# The files of a run. Nothing else in its folder is replaced or deleted.
 CHECKPOINTS = ("ckpt.pt", "ckpt-previous.pt")  # a run resumes from either
 FILES = (*CHECKPOINTS, "diverged.pt", "log.jsonl", "options.json")
 EVENTS = ".cem"  # suffix of TensorBoard's event files
@@ -44,8 +44,14 @@ class RunFolder:
         events = self.path.glob(f"events.out.tfevents.*{EVENTS}")
         return [p for p in (*(self.path / name for name in FILES), *events) if p.is_file()]
 
+    def results(self) -> list[Path]:
+        """What other scripts made of the run: JSON files with a command, others of their names."""
+        found = [p for p in self.path.glob("*.json") if files.json_with("command")(p)]
+        ends = (".json", ".md", ".npz", ".png", ".gif")
+        return [f for p in found for f in map(p.with_suffix, ends) if f.is_file()]
+
     def prepare(self, resume: bool) -> None:
-        """Move an earlier run's files into previous-N unless it is resumed; write options.json."""
+        """Move an earlier run and its results to previous-N unless it is resumed; write options."""
         for name in FILES:  # left behind by a process that was killed
             for temporary in self.path.glob(f".{name}.*.cem-tmp"):
                 temporary.unlink()
@@ -53,7 +59,7 @@ class RunFolder:
             folders = (self.path / f"previous-{i}" for i in itertools.count(1))
             self.earlier = next(path for path in folders if not path.exists())
             self.earlier.mkdir()
-            for path in self.files():
+            for path in [*self.files(), *self.results()]:
                 os.replace(path, self.earlier / path.name)
             print(f"moved the earlier run to {self.earlier}")
         options = {k: v for k, v in asdict(self.opt).items() if v != math.inf}  # not in JSON

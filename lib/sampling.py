@@ -27,9 +27,10 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
     """The checkpoint, folded, with seeds, class names and dataset in its extra."""
     model = interop.load(path, device, opt.mean or None, opt.std or None)
     encoder = isinstance(model, cem.NonParametricCEM)
-    fits = encoder == (opt.sampler in cem.NON_PARAMETRIC_SAMPLERS) or opt.sampler == "seeds"
     kind = "an encoder" if encoder else "a classifier"
-    cem.require(fits, f"--sampler {opt.sampler} does not apply to {path}, {kind}")
+    own = cem.NON_PARAMETRIC_SAMPLERS if encoder else cem.PARAMETRIC_SAMPLERS
+    message = f"--sampler {opt.sampler} does not apply to {path}, {kind}: choose {', '.join(own)}"
+    cem.require(opt.sampler in (*own, "seeds"), message)
     chosen = opt.cond or not opt.classes
     cem.require(chosen or not encoder, "--classes with an encoder needs --cond")
     noise = encoder and opt.cond and opt.start == "noise" and opt.sampler != "neighbour"

@@ -341,6 +341,18 @@ def test_single_steps_of_the_radius_are_watched(loss, steps, size, watched, monk
     assert made == [143] * watched
 
 
+@pytest.mark.parametrize("given, warned", [
+    (dict(norm="linf", eps=8 / 255), True), (dict(eps=0.1), False), (dict(eps=0), False),
+    (dict(eps=0.05, attack_steps=1), False), (dict(eps=0.05, attack="fgsm"), False),
+])  # fmt: skip
+def test_a_step_beyond_the_radius_is_a_warning(given, warned, capsys):
+    train_sup.check(train_sup.Options(**given))
+    message = "warning: --attack-step-size 0.1 exceeds --eps 0.0313725: usual is 2.5 eps / steps"
+    assert (f"{message} = 0.011" in capsys.readouterr().err) == warned
+    with pytest.raises(cem.CEMError, match="write it as 8/255"):
+        train_sup.check(train_sup.Options(norm="linf", eps=8))
+
+
 def test_a_single_step_on_an_encoder_is_watched(tmp_path):
     options = dict(dataset="digits", width=8, epochs=1, n_eval=10, seed_rank=4, out=str(tmp_path))
     with mock.patch.object(train_unsup, "make_watch", wraps=make_watch) as made:

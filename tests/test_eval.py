@@ -729,6 +729,18 @@ def test_unwritable_cache_is_a_warning(digits_run, tmp_path):
     assert table in done.stdout
 
 
+def test_the_scores_of_another_command_are_kept(digits_run, tmp_path):
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", arr_0=noise_images())
+    options = ["--ref", "digits", "--features", digits_run / CKPT, "--samples"]
+    for samples, kept in (["a.npz"], 0), (["b.npz", "a.npz"], 1), (["b.npz", "a.npz"], 0):
+        done = evaluate(tmp_path, *options, *samples)
+        assert done.stdout.count("kept the result of another command as metrics-1.json") == kept
+    for name, first in (("metrics-1", "a"), ("metrics", "b")):
+        assert json.loads((tmp_path / f"{name}.json").read_text())["rows"][0]["samples"][0] == first
+        assert (tmp_path / f"{name}.md").read_text().splitlines()[2].startswith(f"| {first}.npz ")
+
+
 def test_statistics_of_another_network(digits_run, tmp_path):
     np.savez(tmp_path / "s.npz", arr_0=noise_images())
     torch_key = "inception-6726825d-torch-float32"

@@ -672,6 +672,37 @@ def test_autoattack_of_three_classes():
     assert torch.equal(found[clear], (distance > eps)[clear]) and 0 < found.sum() < 20
 
 
+def test_the_ball_is_that_of_training_unless_given(digits_run, tmp_path):
+    model = cem.load(digits_run / "runs/sup/ckpt.pt")
+    trained = model.extra["options"] | {"norm": "linf", "eps": 0.1}
+    cem.save(tmp_path / "ours.pt", model, **model.extra | {"options": trained})
+    cem.save(tmp_path / "odd.pt", model, **model.extra | {"options": {"norm": "l7", "eps": 3.0}})
+    torch.save(model.state_dict(), tmp_path / "other.pt")
+    found = []
+    for name, *given in (["ours.pt"], ["ours.pt", "--eps", 0.2], ["odd.pt"], ["other.pt"]):
+        given += ["--n", 20, "--attacks", "pgd-10", "--dataset", "digits", "--out", name[:-3]]
+        done = script("eval_robust.py", "--ckpt", name, *given, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split("of digits, ")[1].split(":")[0])
+    assert found == ["linf eps 0.1", "linf eps 0.2", "l2 eps 0.5", "l2 eps 0.5"]
+    done = script("eval_robust.py", "--ckpt", "ours.pt", "--eps", 8, cwd=tmp_path)
+    assert_refused(done, "--eps 8 in linf: pixels are in [0, 1], write it as 8/255")
+
+
+def test_the_result_of_another_command_is_kept(digits_run, tmp_path):
+    options = ["--ckpt", digits_run / "runs/sup/ckpt.pt", "--attacks", "pgd-10", "--out", "out"]
+
+    def evaluate(n: int) -> str:
+        return script("eval_robust.py", *options, "--n", n, cwd=tmp_path).stdout
+
+    for n in (20, 20, 30, 40):
+        assert ("kept" in evaluate(n)) == (n > 20)
+    numbers = {
+        path.name: json.loads(path.read_text())["n"] for path in (tmp_path / "out").iterdir()
+    }
+    assert numbers == {"accuracy-1.json": 20, "accuracy-2.json": 30, "accuracy.json": 40}
+
+
 def test_results_are_written_before_they_are_printed(tmp_path):
     """A closed pipe must not cost them."""
     opt, test_set = eval_robust.Options(), data.load("digits", "test")

@@ -493,6 +493,12 @@ def test_maxent_raises_the_entropy_of_the_shipped_encoders_batch_and_pgd_lowers_
 # ------------------------------------------------------------------------------------- bad input
 
 
+def test_a_sampler_of_the_other_model_names_those_that_apply(digits_run, tmp_path):
+    options = ["--ckpt", digits_run / CKPT, "--sampler", "maxent"]
+    done = script("sample.py", *options, cwd=tmp_path)
+    assert_refused(done, "a classifier: choose ta, langevin, cs, rcs")
+
+
 def test_bad_image_folders(tmp_path):
     for path, message in bad_folders(tmp_path / "sets"):
         done = script("train_sup.py", "--dataset", path, "--out", "run", cwd=tmp_path)

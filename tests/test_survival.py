@@ -273,6 +273,30 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in files(folder)}
 
 
+def test_results_of_an_earlier_run_move_with_it(whole, tmp_path):
+    """accuracy.json and samples would otherwise seem to be of the new checkpoint."""
+    shutil.copytree(whole, tmp_path / "run")
+    options = ["--ckpt", "run/ckpt.pt", "--n", 20]
+    assert script("eval_robust.py", *options, cwd=tmp_path).returncode == 0
+    assert script("sample.py", *options, "--steps", 1, cwd=tmp_path).returncode == 0
+    results = ["accuracy.json", *(f"samples-rcs.{end}" for end in ("json", "npz", "png"))]
+    before = contents(tmp_path / "run")
+    assert before.keys() >= set(results)
+    options = [*TINY, "--epochs", 1, "--loss", "st", "--out", "run"]
+    assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    assert contents(tmp_path / "run/previous-1") == before
+    assert not set(results) & {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_new_run_says_what_it_trains(tmp_path):
+    done = script("train_sup.py", *TINY, "--epochs", 1, "--loss", "st", cwd=tmp_path)
+    millions = sum(
+        p.numel() for p in cem.ParametricCEM("resnet18", width=8, in_channels=1).parameters()
+    )
+    first = f"resnet18 of width 8, {millions / 1e6:.2f} million parameters; 1 epochs of 11 steps"
+    assert done.stdout.startswith(f"{first}, 1437 images; ") and " on cpu\n" in done.stdout
+
+
 def test_new_run_moves_only_the_files_of_the_earlier_run(tmp_path):
     options = [*TINY, "--epochs", 1, "--loss", "st", "--out", "."]
     assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
