@@ -735,8 +735,8 @@ def _cosine(x: Tensor, channels: Tensor, inverse: bool = False) -> Tensor:
         dct = torch.cos(math.pi / n * i[:, None] * (i + 0.5)) * (2 / n) ** 0.5
         dct[0] /= 2**0.5
         transforms.append(dct)
-    subscripts = "cd,hi,wj" if inverse else "dc,ih,jw"
-    return torch.einsum(f"{subscripts},nchw->ndij", *transforms, x)
+    channels, rows, columns = (t.T for t in transforms) if inverse else transforms
+    return torch.einsum("dc,nchw->ndhw", channels, rows @ x @ columns.T)
 
 
 def _residual(centered: Tensor, factor: Tensor, channels: Tensor, shape) -> Tensor:

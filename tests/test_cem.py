@@ -923,6 +923,13 @@ def test_save_refuses_a_configuration_that_load_would_not_read(tmp_path):
         cem.save(tmp_path / "m.pt", cem.ParametricCEM(num_classes=np.int64(3), width=4))
 
 
+def test_seeds_of_large_images_need_little_memory():
+    """One contraction over all axes would need 9 x 192⁴ numbers."""
+    images = torch.rand(4, 3, 192, 192)
+    seeds = cem.GaussianSeeds.fit(images, torch.zeros(4, dtype=torch.int64), rank=1)
+    assert seeds.sample(1).shape == (1, 3, 192, 192)
+
+
 def test_a_changed_temperature_is_saved(tmp_path):
     model = cem.NonParametricCEM("resnet18", embed_dim=8, width=4)
     model.temperature = 0.07
