@@ -19,7 +19,7 @@ import cem
 from lib import budget, cli, data, distributed, files, metrics, paper, pictures
 from lib.cli import option
 from lib.device import pick_device
-from lib.markdown import between, table
+from lib.markdown import percent, table
 from lib.parts import Parts, digest, drawn, evaluated
 
 SAMPLERS = {  # of each model: a classifier, its second stage, an encoder, a larger encoder
@@ -206,12 +206,11 @@ def text(content: dict) -> str:
     for model, found in content["accuracies"].items():
         shown = []
         for key, name in {"clean_accuracy": "clean", "pgd-20": "PGD-20"}.items():
-            percent = (100 * share for share in (found[key], *found["intervals"][key]))
-            shown.append(f"{name} {between(*percent)} %")
+            shown.append(f"{name} {percent(found[key], *found['intervals'][key])} %")
         line = f"- `{model}`: {', '.join(shown)} of {found['n']:,} test images"
         if "knn_accuracy" in found:
-            percent = (found["knn_accuracy"], *found["intervals"]["knn_accuracy"])
-            line += f"; k-NN {between(*(100 * share for share in percent))} % of all"
+            knn = percent(found["knn_accuracy"], *found["intervals"]["knn_accuracy"])
+            line += f"; k-NN {knn} % of all"
         lines += [f"{line}.", f"  `{content['trainings'][model]}`"]
         if content["full"][model]:
             lines.append(f"  `--full` has `{content['full'][model]}`.")

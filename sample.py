@@ -93,7 +93,7 @@ class Options:
         "", "new folder for PNG files: all in it, and again in one subfolder per class", "run",
         metavar="PATH",
     )  # fmt: skip
-    gif: bool = option(False, "show the ascent of up to 10 x 10 images as a GIF", "run")
+    gif: bool = option(False, "show the ascent of the images in the grid as a GIF", "run")
     batch_size: int = option(
         250, f"images at a time; {', '.join(cem.COUPLED)} draw whole batches", "run", least=1
     )

@@ -80,7 +80,9 @@ def two_views(x: Tensor, u: Tensor, dataset: data.Dataset, opt: Options) -> tupl
 def fixed_views(dataset: data.Dataset, opt: Options) -> tuple[Tensor, Tensor]:
     """Two views of each image of the dataset, the same in every call."""
     _, u = augment.draws(len(dataset), VIEWS, opt.seed, 0, dataset.images.device)
-    return two_views(dataset.pixels(), u, dataset, opt)
+    batches = dataset.evenly_spaced(0).split(opt.batch_size)
+    parts = [two_views(dataset.pixels(rows), u[rows], dataset, opt) for rows in batches]
+    return tuple(map(torch.cat, zip(*parts)))
 
 
 def attacked(x: Tensor, x_plus: Tensor, network: nn.Module, opt: Options, generator) -> Tensor:
@@ -147,7 +149,6 @@ def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> Clu
     """Fit the clusters of the model's features of all training images and, if its energy is new,
     standardise its input."""
     features = robustness.outputs(cem.folded(model).features, train_set, opt)
-    cem.require(bool(features.isfinite().all()), f"the features of {opt.init} are not finite")
     features = distributed.mean(features)  # identical in all processes, hence identical clusters
     norm, linear = model.energy
     if not linear.weight.any():

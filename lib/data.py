@@ -235,10 +235,11 @@ def read_images(paths: list[str], image_size: int = 0) -> Tensor:
         if image.size != (width, height):
             differs = f"{path} is {image.size[0]}x{image.size[1]}, others are {width}x{height}"
             raise cem.CEMError(f"{differs}: --image-size resizes and crops a dataset's images")
-    if any(image.mode == "RGB" for image in images):
-        images = [image.convert("RGB") for image in images]
-    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return stacked[:, None] if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2).contiguous()
+    mode = "RGB" if any(image.mode == "RGB" for image in images) else "L"
+    stacked = torch.empty(len(images), len(mode), height, width, dtype=torch.uint8)
+    for pixels, image in zip(stacked, images):
+        pixels.copy_(tv.pil_to_tensor(image.convert(mode)))
+    return stacked
 
 
 def _read_image(path: str, image_size: int) -> Image.Image:
@@ -253,9 +254,8 @@ def _read_image(path: str, image_size: int) -> Image.Image:
             image = tv.center_crop(image, [image_size])
         return image
     except Exception as error:  # decoders of damaged files fail with errors of any type
-        raise cem.CEMError(
-            f"cannot read the image {path}: {str(error) or type(error).__name__}"
-        ) from error
+        reason = str(error) or type(error).__name__
+        raise cem.CEMError(f"cannot read the image {path}: {reason}") from error
 
 
 # --------------------------------------------------------------------------------------- samples

@@ -162,10 +162,12 @@ def rename(state: State) -> tuple[State, State]:
     """The network's tensors under the names that cem uses, and its mean and std if present.
 
     The network is the one with the outermost conv1: robustness stores a second copy in its
-    attacker.
+    attacker. Raises CEMError if there are several.
     """
-    stems = [key for key in state if key.endswith("conv1.weight")]
-    prefix = min(stems, key=len).removesuffix("conv1.weight")
+    stems = [key.removesuffix("conv1.weight") for key in state if key.endswith("conv1.weight")]
+    least = min(stem.count(".") for stem in stems)
+    prefix, *others = (stem for stem in stems if stem.count(".") == least)
+    cem.require(not others, f"contains several networks: {', '.join([prefix, *others])}")
     network, normalisation = {}, {}
     for key, value in state.items():
         buffer = key.rpartition(".")[2]

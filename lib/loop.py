@@ -115,20 +115,22 @@ class Trainer:
             print(self.summary, flush=True)
             self.folder.prepare(resume)
             self.folder.write_log(self.progress["log"])
-        if not resume:
-            self.save()  # divergence can return to it
-        board = self.folder.board(self.step) if self.first else contextlib.nullcontext()
-        with board as self.board, cli.Stop(self.opt.max_minutes) as self.stop:
-            while self.step < self.total and not self.must_stop():
-                try:
-                    self.train_epoch()
-                    self.save()
-                except cli.Diverged as error:
-                    self.restart(error)
-                except Exception:
-                    if self.first and self.step == 0 and not resume:  # the batch does not fit
-                        self.folder.undo()
-                    raise
+        try:
+            if not resume:
+                self.save()  # divergence can return to it
+            board = self.folder.board(self.step) if self.first else contextlib.nullcontext()
+            with board as self.board, cli.Stop(self.opt.max_minutes) as self.stop:
+                while self.step < self.total and not self.must_stop():
+                    try:
+                        self.train_epoch()
+                        self.save()
+                    except cli.Diverged as error:
+                        self.restart(error)
+        except Exception as error:  # such as a full disk, or a batch that does not fit
+            begun = resume or self.step > 0 or isinstance(error, cli.Diverged)
+            if self.first and not begun:
+                self.folder.undo()
+            raise
         print(f"wrote {self.folder.checkpoint}, {self.folder.path / 'log.jsonl'}")
         if self.step < self.total:
             at = f"stopped {self.stop.reason} at step {self.step} of {self.total}"

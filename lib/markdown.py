@@ -48,6 +48,11 @@ def rounded(value: float, digits: int) -> str:
     return str(Decimal(f"{value:.7g}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))
 
 
+def percent(share: float, low: float, high: float) -> str:
+    """A share and the ends of its interval, in percent."""
+    return between(100 * share, 100 * low, 100 * high)
+
+
 def between(value: float, low: float, high: float, digits: int = 1) -> str:
     """A figure and the ends of its interval."""
     value, low, high = (rounded(number, digits) for number in (value, low, high))

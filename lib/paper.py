@@ -3,7 +3,7 @@
 import itertools
 import math
 
-from lib.markdown import Figure, between
+from lib.markdown import Figure, percent
 
 FIGURES = {  # row -> IS and FID on CIFAR-10, 50,000 samples
     "sup-ta": (9.26, 56.72),
@@ -79,5 +79,5 @@ def cells(row: str, found: dict, dataset: str) -> dict:
         line[name] = Figure(found[name], 2)
     line["wanted, %"] = "–"
     if "wanted" in found:
-        line["wanted, %"] = between(*(100 * found[f"wanted{end}"] for end in ("", " low", " high")))
+        line["wanted, %"] = percent(*(found[f"wanted{end}"] for end in ("", " low", " high")))
     return line

@@ -20,7 +20,7 @@ FILES = (*CHECKPOINTS, "diverged.pt", "log.jsonl", "options.json")
 EVENTS = ".cem"  # suffix of TensorBoard's event files
 
 # Options that --resume does not take from the run, and those that may differ from the run's.
-OF_THIS_CALL = ("resume", "max_minutes", "out", "device", "quiet", "diagnose")
+OF_THIS_CALL = ("resume", "max_minutes", "out", "device", "compile", "quiet", "diagnose")
 MAY_CHANGE = (*OF_THIS_CALL, "data_dir", "n_eval", "eval_every", "on_diverge", "max_energy_gap")
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem
 import eval_is_fid
 import sample
-from lib import cli, data, distributed, files, interop, metrics, reference, sampling
+from lib import cli, data, distributed, files, metrics, reference, sampling
 from lib.cli import option
 from lib.device import pick_device
 from lib.schema import SETTINGS
@@ -146,7 +146,8 @@ def main() -> None:
     ckpt = Path(opt.ckpt or cli.default_checkpoint("unsup" if unsupervised else "sup"))
     files.check_output(Path(opt.out), files.json_with("command", "rows"))
     if opt.save:
-        files.check_output(Path(opt.save), interop.is_ours)
+        cem.require(not Path(opt.save).exists(), f"--save {opt.save} exists: use a new file")
+        files.make_folder(Path(opt.save).parent)
     sweep = Sweep(opt, ckpt, device)
     sweep.point(sampler="seeds")
     found = {}

@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem
 import reproduce
-from lib import cli, files, markdown, metrics
-from lib.markdown import between, figure, share
+from lib import cli, files, markdown
+from lib.markdown import between, figure, percent, share
 
 END = "<!-- end -->"
 SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
@@ -55,18 +55,15 @@ def shipped(*records: dict) -> Iterator[dict]:
         yield row | {"C-FD of 1,000 images, by [sampler](#samplers)": shown}
 
 
-def with_interval(found: dict, key: str) -> str:
-    ends = metrics.interval(round(found[key] * found["n"]), found["n"])
-    return f"{between(*(100 * p for p in (found[key], *ends)))} of {found['n']:,}"
-
-
 def cards(judge: dict, *records: dict) -> Iterator[dict]:
     for found in records:
         row = {"file": f"`{Path(found['ckpt']).name}`"}
-        row["clean, %"] = with_interval(found, "clean_accuracy")
-        yield row | {"PGD-20, %": with_interval(found, "adversarial_accuracy")}
-    clean = with_interval(judge["rows"][0], "wanted")
-    yield {"file": "`judge.pt`", "clean, %": clean, "PGD-20, %": "–"}
+        for name, key in (("clean, %", "clean_accuracy"), ("PGD-20, %", "adversarial_accuracy")):
+            row[name] = f"{percent(found[key], *found['intervals'][key])} of {found['n']:,}"
+        yield row
+    real = judge["rows"][0]
+    clean = percent(real["wanted"], real["wanted low"], real["wanted high"])
+    yield {"file": "`judge.pt`", "clean, %": f"{clean} of {real['n']:,}", "PGD-20, %": "–"}
 
 
 def sup(second: dict, real: dict, *narrow: dict) -> Iterator[dict]:

@@ -282,6 +282,10 @@ UNKNOWN_WIDE_RESNET = {
         ([1, 2], "no state dict"),
         (CYCLE, "no state dict"),
         ({"teacher": SMALL, "student": SMALL}, "several networks ('teacher', 'student')"),
+        (
+            {f"{p}.{k}": v for p in ("model", "ema") for k, v in SMALL.items()},
+            "networks: model., ema.",
+        ),
         (SMALL | {"mu": torch.tensor(125.3), "sigma": torch.tensor(63.0)}, "in [0, 1]"),
         # without a bias, as where the weights of the last layer are normalised
         ({k: v for k, v in SMALL.items() if k != "fc.bias"}, "fc.bias is (3,), not absent"),

@@ -1140,7 +1140,7 @@ def test_n_images_are_evenly_spaced():
 def test_the_calibration_error_is_of_the_measured_images(digits_run):
     model, test_set = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
     opt = eval_robust.Options(n=36, attacks=["pgd-10"], eps=0.0)
-    found = eval_robust.evaluate_classifier("x.pt", model, None, test_set, opt)
+    found = eval_robust.evaluate_classifier(model, None, test_set, opt)
     index = 10 * torch.arange(36)
     logits = model(test_set.pixels(index)).detach()
     expected = robustness.calibration_error(logits, test_set.labels[index])

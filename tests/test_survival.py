@@ -26,7 +26,7 @@ from conftest import ROOT, assert_refused, files, script
 import cem
 import sample
 import train_sup
-from lib import cli, data, distributed, loop
+from lib import cli, data, distributed, loop, options
 
 TINY = "--dataset digits --width 8 --n-eval 36 --epochs 3 --ema 0.9 --seed-rank 4".split()
 
@@ -295,6 +295,22 @@ def test_a_new_run_says_what_it_trains(tmp_path):
     )
     first = f"resnet18 of width 8, {millions / 1e6:.2f} million parameters; 1 epochs of 11 steps"
     assert done.stdout.startswith(f"{first}, 1437 images; ") and " on cpu\n" in done.stdout
+
+
+def test_a_full_disk_at_the_first_checkpoint_brings_the_earlier_run_back(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    with mock.patch.object(cem, "save", side_effect=OSError("disk full")):
+        done = script("train_sup.py", *TINY, "--out", "run", cwd=tmp_path)
+    assert_refused(done, "disk full")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_compiled_run_resumes_without_compiling(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    (tmp_path / "options.json").write_text(json.dumps({"compile": True, "width": 32}))
+    found = options.stored(train_sup.Options(out=str(tmp_path), resume=True))
+    assert found == {"width": 32}
 
 
 def test_new_run_moves_only_the_files_of_the_earlier_run(tmp_path):

@@ -155,6 +155,14 @@ def test_importance_sampling_of_log_z_is_the_second_half_of_info_nce(encoder, x)
     torch.testing.assert_close(gradient(loss), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_fixed_views_do_not_depend_on_the_batch_size():
+    digits = data.load("digits", "test")
+    whole, parts = (
+        train_unsup.fixed_views(digits, train_unsup.Options(batch_size=n)) for n in (400, 100)
+    )
+    assert all(map(torch.equal, whole, parts)) and len(whole[0]) == len(digits)
+
+
 def test_potentials_of_any_encoder_with_a_temperature(encoder, x):
     class Own(torch.nn.Module):
         temperature = encoder.temperature
@@ -538,4 +546,4 @@ def test_features_that_are_not_finite_have_no_clusters(unsup_run, tmp_path):
     cem.save(tmp_path / "huge.pt", model, **model.extra)
     options = ["--dataset", "digits", "--loss", "dat", "--init", "huge.pt", "--clusters", 4]
     done = script("train_unsup.py", *options, cwd=tmp_path)
-    assert_refused(done, "the features of huge.pt are not finite")
+    assert_refused(done, "the network's outputs on digits are not finite")
