@@ -223,7 +223,7 @@ def check_outputs(samples: list, opt: Options) -> None:
         path = output(samples, opt)
         grids = [picture(path, i) for i in range(len(samples)) if opt.neighbours]
         is_ours = files.json_with("command", "network", "reference", "rows")
-        files.check_output(path, is_ours, path.with_suffix(".md"), *grids)
+        files.check_output(path, is_ours, path.parent / f"{path.stem}.md", *grids)
 
 
 def picture(path: Path, i: int) -> Path:

@@ -118,11 +118,18 @@ def load_source(opt: Options, model: nn.Module, device: torch.device) -> nn.Modu
     return source.to(memory_format=torch.channels_last)
 
 
-def evaluate_classifier(model, source, test_set: data.Dataset, opt: Options) -> dict:
+def checked_logits(path, model, test_set: data.Dataset, opt: Options) -> torch.Tensor:
+    """f(x, ·) (N, K) on the chosen images. Raises CEMError if they are not finite."""
+    logits = robustness.outputs(model, test_set, opt, opt.n)
+    cem.require(bool(logits.isfinite().all()), f"the logits of {path} are not finite")
+    return logits
+
+
+def evaluate_classifier(path, model, source, test_set: data.Dataset, opt: Options) -> dict:
     """What accuracy.json contains. source: the classifier of --transfer, or None."""
     if source is not None:
-        robustness.outputs(source, test_set, opt, opt.n)  # raises if they are not finite
-    logits = robustness.outputs(model, test_set, opt, opt.n)
+        checked_logits(opt.transfer, source, test_set, opt)
+    logits = checked_logits(path, model, test_set, opt)
     others = {}  # loaded first: a misspelt name should not cost an attack
     for name in ("noise", "constant", *opt.ood):
         others[name] = robustness.ood_dataset(name, test_set, opt.data_dir, opt.seed)
@@ -139,6 +146,8 @@ def evaluate_encoder(model, train_set: data.Dataset, test_set: data.Dataset, opt
     cem.require(not opt.ood, "--ood needs a classifier, not an encoder")
     model = cem.folded(model)
     bank, query = (robustness.outputs(model.features, s, opt) for s in (train_set, test_set))
+    finite = bool(bank.isfinite().all() and query.isfinite().all())
+    cem.require(finite, "the checkpoint's features are not finite")
     knn = robustness.knn_accuracy(bank, train_set.labels, query, test_set.labels)
     probe = robustness.fit_probe(model, bank, train_set.labels)
     result = robustness.accuracy(probe, test_set, opt.attacks, opt, opt.n, opt.restarts)
@@ -204,7 +213,7 @@ def main() -> None:
             if "third_party" in network.extra:
                 train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
                 interop.check_third_party(network, file, train_set)
-        result = evaluate_classifier(model, source, test_set, opt)
+        result = evaluate_classifier(path, model, source, test_set, opt)
     report(name, path, folder, test_set, opt, result)
 
 

@@ -149,6 +149,7 @@ def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> Clu
     """Fit the clusters of the model's features of all training images and, if its energy is new,
     standardise its input."""
     features = robustness.outputs(cem.folded(model).features, train_set, opt)
+    cem.require(bool(features.isfinite().all()), f"the features of {opt.init} are not finite")
     features = distributed.mean(features)  # identical in all processes, hence identical clusters
     norm, linear = model.energy
     if not linear.weight.any():

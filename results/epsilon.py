@@ -89,7 +89,7 @@ def main() -> None:
     cem.require(ours, f"{ckpt} is not a classifier of this project")
     test_set = data.load(settings.dataset, "test", opt.data_dir, settings.image_size).to(device)
     test_set.check_fits(model, ckpt)
-    robustness.outputs(model, test_set, settings, opt.n)  # raises if they are not finite
+    eval_robust.checked_logits(ckpt, model, test_set, settings)
     record = {"command": cli.command(), "ckpt": str(ckpt), "dataset": test_set.name}
     record |= {"norm": opt.norm, "attack": opt.attack, "n": min(opt.n, len(test_set))}
     record |= curve(model, test_set, opt, settings)

@@ -831,6 +831,8 @@ def test_sweep_writes_every_point_and_the_settings(second, digits_run, unsup_run
         row for row in rows if row["sampler"] == "cs" and settings["cs"].items() <= row.items()
     ]
     assert len(chosen) == 1
+    assert_refused(script("results/sweep.py", *options, cwd=digits_run), "tuned.pt exists")
+    (digits_run / "tuned.pt").unlink()
 
 
 def test_samples_without_precision_are_the_worst():
@@ -847,7 +849,9 @@ def test_sweep_refuses_torchrun_and_rulers_of_the_wrong_kind(digits_run, tmp_pat
     assert_refused(done, "--second an encoder")
     (tmp_path / "notes.txt").write_text("mine")
     save = [*options[:-2], "--out", "sweep.json", "--save", "notes.txt"]
-    assert_refused(script("results/sweep.py", *save, cwd=tmp_path), "notes.txt exists and this")
+    assert_refused(
+        script("results/sweep.py", *save, cwd=tmp_path), "--save notes.txt exists: use a new file"
+    )
     assert (tmp_path / "notes.txt").read_text() == "mine" and not (tmp_path / "sweep.json").exists()
 
 

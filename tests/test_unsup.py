@@ -546,4 +546,4 @@ def test_features_that_are_not_finite_have_no_clusters(unsup_run, tmp_path):
     cem.save(tmp_path / "huge.pt", model, **model.extra)
     options = ["--dataset", "digits", "--loss", "dat", "--init", "huge.pt", "--clusters", 4]
     done = script("train_unsup.py", *options, cwd=tmp_path)
-    assert_refused(done, "the network's outputs on digits are not finite")
+    assert_refused(done, "the features of huge.pt are not finite")
