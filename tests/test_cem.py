@@ -923,6 +923,16 @@ def test_save_refuses_a_configuration_that_load_would_not_read(tmp_path):
         cem.save(tmp_path / "m.pt", cem.ParametricCEM(num_classes=np.int64(3), width=4))
 
 
+def test_the_channels_of_seeds_are_decorrelated():
+    mix = torch.tensor([[1.0, 0.8, 0.1], [0.0, 0.5, 0.3], [0.0, 0.0, 0.2]])
+    images = torch.einsum("cd,ndhw->nchw", mix, torch.rand(200, 3, 8, 8)) / 2
+    channels = cem.GaussianSeeds.fit(images, torch.zeros(200, dtype=torch.int64), 4).channels
+    centred = (images - images.mean(0)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(channels @ channels.T, torch.eye(3), rtol=0, atol=1e-5)
+    rotated = channels @ centred.cov() @ channels.T
+    assert (rotated - rotated.diag().diag()).abs().max() < 1e-5 * rotated.max()
+
+
 def test_seeds_of_large_images_need_little_memory():
     """One contraction over all axes would need 9 x 192⁴ numbers."""
     images = torch.rand(4, 3, 192, 192)

@@ -364,6 +364,19 @@ def test_sixteen_steps_cost_sixteen_passes(sampler, digits_run):
     assert passes == ["forward", "backward"] * 16
 
 
+def test_only_coupled_samplers_draw_more_images_than_asked(digits_run, unsup_run):
+    for ckpt, sampler, n in (
+        (digits_run / CKPT, "rcs", 3),
+        (unsup_run / "runs/unsup/ckpt.pt", "maxent", 5),
+    ):
+        opt = sample.Options(sampler=sampler, n=8, batch_size=5, steps=1, precision="float32")
+        model = sampling.load_model(ckpt, torch.device("cpu"), opt)
+        sampling.use_settings(opt, model)
+        seeds = sampling.seeds_of(model, opt.cond)
+        images, labels = sample.draw_batch(model, seeds, opt, torch.device("cpu"), 5)
+        assert len(images) == len(labels) == n
+
+
 def length_of_a_step(side: int, **options) -> float:
     model = SimpleNamespace(extra={"seeds": {"shape": (3, side, side)}})
     opt = sample.Options(**options)
