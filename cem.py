@@ -679,19 +679,19 @@ class GaussianSeeds:
         rank = min(dim if rank is None else rank, dim, len(images) - 1)
         require(rank >= 1, f"rank must be at least 1, not {rank}")
         dtype, shape = torch.get_default_dtype(), images.shape[1:]
-        planes = images.to(dtype) / scale
-        planes = (planes - planes.mean(0)).transpose(0, 1).flatten(1)
-        channels = torch.linalg.eigh((planes @ planes.T).cpu())[1].T.contiguous().to(planes)
         fitted = []
-        for k in progress(range(num_classes + 1)):  # the last: all images
+        for k in progress([num_classes, *range(num_classes)]):  # all images, then each class
             rows = images if k == num_classes else images[labels == k]
             require(len(rows) > 1, f"class {k} has {len(rows)} images: its seeds need at least 2")
-            rows = rows.flatten(1).to(dtype) / scale
+            rows = rows.flatten(1).to(dtype, copy=True).div_(scale)
             mean = rows.mean(0)
             centered = rows.sub_(mean).div_((len(rows) - 1) ** 0.5)
+            if k == num_classes:
+                planes = centered.unflatten(1, (shape[0], -1))
+                channels = torch.linalg.eigh((planes @ planes.mT).sum(0).cpu())[1].T.to(mean)
             factor = _principal_factor(centered, rank, seed=k)
             fitted.append((mean, factor, _residual(centered, factor, channels, shape)))
-        mean, factor, residual = map(torch.stack, zip(*fitted))
+        mean, factor, residual = map(torch.stack, zip(*fitted[1:], fitted[0]))
         return cls(mean, factor, shape, residual, channels)
 
     def sample(self, labels: int | Tensor, generator=None) -> Tensor:
