@@ -156,15 +156,14 @@ def judge(
     if len(images) >= LIMIT_SAMPLES * dimension:
         row[f"{frechet}∞"] = metrics.extrapolate(distance, len(images))
     if reference.features is not None:
-        mmd = reference.kernel(blocks, network.device)
-        row[kernel], row[f"{kernel} std"] = mmd
+        row[kernel], row[f"{kernel} std"] = reference.kernel(blocks, network.device)
         row |= reference.manifold(blocks)
     if has_wanted(Path(name), labels, network):
         hits = logits.argmax(1) == labels
         row["wanted"] = hits.double().mean().item()
         row["wanted low"], row["wanted high"] = metrics.interval(hits.sum().item(), len(hits))
     rounded = {key: float(f"{value:.6g}") for key, value in row.items() if isinstance(value, float)}
-    return row | rounded
+    return {key: value for key, value in (row | rounded).items() if value is not None}
 
 
 class Neighbours:

@@ -35,10 +35,12 @@ def figure(row: dict, key: str, digits: int = 1) -> Figure:
 
 
 def share(row: dict, key: str, unit: str = " %") -> Figure:
-    """In percent, with the binomial standard error of n images."""
-    p, n = row[key], row.get(f"{key} n", row.get("n"))
-    error = 100 * math.sqrt(p * (1 - p) / n) if n else None
-    return Figure(100 * p, error=error, unit=unit)
+    """In percent, with the binomial standard error of n images, by Agresti and Coull (1998): that
+    of two hits and two misses more, which is not 0 for a share of 0 or 1."""
+    share, n = row[key], row.get(f"{key} n", row.get("n"))
+    p = (share * n + 2) / (n + 4) if n else 0
+    error = 100 * math.sqrt(p * (1 - p) / (n + 4)) if n else None
+    return Figure(100 * share, error=error, unit=unit)
 
 
 def rounded(value: float, digits: int) -> str:

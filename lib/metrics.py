@@ -228,19 +228,28 @@ def frechet_distance(
     return ((mean - mu).square().sum() + traces - 2 * cross).item()
 
 
-def jackknife(statistic: Callable[[Tensor], float], labels: Tensor, folds: int = 10) -> float:
+def jackknife(statistic: Callable[[Tensor], float], labels: Tensor, most=10) -> float | None:
     """The standard error of a statistic of samples, which it takes by their indices.
 
-    Each fold is left out in turn: √((k-1)/k Σ (θ_i - mean θ)²). Classes, by the labels (N,), are
-    shared evenly among the folds: their sizes count as fixed, as sample.py's are. A bootstrap's
-    duplicates would make Fréchet distances of few samples far too uncertain. This overestimates by
-    up to a third, and by a factor of two or three for images that were drawn coupled (maxent).
+    Each of k folds is left out in turn: √((k-1)/k Σ (θ_i - mean θ)²). Every fold has as many images
+    of each class, by the labels (N,): their sizes count as fixed, as sample.py's are. k is at most
+    `most`, and at least half of it; at most a tenth of the images is in no fold. None if that is
+    impossible, as for few images per class. A bootstrap's duplicates would make Fréchet distances
+    of few samples far too uncertain. This overestimates by up to a half, and by a factor of two or
+    three for images that were drawn coupled (maxent).
     """
+    sizes = labels.unique(return_counts=True)[1]
+    possible = range(most, most // 2 - 1, -1)
+    fits = [k for k in possible if 10 * (sizes % k).sum() <= len(labels)]
+    if not fits:
+        return None
+    k = fits[0]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    order = order[labels[order].argsort(stable=True)]
-    fold = torch.arange(len(labels)) % folds
-    without = [statistic(order[fold != i]) for i in range(folds)]
-    return (folds - 1) ** 0.5 * np.std(without).item()
+    of_class = order[labels[order].argsort(stable=True)].split(sizes.tolist())
+    order = torch.cat([rows[: len(rows) // k * k] for rows in of_class])
+    fold = torch.arange(len(order)) % k
+    without = [statistic(order[fold != i]) for i in range(k)]
+    return ((k - 1) * len(order) / len(labels)) ** 0.5 * np.std(without).item()
 
 
 def extrapolate(statistic: Callable[[Tensor], float], n: int) -> float:
@@ -258,12 +267,15 @@ def interval(hits: int, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+SUBSET = 1000  # images of KID's subsets
+
+
 def kernel(x: Tensor, y: Tensor) -> Tensor:
     """(x·y / D + 1)³ of the rows of x (N, D) and y (M, D) -> (N, M)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def kernel_distances(x: Tensor, y: Tensor, subsets=100, size=1000) -> np.ndarray:
+def kernel_distances(x: Tensor, y: Tensor, subsets=100, size=SUBSET) -> np.ndarray:
     """KID (Bińkowski et al., 2018): the unbiased MMD² under `kernel` of features (N, D), (M, D).
 
     -> (subsets,), of random subsets of min(size, N, M) rows each, drawn as torch-fidelity does.

@@ -8,7 +8,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     """Nearly U Vᵀ of the singular value decomposition U S Vᵀ of each of B matrices (B, M, N).
 
     Five steps x ← 3.4445 x - 4.775 (x xᵀ) x + 2.0315 (x xᵀ)² x (Newton-Schulz). They bring singular
-    values to between 0.7 and 1.2, but leave those below a few thousandths of the norm smaller.
+    values to between 0.68 and 1.2, but leave those below a few thousandths of the norm smaller.
     """
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]

@@ -48,10 +48,10 @@ def order(figures: dict[str, dict], distance: str) -> list[str]:
         if (model_a, cond_a) != (model_b, cond_b):
             continue
         gap = figures[a][distance] - figures[b][distance]
-        bar = 2 * math.hypot(figures[a][f"{distance} std"], figures[b][f"{distance} std"])
+        errors = (figures[row].get(f"{distance} std", math.inf) for row in (a, b))
         same = gap * (FIGURES[a][1] - FIGURES[b][1]) > 0
         decided = "agree" if same else "disagree"
-        counts[decided if abs(gap) > bar else "are within the error bars"] += 1
+        counts[decided if abs(gap) > 2 * math.hypot(*errors) else "are within the error bars"] += 1
     listed = ", ".join(f"{n} {what}" for what, n in counts.items())
     line = f"Pairs of samplers, their order by {distance} against the paper's by FID: {listed}."
     return [line, ""] if any(counts.values()) else []
@@ -64,7 +64,7 @@ def cells(row: str, found: dict, dataset: str) -> dict:
     if "FID" in found:
         by = "" if published(found) else f" by {found['inception']}"
         for i, name in enumerate(("IS", "FID")):
-            line[f"{name}{by}"] = Figure(found[name], 2, found[f"{name} std"])
+            line[f"{name}{by}"] = Figure(found[name], 2, found.get(f"{name} std"))
             if published(found) and dataset == "cifar10":
                 line[f"{name} - paper's"] = f"{found[name] - paper[i]:+.2f}" if paper else "–"
         if "FID∞" in found:
@@ -72,7 +72,7 @@ def cells(row: str, found: dict, dataset: str) -> dict:
     for name, figure in zip(("paper's IS", "paper's FID"), paper or (None, None)):
         line[name] = f"{figure:.2f}" if figure else "–"
     line["C-IS"] = Figure(found["C-IS"], 2, found["C-IS std"])
-    line["C-FD"] = Figure(found["C-FD"], 1, found["C-FD std"])
+    line["C-FD"] = Figure(found["C-FD"], 1, found.get("C-FD std"))
     if "C-FD∞" in found:
         line["C-FD∞"] = Figure(found["C-FD∞"], 1)
     for name in ("precision", "recall"):

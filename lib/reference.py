@@ -11,6 +11,7 @@ from torch import Tensor
 import cem
 from lib import cli, data, distributed, manifold, metrics
 from lib.metrics import (
+    SUBSET,
     FeatureNetwork,
     frechet_distance,
     kernel_distances,
@@ -75,12 +76,14 @@ class Reference:
         samples = self.joined([block[index] for block in blocks])
         return manifold.scores(self.joined(self.features), samples)
 
-    def kernel(self, blocks: list[Tensor], device: torch.device) -> tuple[float, float]:
-        """The mean kernel distance over the blocks: mean and standard deviation over subsets."""
+    def kernel(self, blocks: list[Tensor], device: torch.device) -> tuple[float, float | None]:
+        """The mean kernel distance over the blocks: mean and standard deviation over subsets, None
+        if all subsets are the whole sets."""
         device = device if device.type == "cuda" else "cpu"  # MPS has no float64
         pairs = zip(self.scaled(blocks), self.scaled(self.features))
         values = np.mean([kernel_distances(x.to(device), y.to(device)) for x, y in pairs], axis=0)
-        return values.mean().item(), values.std().item()
+        whole = len(blocks[0]) == len(self.features[0]) <= SUBSET
+        return values.mean().item(), None if whole else values.std().item()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For an npz file. A single block has pytorch-fid's names, mu and sigma."""

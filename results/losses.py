@@ -111,7 +111,7 @@ def row_of(loss: str, seed: int, judge: Path, opt: Options) -> dict:
     scores = judged(parts, ckpt, SAMPLERS, opt.n_samples, opt.dataset, judge)
     for name in SAMPLERS:
         row[f"c-fd_{name}"] = scores[name]["C-FD"]
-        row[f"c-fd_{name} std"] = scores[name]["C-FD std"]
+        row[f"c-fd_{name} std"] = scores[name].get("C-FD std")
     return row | {"commands": [part["command"] for part in parts.used.values()]}
 
 

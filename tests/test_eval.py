@@ -116,7 +116,7 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     x = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = (x.std() / 200**0.5).item()
     one = torch.zeros(203)
-    mean = metrics.jackknife(lambda index: x[index].mean().item(), one[:200], folds=200)
+    mean = metrics.jackknife(lambda index: x[index].mean().item(), one[:200], most=200)
     assert mean == pytest.approx(exact, rel=1e-9)
     generator, squares = torch.Generator().manual_seed(1), []
     for _ in range(200):
@@ -125,14 +125,20 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     assert np.mean(squares) == pytest.approx(1 / 203, rel=0.1)
 
 
-def test_jackknife_keeps_the_shares_of_classes():
+@pytest.mark.parametrize("n, classes", [(500, 5), (50, 10), (105, 10), (150, 10), (13, 1)])
+def test_jackknife_keeps_the_shares_of_classes(n, classes):
     """Samples of each class in equal numbers: the error of the mean is that within classes."""
-    generator, y = torch.Generator().manual_seed(0), torch.arange(500) % 5
+    generator, y = torch.Generator().manual_seed(0), torch.arange(n) % classes
     squares = []
-    for _ in range(100):
-        x = 100 * y + torch.randn(500, generator=generator, dtype=torch.float64)
+    for _ in range(200):
+        x = 100 * y + torch.randn(n, generator=generator, dtype=torch.float64)
         squares.append(metrics.jackknife(lambda index, x=x: x[index].mean().item(), y) ** 2)
-    assert np.mean(squares) == pytest.approx(1 / 500, rel=0.15)
+    assert np.mean(squares) == pytest.approx(1 / n, rel=0.15)
+
+
+@pytest.mark.parametrize("n, classes", [(100, 100), (40, 10), (4, 1)])
+def test_too_few_images_of_a_class_have_no_jackknife(n, classes):
+    assert metrics.jackknife(lambda index: 1.0, torch.arange(n) % classes) is None
 
 
 def test_the_limit_is_extrapolated_in_one_over_n():
@@ -325,9 +331,10 @@ def test_standardised_distances_do_not_depend_on_scale_and_are_means_over_blocks
     by_hand = Reference.from_blocks([(y - mu) / std])
     assert by_hand.frechet([(x - mu) / std]) == expected
     assert Reference.from_blocks([y]).frechet([x]) != expected
-    expected = pytest.approx(plain.kernel([x], CPU), rel=1e-8)
-    assert scaled.kernel([x * scale], CPU) == expected
-    assert by_hand.kernel([(x - mu) / std], CPU) == expected
+    expected = pytest.approx(plain.kernel([x], CPU)[0], rel=1e-8)
+    assert scaled.kernel([x * scale], CPU)[0] == expected
+    assert by_hand.kernel([(x - mu) / std], CPU)[0] == expected
+    assert plain.kernel([x], CPU)[1] is None  # 50 of 50 on either side: there is but one subset
 
 
 def test_interval_satisfies_wilsons_equation():
