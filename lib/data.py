@@ -210,14 +210,11 @@ def _folder(root: Path, split: str, image_size: int) -> Dataset:
     listing = listings.pop(split)
     images = read_images([path for path, _ in listing.samples], image_size)
     others = (path for other in listings.values() for path, _ in other.samples)
-    if images.shape[1] == 1 and any(_read_image(path, 0).mode == "RGB" for path in others):
+    if images.shape[1] == 1 and any(_read_image(path, 0)[0].mode == "RGB" for path in others):
         images = images.repeat(1, 3, 1, 1)  # both splits have as many channels
     height, width = images.shape[2:]
-    if image_size:
-        print(f"{root / split}: images of other sizes are resized and cropped to {width}x{height}")
-    if height != width or height < 8:
-        sizes = f"square and at least 8x8, not {width}x{height}"
-        raise cem.CEMError(f"{root}: images must be {sizes}: --image-size resizes and crops them")
+    sizes = f"must be square and at least 8x8, not {width}x{height}"
+    cem.require(height == width >= 8, f"{root}: images {sizes}: --image-size resizes and crops")
     return Dataset(str(root), images, torch.tensor(listing.targets), listing.classes)
 
 
@@ -229,7 +226,9 @@ def read_images(paths: list[str], image_size: int = 0) -> Tensor:
     """
     with ThreadPoolExecutor() as pool:
         read = pool.map(partial(_read_image, image_size=image_size), paths)
-        images = list(cli.progress(read, "images", total=len(paths), unit="image"))
+        images, resized = zip(*cli.progress(read, "images", total=len(paths), unit="image"))
+    if any(resized):
+        print(f"resized and cropped {sum(resized)} of {len(paths)} images to size {image_size}")
     width, height = Counter(image.size for image in images).most_common(1)[0][0]
     for path, image in zip(paths, images):
         if image.size != (width, height):
@@ -242,17 +241,18 @@ def read_images(paths: list[str], image_size: int = 0) -> Tensor:
     return stacked
 
 
-def _read_image(path: str, image_size: int) -> Image.Image:
+def _read_image(path: str, image_size: int) -> tuple[Image.Image, bool]:
+    """The image, and whether it had another size."""
     cem.require(Path(path).is_file(), f"cannot read the image {path}: it is not a regular file")
     try:
         with Image.open(path) as image:
             cem.require(image.mode[0] not in "IF", "it has more than 8 bits")  # clipped by convert
             image = ImageOps.exif_transpose(image)  # upright, as it is shown elsewhere
             image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-        if image_size:
-            image = tv.resize(image, [image_size], antialias=True)
-            image = tv.center_crop(image, [image_size])
-        return image
+        resized = image_size > 0 and image.size != (image_size, image_size)
+        if resized:
+            image = tv.center_crop(tv.resize(image, [image_size], antialias=True), [image_size])
+        return image, resized
     except Exception as error:  # decoders of damaged files fail with errors of any type
         reason = str(error) or type(error).__name__
         raise cem.CEMError(f"cannot read the image {path}: {reason}") from error

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import cem
-from lib import cli, distributed, files, schema
+from lib import cli, data, distributed, files, schema
 
 # The files of a run. Nothing else in its folder is replaced or deleted.
 CHECKPOINTS = ("ckpt.pt", "ckpt-previous.pt")  # a run resumes from either
@@ -22,6 +22,7 @@ EVENTS = ".cem"  # suffix of TensorBoard's event files
 # Options that --resume does not take from the run, and those that may differ from the run's.
 OF_THIS_CALL = ("resume", "max_minutes", "out", "device", "compile", "quiet", "diagnose")
 MAY_CHANGE = (*OF_THIS_CALL, "data_dir", "n_eval", "eval_every", "on_diverge", "max_energy_gap")
+FOLDERS = ("dataset", "chain_start")  # may have moved
 
 
 def resumes(opt) -> bool:
@@ -102,6 +103,7 @@ class RunFolder:
         for name, now in asdict(self.opt).items():
             then = extra["options"].get(name, now)
             agrees = name in MAY_CHANGE or now == then or (name == "epochs" and now > then)
+            agrees |= name in FOLDERS and not {now, then} & {*data.NAMES, "gaussian"}
             rule = " (it may only grow)" if name == "epochs" else ""
             then = cli.as_flags({name: then})
             cem.require(agrees, f"--resume: the run in {self.path} has {then}, not {now}{rule}")

@@ -1120,7 +1120,7 @@ def test_evaluation_names_a_size_that_contradicts_the_checkpoint(digits_run, tmp
     assert_refused(done, "images of [1, 8, 8], but large has [1, 12, 12]")
     done = script("eval_robust.py", *options, cwd=tmp_path)  # the checkpoint's size
     assert done.returncode == 0, done.stderr
-    assert "resized and cropped to 8x8" in done.stdout
+    assert "resized and cropped 20 of 20 images to size 8" in done.stdout
 
 
 class AlwaysFirst(nn.Module):

@@ -208,6 +208,11 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path):
     del model.extra["num_images"], model.extra["training"]["restarted_at"]
     cem.save(tmp_path / CKPT, model, **model.extra)
     assert script("train_sup.py", *options, 2, cwd=tmp_path).returncode == 0
+    (tmp_path / "set").rename(tmp_path / "elsewhere")  # the same images
+    done = script("train_sup.py", *options, 3, "--dataset", "elsewhere", cwd=tmp_path)
+    assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
+    done = script("train_sup.py", *options, 3, "--dataset", "digits", cwd=tmp_path)
+    assert_refused(done, "--resume: the run in runs/sup has --dataset elsewhere, not digits")
 
 
 def test_a_signal_that_is_sent_twice_stops_once(monkeypatch):
