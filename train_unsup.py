@@ -211,7 +211,7 @@ def train(opt: Options) -> None:
             info["clusters"] = before.get("clusters")
             cem.require(bool(info["clusters"]), "--resume: the run's checkpoint has no clusters")
         else:
-            before = init.load(opt).extra if opt.init else {}
+            before = init.load(opt).extra
             info["clusters"] = prepare_dual(opt, model, train_set).state_dict()
         info["settings"] = before.get("settings", {})  # maxent's and pgd's suit both stages
         clusters = ClusterSeeds.from_state_dict(info["clusters"], device)

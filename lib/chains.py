@@ -156,9 +156,9 @@ class GrowingChains(nn.Module):
 
 
 def dual_state(opt, model: nn.Module, samplers: Sequence[str]) -> nn.ModuleDict:
-    """The chains of dat and, with --init and --keep, the network that it starts from."""
+    """The chains of dat and, with --keep, the network that it starts from."""
     state = nn.ModuleDict()
     state["chains"] = GrowingChains(opt.dat_max_steps, opt.dat_step_size, samplers)
-    if opt.init and opt.keep:
+    if opt.keep:
         state["reference"] = cem.folded(model)
     return state

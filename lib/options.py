@@ -139,8 +139,8 @@ def check(opt: TrainOptions) -> None:
     named = opt.chain_start == "gaussian" or opt.chain_start in data.NAMES
     found = named or Path(opt.chain_start).exists()
     cem.require(found, f"--chain-start {opt.chain_start} not found: use gaussian or a dataset")
-    if opt.loss == "dat" and not opt.init:
-        print("--loss dat expects an adversarially trained model as --init: starting without")
+    first = "--loss dat is a second stage: pass the first one's checkpoint as --init"
+    cem.require(opt.loss != "dat" or opt.init, first)
     check_ball(opt)
     if opt.attack == "pgd" and opt.attack_steps > 1 and opt.attack_step_size > opt.eps > 0:
         usual = f"usual is 2.5 eps / steps = {2.5 * opt.eps / opt.attack_steps:.2g}"

@@ -304,11 +304,10 @@ def test_chains_start_at_images_of_a_folder(digits_run, tmp_path):
     assert not start(40, generator).any()
 
 
-def test_dat_without_init_says_what_it_expects(tmp_path):
-    done = train(*DAT, "--width", 8, cwd=tmp_path)
-    assert "expects an adversarially trained model as --init" in done.stdout
-    # there is no first stage whose posterior it could keep
-    assert not [key for key in training_of(tmp_path / CKPT)["chains"] if "reference" in key]
+def test_dat_needs_a_first_stage_that_fits(tmp_path):
+    for name in ("train_sup.py", "train_unsup.py"):
+        done = script(name, *DAT, "--width", 8, cwd=tmp_path)
+        assert_refused(done, "--loss dat is a second stage: pass the first one's checkpoint")
     cem.save(tmp_path / "seven.pt", cem.ParametricCEM("resnet18", 7, width=8, in_channels=1))
     done = script("train_sup.py", *DAT, "--init", "seven.pt", "--out", "new", cwd=tmp_path)
     assert_refused(done, "does not fit: first train a new one with --loss at")
@@ -321,7 +320,8 @@ def test_dat_without_init_says_what_it_expects(tmp_path):
     assert_refused(done, "large.pt is for images of [1, 16, 16], not [1, 8, 8]")
     done = train(*SMALL, "--init", "names.pt", "--max-minutes", 1e-9, cwd=tmp_path)
     assert "does not fit these classes: starting with a new one" in done.stdout
-    done = script("train_sup.py", *DAT, "--chain-samplers", "cs,x", cwd=tmp_path)
+    wrong = ["--init", "large.pt", "--chain-samplers", "cs,x"]
+    done = script("train_sup.py", *DAT, *wrong, cwd=tmp_path)
     assert_refused(done, "--chain-samplers: unknown 'x'")
 
 
