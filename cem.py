@@ -284,7 +284,7 @@ def similarity(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """The logits f(x_i, x'_j) = z1_i · z2_j / τ of an NP-CEM. (N, D), (M, D) -> (N, M). The x'_j
     take the place of the classes in all functions above ([CEM] section 3.2)."""
     with torch.autocast(z1.device.type, enabled=False):  # bfloat16 is too coarse for cosine / τ
-        return z1 @ z2.T / temperature
+        return z1 @ z2.to(z1.dtype).T / temperature  # a stored bank is in half precision
 
 
 def _similarity_to_others(z: Tensor, temperature: float) -> Tensor:
@@ -337,8 +337,8 @@ def supervised_loss(
     dat   CE(x̂, y) + λ [softplus(b - LSE f(x)) + softplus(LSE f(x_s) - b)]   use λ = 1
 
     In training mode, BatchNorm2d normalises x_s of jem and jeat by the data's statistics. So should
-    their chains, or statistics tell samples from data. dat is for a model in eval mode, which
-    sees [x̂, x, x_s], and an offset b midway between the first LSE f(x) and LSE f(x_s).
+    their chains, or statistics tell samples from data. dat (train_sup.py adds terms) is for a model
+    in eval mode, which sees [x̂, x, x_s], and b midway between the first LSE f(x) and LSE f(x_s).
     """
     _require_one_of(SUPERVISED_LOSSES, name, "loss")
     seen = x if name in ("st", "jem") else x_adv
@@ -468,8 +468,8 @@ def ascend(
     eps, clip   radius of the ball around x, in `norm`; range of the pixels. None disables.
     generator   of the noise (see `draw`); with one per image, noise does not depend on the batch.
     start       where to begin, if not at x.
-    model       put in eval mode during the ascent; by default the potential, if a module, or its
-                `model`. Else pass the network in it: its BatchNorm statistics would change.
+    model       put in eval mode during the ascent; by default the module that the potential is, is
+                a method of or has as `model`. Else pass it: its BatchNorm statistics would change.
 
     -> the last iterate, detached. Parameters, their .grad and that model's buffers are unchanged.
     Raises CEMError for options and, on the CPU only, pixels out of range.
@@ -484,16 +484,17 @@ def ascend(
     x = (x if start is None else start).detach().clone()
     require((x.shape, x.dtype) == (center.shape, center.dtype), "start needs x's shape and dtype")
     velocity = 0
-    own = [m for m in (potential, getattr(potential, "model", None)) if isinstance(m, nn.Module)]
+    owner = getattr(potential, "model", getattr(potential, "__self__", None))
+    own = [m for m in (potential, owner) if isinstance(m, nn.Module)]
     with _eval_mode(own[0] if own and model is None else model):
         if isinstance(potential, Potential):
             potential = potential.bind()
         for _ in range(steps):
             with torch.enable_grad():
                 x.requires_grad_(True)
-                u = potential(x)
-                fits = u.dim() == 1 and u.requires_grad  # more than N if U gathers from processes
-                require(fits, f"the potential must return (N,) with gradient, not {tuple(u.shape)}")
+                u = potential(x)  # more than N if it gathers from processes
+                require(u.dim() == 1, f"the potential must return (N,), not {tuple(u.shape)}")
+                require(u.requires_grad, "U(x) has no gradient: is it detached, or inference_mode?")
                 (gradient,) = torch.autograd.grad(u.sum(), x)
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)
             x = x.detach() + step_size * velocity
@@ -596,9 +597,10 @@ class Potential:
         formulas = PARAMETRIC_SAMPLERS | PARAMETRIC_ATTACKS | NON_PARAMETRIC_SAMPLERS
         _require_one_of(formulas, name, "potential")
         self.formula = formulas[name]
-        self.labelled = name not in NON_PARAMETRIC_SAMPLERS
-        wrong = NonParametricCEM if self.labelled else ParametricCEM
-        require(not isinstance(model, wrong), f"potential {name!r} is not for a {wrong.__name__}")
+        labels = self.labelled = name not in NON_PARAMETRIC_SAMPLERS
+        kind = "a classifier" if labels else "an encoder with a temperature"
+        fits = not isinstance(model, NonParametricCEM) if labels else hasattr(model, "temperature")
+        require(fits, f"potential {name!r} is for {kind}, not a {type(model).__name__}")
         what = "the labels" if self.labelled else "the positives" if name == "pgd" else "embeddings"
         without = name in WITHOUT_Y or name in MARGINAL and hasattr(model, "energy")
         require(y is not None or without, f"potential {name!r} needs y, {what}")
@@ -656,8 +658,7 @@ class GaussianSeeds:
         self.num_classes = len(mean) - 1
         fits = len(self.shape) == 3 and all(isinstance(n, int) and n > 0 for n in self.shape)
         fits = fits and mean.shape == self.residual.shape == (len(mean), math.prod(self.shape))
-        fits = fits and factor.shape[:-1] == mean.shape
-        fits = fits and self.channels.shape == (self.shape[0],) * 2
+        fits &= factor.shape[:-1] == mean.shape and self.channels.shape == 2 * self.shape[:1]
         require(fits, "mean must be (K + 1, C H W), factor (K + 1, C H W, R), shape (C, H, W)")
         tensors = (mean, factor, self.residual, self.channels)
         require(all(v.isfinite().all() for v in tensors), "the seeds must be finite")
@@ -675,15 +676,14 @@ class GaussianSeeds:
         require(fits, "the fit needs images (N, C, H, W) and labels (N,), N at least 2")
         _check_labels(labels, math.inf if num_classes is None else num_classes)
         num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-        dim = images[0].numel()
+        shape, dim = images.shape[1:], images[0].numel()
         rank = min(dim if rank is None else rank, dim, len(images) - 1)
         require(rank >= 1, f"rank must be at least 1, not {rank}")
-        dtype, shape = torch.get_default_dtype(), images.shape[1:]
         fitted = []
         for k in progress([num_classes, *range(num_classes)]):  # all images, then each class
             rows = images if k == num_classes else images[labels == k]
             require(len(rows) > 1, f"class {k} has {len(rows)} images: its seeds need at least 2")
-            rows = rows.flatten(1).to(dtype, copy=True).div_(scale)
+            rows = rows.flatten(1).to(torch.get_default_dtype(), copy=True).div_(scale)
             mean = rows.mean(0)
             centered = rows.sub_(mean).div_((len(rows) - 1) ** 0.5)
             if k == num_classes:

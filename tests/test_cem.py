@@ -370,10 +370,12 @@ class Energy(nn.Module):
         return self.head(self.model(x)).sum(1)
 
 
-def test_a_network_as_the_potential_is_in_eval_mode():
+@pytest.mark.parametrize("name", ["__call__", "forward"])
+def test_a_network_as_the_potential_is_in_eval_mode(name):
     energy, x = Energy(), torch.rand(5, 3, 4, 4)
+    potential = energy if name == "__call__" else energy.forward  # a method of it
     before = copy.deepcopy(energy.state_dict())
-    first, second = (cem.ascend(energy, x, steps=2, step_size=0.1) for _ in range(2))
+    first, second = (cem.ascend(potential, x, steps=2, step_size=0.1) for _ in range(2))
     assert torch.equal(first, second) and all(m.training for m in energy.modules())
     assert all(torch.equal(before[k], v) for k, v in energy.state_dict().items())
 
@@ -670,16 +672,16 @@ def test_attack_and_ascent_refuse_what_is_no_batch_of_images(spoil, part, model,
 
 
 @pytest.mark.parametrize(
-    "potential",
+    "potential, part",
     [
-        lambda x: x.sum(),
-        lambda x: x.sum((2, 3)),
-        lambda x: x.detach().sum((1, 2, 3)),
-        torch.inference_mode()(lambda x: x.sum((1, 2, 3))),
+        (lambda x: x.sum(), r"must return \(N,\), not \(\)"),
+        (lambda x: x.sum((2, 3)), r"must return \(N,\), not \(6, 3\)"),
+        (lambda x: x.detach().sum((1, 2, 3)), "has no gradient"),
+        (torch.inference_mode()(lambda x: x.sum((1, 2, 3))), "has no gradient"),
     ],
 )
-def test_a_potential_has_one_number_per_image_and_a_gradient(potential, batch):
-    with pytest.raises(cem.CEMError, match=r"must return \(N,\) with gradient, not \("):
+def test_a_potential_has_one_number_per_image_and_a_gradient(potential, part, batch):
+    with pytest.raises(cem.CEMError, match=part):
         cem.ascend(potential, batch[0], steps=1, step_size=0.1)
 
 

@@ -401,7 +401,7 @@ def test_code_of_the_readme_needs_only_cem_and_a_checkpoint(tmp_path):
     root = Path(cem.__file__).parent
     first, second = re.findall("```python\n(.*?)```", (root / "README.md").read_text(), re.S)
     (tmp_path / "checkpoints").mkdir()
-    for name in ("cem.py", "checkpoints/sup.pt"):
+    for name in ("cem.py", "checkpoints/sup.pt", "checkpoints/unsup.pt"):
         shutil.copy(root / name, tmp_path / name)
     torch.save(plain_state(), tmp_path / "f.pt")
     own = "net = cem.ParametricCEM(width=8)"

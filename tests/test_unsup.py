@@ -176,9 +176,19 @@ def test_potentials_of_any_encoder_with_a_temperature(encoder, x):
 
 
 def test_potentials_refuse_the_other_kind_of_model(encoder, model):
-    for name, wrong in (("maxent", model), ("pgd", model), ("rcs", encoder), ("ce", encoder)):
-        with pytest.raises(cem.CEMError, match="is not for a"):
+    wrapped = torch.nn.DataParallel(encoder)  # without its temperature
+    pairs = (("maxent", model), ("pgd", model), ("maxent", wrapped), ("rcs", encoder))
+    for name, wrong in (*pairs, ("ce", encoder)):
+        with pytest.raises(cem.CEMError, match=f"is for an? .*, not a {type(wrong).__name__}"):
             cem.potential(name, wrong, torch.zeros(1))
+
+
+def test_a_bank_of_lower_precision(encoder, x):
+    """As a checkpoint stores it, or as autocast leaves it."""
+    bank = encoder(x).detach().half()
+    for name in ("marginal", "maxent-marginal"):
+        halves, floats = (cem.potential(name, encoder, z)(x) for z in (bank, bank.float()))
+        assert torch.equal(halves, floats) and halves.dtype == x.dtype
 
 
 def test_frames_lead_to_the_same_images_in_bfloat16(encoder):
