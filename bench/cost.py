@@ -86,7 +86,6 @@ def main() -> None:
     rows = []
     for setting, seconds in zip(settings(), medians):
         row = dict(setting, seconds=round(seconds, 4))
-        row["cost"] = round(seconds / medians[0], 3)
         row["arithmetic"] = round(arithmetic(setting) / arithmetic(BASE), 3)
         rows.append(row)
     record = {"command": cli.command(), "device": device.type, "threads": torch.get_num_threads()}

@@ -109,9 +109,8 @@ def shortened(job, rows: int) -> dict:
     draw_rate = agreed(sampling_rate(job, second_stage))
     score_rate, row = math.inf, 0.0
     if job.inception:
-        score_rate, row = map(
-            agreed, inception_cost(job, second_stage.with_name("samples-rcs.npz"))
-        )
+        samples = second_stage.with_name("samples-rcs.npz")
+        score_rate, row = map(agreed, inception_cost(job, samples))
     reference = images / score_rate
     too_long = f"Inception takes {reference / 60:.0f} minutes for the training images alone"
     cem.require(reference < total / 4, f"--budget {job.opt.budget} is too short: {too_long}")

@@ -123,7 +123,6 @@ def parse(options: type, description: str, preset=None, argv=None):
 
     preset(options) returns other defaults, which explicit options override.
     """
-    argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(options, description)
     opt = parser.parse_args(argv)
     check_bounds(opt)

@@ -38,8 +38,7 @@ class ClusterSeeds:
     def sample(self, n: int, generator) -> Tensor:
         """n seeds (n, C, H, W), each of a cluster drawn by its share of the images."""
         drawn = cem.draw(torch.rand, (n,), generator, self.shares)
-        last = len(self.shares) - 1
-        labels = torch.searchsorted(self.shares.cumsum(0), drawn).clamp(max=last)
+        labels = torch.searchsorted(self.shares.cumsum(0)[:-1], drawn)
         return self.gaussians.sample(labels, generator)
 
     def state_dict(self) -> dict:

@@ -120,9 +120,8 @@ def load(name: str, split: str, data_dir: str = "data", image_size: int = 0) -> 
     length, and cropped at the centre to a square; 0: they stay as they are. Raises CEMError if the
     dataset is unknown, not available or malformed.
     """
-    if name in NAMES:
-        fixed = f"--image-size is for image folders: {name} has images of one size"
-        cem.require(image_size == 0, fixed)
+    fixed = f"--image-size is for image folders: {name} has images of one size"
+    cem.require(image_size == 0 or name not in NAMES, fixed)
     if name == "digits":
         return _digits(split)
     if name in NAMES:

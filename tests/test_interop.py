@@ -151,23 +151,6 @@ def test_wide_resnet_round_trip(x, tmp_path):
     torch.testing.assert_close(again(x), model(x), **EXACT)
 
 
-def test_torchattacks_on_an_exported_network_equals_our_pgd(x, tmp_path):
-    """In float64: in float32, rounding flips a ReLU of some networks, which moves the attack."""
-    torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is not installed")
-    model = perturb(cem.ParametricCEM("resnet18", 5, mean=MEAN, std=STD)).eval()
-    interop.export(tmp_path / "e.pt", model)
-    net = small_stem(torchvision.models.resnet18(num_classes=5)).eval()
-    net.load_state_dict(torch.load(tmp_path / "e.pt", weights_only=True))
-    model, net, x = model.double(), net.double(), x.double()
-    attack = torchattacks.PGDL2(net, eps=0.5, alpha=0.2, steps=3, random_start=False)
-    attack.set_normalization_used(mean=MEAN.tolist(), std=STD.tolist())
-    y = torch.tensor([0, 1])
-    theirs = attack(normalised(x), y) * STD.view(-1, 1, 1) + MEAN.view(-1, 1, 1)
-    options = dict(eps=0.5, step_size=0.2, steps=3, random_start=False)
-    ours = cem.pgd(cem.potential("ce", model, y), x, **options)
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-9)
-
-
 def test_invalid_exports_are_refused(tmp_path):
     model = cem.ParametricCEM("wrn-16-4", 3)
     invalid = [

@@ -163,9 +163,9 @@ def test_training_writes_checkpoint_log_and_events(digits_run):
     assert not torch.equal(average["net.conv1.weight"], last["net.conv1.weight"])
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-def test_a_stopped_and_resumed_run_ends_with_the_same_weights(optimizer, tmp_path):
-    options = [*SMALL, "--epochs", 3, "--ema", 0.9, "--optimizer", optimizer]
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path):
+    """With Muon; tests/test_survival.py stops runs with SGD."""
+    options = [*SMALL, "--epochs", 3, "--ema", 0.9, "--optimizer", "muon", "--attack-steps", 1]
     assert script("train_sup.py", *options, "--out", "whole", cwd=tmp_path).returncode == 0
     first = script("train_sup.py", *options, "--out", "parts", "--max-minutes", 1e-4, cwd=tmp_path)
     assert first.returncode == 0 and "stopped" in first.stdout
@@ -252,16 +252,6 @@ def test_the_running_average_is_pytorchs(batch):
     floats = {k: v for k, v in average.state_dict().items() if v.is_floating_point()}
     assert floats and all(torch.equal(value, expected[name]) for name, value in floats.items())
     assert not torch.equal(average.net.conv1.weight, model.net.conv1.weight)
-
-
-def test_the_running_average_starts_at_the_first_steps_weights(tmp_path):
-    options = [*SMALL, "--loss", "st", "--seed-rank", 4, "--ema", 0.9, "--epochs", 1]
-    done = script("train_sup.py", *options, "--batch-size", 1437, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    model = cem.load(tmp_path / "runs/sup/ckpt.pt")
-    training = model.extra["training"]
-    assert training["step"] == 1
-    assert all(torch.equal(v, training["model"][k]) for k, v in model.state_dict().items())
 
 
 def test_eval_robust_agrees_with_the_accuracy_computed_here(digits_run):
@@ -471,7 +461,7 @@ def test_a_sampler_raises_the_share_of_the_wanted_class(digits_run):
 # --------------------------------------------------------------------------- shipped checkpoints
 
 
-@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+@pytest.mark.parametrize("sampler", ["rcs", "maxent", "neighbour", "marginal"])
 def test_shipped_checkpoints_draw_without_dataset_or_network(sampler, tmp_path):
     draw = ["--sampler", sampler, "--n", 20, "--batch-size", 20, "--steps", 2]
     done = script("sample.py", *draw, cwd=tmp_path)
@@ -687,7 +677,7 @@ def test_average_of_a_short_run_does_not_remember_the_first_weights(tmp_path):
 
 def test_resume_takes_the_options_of_the_run_and_names_a_contradiction(tmp_path):
     options = ["--dataset", "digits", "--width", 8, "--epochs", 1, "--loss", "mle", "--lr", 0.05]
-    options += "--n-eval 30 --on-diverge restart".split()
+    options += "--n-eval 30 --on-diverge restart --attack-steps 1 --seed-rank 4".split()
     assert script("train_sup.py", *options, "--out", "r", cwd=tmp_path).returncode == 0
     done = script("train_sup.py", "--resume", "--out", "r", "--epochs", 2, cwd=tmp_path)
     assert done.returncode == 0 and "resuming at step 11 of 22" in done.stdout, done.stderr
@@ -780,19 +770,18 @@ def test_pictures_that_are_not_finite_are_an_error(digits_run, tmp_path):
 
 
 def test_settings_of_the_optimiser_come_from_the_options_not_from_the_file(tmp_path):
-    options = ["--dataset", "digits", "--width", 8, "--n-eval", 10, "--epochs"]
+    options = [*SMALL, "--loss", "st", "--epochs", 1, "--out", "whole"]
+    assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    path = Path(shutil.copytree(tmp_path / "whole", tmp_path / "changed"), "ckpt.pt")
+    content = torch.load(path, weights_only=True)
+    (group,) = content["extra"]["training"]["optimizer"]["param_groups"]
+    group |= dict(momentum=0.1, weight_decay=0.5, nesterov="x")
+    torch.save(content, path)
     weights = []
     for name in ("whole", "changed"):
-        assert script("train_sup.py", *options, 1, "--out", name, cwd=tmp_path).returncode == 0
-        path = tmp_path / name / "ckpt.pt"
-        content = torch.load(path, weights_only=True)
-        if name == "changed":
-            (group,) = content["extra"]["training"]["optimizer"]["param_groups"]
-            group |= dict(momentum=0.1, weight_decay=0.5, nesterov="x")
-            torch.save(content, path)
         done = script("train_sup.py", "--resume", "--epochs", 2, "--out", name, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        weights.append(cem.load(path).net.fc.weight)
+        weights.append(cem.load(tmp_path / name / "ckpt.pt").net.fc.weight)
     assert torch.equal(*weights)
 
 
@@ -834,12 +823,12 @@ def test_two_dashes_are_no_folder(tmp_path):
 
 def test_a_run_whose_chains_are_gone_is_not_resumed(tmp_path):
     options = "--dataset digits --arch resnet18 --width 8 --loss jem --sgld-steps 1 --buffer 128"
-    options = [*options.split(), "--epochs", 1, "--n-eval", 10, "--seed-rank", 4, "--out", "run"]
+    options = [*options.split(), "--max-minutes", 1e-9, "--seed-rank", 4, "--out", "run"]
     assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
     model = cem.load(tmp_path / "run/ckpt.pt")
     del model.extra["training"]["chains"]
     cem.save(tmp_path / "run/ckpt.pt", model, **model.extra)
-    done = script("train_sup.py", *options, "--epochs", 2, "--resume", cwd=tmp_path)
+    done = script("train_sup.py", *options, "--resume", cwd=tmp_path)
     assert_refused(done, "ckpt.pt has no chains")
 
 
