@@ -184,11 +184,15 @@ def test_a_file_of_the_user_is_not_replaced_by_a_table(name, tmp_path):
         assert_refused(done, "--n-samples must be at least 20")
 
 
+QUICK = "--share 0.1 --attack-steps 1 --dat-max-steps 3 --n-eval 10 --seed-rank 4"  # a second stage
+
+
 def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path, monkeypatch):
     monkeypatch.setattr(robustness, "autoattack", lambda model, x, y, opt: y < 0)  # finds all
     first = digits_run / "runs/sup/ckpt.pt"
     options = ["--losses", "dat", "--epochs", 1, "--seeds", 0, "--first-stage", first]
-    options += ["--options", "--width 8", "--evaluation", "--n 10 --ood digits", "--judge", first]
+    options += ["--options", f"--width 8 {QUICK}", "--judge", first]
+    options += ["--evaluation", "--n 10 --restarts 1 --ood digits"]
     options += ["--n-samples", 50, "--autoattack", 1]
     done = script("results/losses.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -205,7 +209,8 @@ def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path, monkeypat
     again = script("results/losses.py", *options, cwd=tmp_path)
     assert "python " not in again.stdout  # nothing is repeated
     assert json.loads((tmp_path / "results/losses-digits.json").read_text())["rows"]["dat"] == [row]
-    more = script("results/losses.py", *options, "--evaluation", "--n 12", cwd=tmp_path)
+    more = ["--evaluation", "--n 12 --restarts 1"]
+    more = script("results/losses.py", *options, *more, cwd=tmp_path)
     assert more.stdout.count("python ") == more.stdout.count("python eval_robust.py") == 2
     (other,) = json.loads((tmp_path / "results/losses-digits.json").read_text())["rows"]["dat"]
     assert other["n"] == 12 and "auroc_digits" not in other
@@ -218,7 +223,8 @@ def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path, monkeypat
 def test_dual_trains_each_variant_and_judges_four_samplers(digits_run, tmp_path):
     first = digits_run / "runs/sup/ckpt.pt"
     options = ["--init", first, "--seeds", 1, "--judges", first, "--evaluation", "--n 20"]
-    options += ["--variants", "recipe", "lambda 3", "--options", "--epochs 1", "--n-samples", 50]
+    options += ["--variants", "recipe", "lambda 3", "--options", f"--epochs 1 {QUICK}"]
+    options += ["--n-samples", 50]
     done = script("results/dual.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results/dual-digits.json").read_text())["rows"]

@@ -318,10 +318,9 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name, start", [("jem", "noise"), ("jeat", "gaussian")])
-def test_a_resumed_run_continues_its_chains(name, start, tmp_path):
+def test_a_resumed_run_continues_its_chains(tmp_path):
     options = "--dataset digits --width 8 --epochs 2 --batch-size 250 --n-eval 36 --attack-steps 1"
-    options += f" --loss {name} --sgld-steps 2 --buffer 300 --reinit-from {start} --diagnose"
+    options += " --loss jeat --sgld-steps 2 --buffer 300 --diagnose"
     options = [*options.split(), "--device", "cpu"]  # on which equality is bit for bit
     done = script("train_sup.py", *options, "--out", "whole", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -482,17 +481,12 @@ def test_pgd_20_accuracy_is_that_of_torchattacks(norm, eps, robust_model):
     peer = {"l2": torchattacks.PGDL2, "linf": torchattacks.PGD}[norm]
     test_set = data.load("digits", "test")
     x, y = test_set.pixels(), test_set.labels
-    ours, theirs = {}, {}
-    for start in (False, True):
-        torch.manual_seed(0)
-        attack = peer(robust_model, eps=eps, alpha=2.5 * eps / 20, steps=20, random_start=start)
-        theirs[start] = (robust_model(attack(x, y)).argmax(1) == y).float().mean().item()
-        with mock.patch.object(cem, "pgd", functools.partial(cem.pgd, random_start=start)):
-            ours[start] = accuracy_under("pgd-20", robust_model, norm=norm, eps=eps)
-    assert 0.1 < theirs[False] < 0.9
-    assert abs(ours[False] - theirs[False]) <= 0.005  # one image of 360 is 0.0028
-    # in l2, our start is uniform in the ball, while theirs has a uniform radius
-    assert abs(ours[True] - theirs[True]) <= 0.03
+    attack = peer(robust_model, eps=eps, alpha=2.5 * eps / 20, steps=20, random_start=False)
+    theirs = (robust_model(attack(x, y)).argmax(1) == y).float().mean().item()
+    with mock.patch.object(cem, "pgd", functools.partial(cem.pgd, random_start=False)):
+        ours = accuracy_under("pgd-20", robust_model, norm=norm, eps=eps)
+    assert 0.1 < theirs < 0.9
+    assert abs(ours - theirs) <= 0.005  # one image of 360 is 0.0028
 
 
 def test_pgd_does_not_stall_on_very_confident_networks(robust_model):
@@ -500,11 +494,11 @@ def test_pgd_does_not_stall_on_very_confident_networks(robust_model):
     confident = copy.deepcopy(robust_model)
     for parameter in confident.net.fc.parameters():
         parameter.mul_(100)
-    accuracy = accuracy_under("pgd-20", robust_model)
-    assert accuracy_under("pgd-20", confident) <= accuracy + 0.01
+    accuracy = accuracy_under("pgd-20", robust_model, 120)
+    assert accuracy_under("pgd-20", confident, 120) <= accuracy + 0.01
     cross_entropy = {"ce": lambda logits, y: -cem.log_posterior(logits, y)}
     with mock.patch.dict(cem.PARAMETRIC_ATTACKS, cross_entropy):
-        assert accuracy_under("pgd-20", confident) > accuracy + 0.1
+        assert accuracy_under("pgd-20", confident, 120) > accuracy + 0.1
 
 
 @pytest.mark.slow
@@ -760,7 +754,7 @@ def test_the_worst_case_is_taken_image_by_image(model, batch):
 def test_transfer_from_the_network_itself_is_the_white_box_attack(attack, restarts, robust_model):
     test_set = data.load("digits", "test")
     alone, both = (
-        robustness.accuracy(robust_model, test_set, [attack], settings(), 100, restarts, source)
+        robustness.accuracy(robust_model, test_set, [attack], settings(), 30, restarts, source)
         for source in (None, robust_model)
     )
     assert both == alone | {f"transfer-{attack}": alone[attack]}
@@ -1081,8 +1075,8 @@ def synthetic_svhn(folder):
     "name, make, classes", [("cifar100", synthetic_cifar100, 100), ("svhn", synthetic_svhn, 10)]
 )
 def test_torchvision_datasets_train_evaluate_and_sample(name, make, classes, tmp_path):
-    options = "--data-dir sets --arch resnet18 --width 8 --batch-size 20 --epochs 1 --loss jeat"
-    options += " --sgld-steps 1 --attack-steps 1 --n-eval 10 --seed-rank 2"
+    options = "--data-dir sets --arch resnet18 --width 8 --batch-size 20 --epochs 1 --loss st"
+    options += " --n-eval 10 --seed-rank 2"
     with make(tmp_path / "sets"):
         done = script("train_sup.py", "--dataset", name, *options.split(), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
