@@ -276,7 +276,7 @@ class Stop:
     def due(self) -> bool:
         return bool(self.signal) or time.monotonic() > self.deadline
 
-    def exit(self, message: str) -> None:
+    def report(self, message: str) -> None:
         """Print the message; after a signal, exit with the status 128 + signal."""
         print(message, flush=True)
         if self.signal:

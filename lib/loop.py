@@ -134,9 +134,9 @@ class Trainer:
         print(f"wrote {self.folder.checkpoint}, {self.folder.path / 'log.jsonl'}")
         if self.step < self.total:
             at = f"stopped {self.stop.reason} at step {self.step} of {self.total}"
-            self.stop.exit(f"{at}: --resume continues")
+            self.stop.report(f"{at}: --resume continues")
         if self.stop.signal:  # during the last step
-            self.stop.exit(f"finished before it stopped {self.stop.reason}")
+            self.stop.report(f"finished before it stopped {self.stop.reason}")
         return self.average.eval()
 
     def must_stop(self) -> bool:

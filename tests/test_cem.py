@@ -612,20 +612,9 @@ def test_pgd_agrees_with_torchattacks(norm, eps, alpha, model, batch):
     torch.testing.assert_close(ours, theirs.double(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(norm="l7"), "unknown norm"),
-        (dict(steps=-1), "negative"),
-        (dict(eps=-1.0), "negative"),
-        (dict(norm="none", eps=1.0), "needs norm"),
-    ],
-)
-def test_ascend_refuses_options_out_of_range(options, message):
-    with pytest.raises(cem.CEMError, match=message):
-        cem.ascend(
-            lambda x: x.sum(1), torch.zeros(2, 3), **{"steps": 1, "step_size": 0.1, **options}
-        )
+def test_a_ball_needs_a_norm(batch):
+    with pytest.raises(cem.CEMError, match="a ball of radius eps needs norm"):
+        cem.ascend(lambda x: x.sum((1, 2, 3)), batch[0], steps=1, step_size=1, norm="none", eps=1)
 
 
 @pytest.mark.parametrize(
@@ -669,11 +658,6 @@ def test_a_potential_may_have_a_model_that_is_no_module(model, batch):
     assert torch.equal(climbed, expected)
 
 
-def test_projection_refuses_unknown_norms(batch):
-    with pytest.raises(cem.CEMError, match="unknown norm 'Linf'"):
-        cem.project(batch[0], 1.0, "Linf")
-
-
 def test_a_model_refuses_images_of_other_channels(model, batch):
     x = batch[0]
     for wrong in (x[:, :1], x[0], (255 * x).byte()):
@@ -687,20 +671,6 @@ def test_labels_fit_the_head_as_it_is(model):
         cem.potential("ce", model, y)
     model.net.fc = nn.Linear(model.net.out_features, 7)
     cem.potential("ce", model, y)
-
-
-@pytest.mark.parametrize(
-    "y, part",
-    [
-        (torch.tensor([0, 5]), r"in \[0, 5\)"),
-        (torch.tensor([-1, 0]), r"in \[0, 5\)"),
-        (torch.tensor([0.0, 1.0]), "int64"),
-        (torch.tensor([[0], [1]]), r"int64 tensor"),
-    ],
-)
-def test_potential_refuses_bad_labels(y, part, model):
-    with pytest.raises(cem.CEMError, match=part):
-        cem.potential("cs", model, y)
 
 
 def test_legitimate_edge_cases_work(model, batch):

@@ -101,23 +101,16 @@ BAD_FOLDERS = [
     (no_test_images, "test is not an image folder"),
     (different_classes, "different classes"),
     (not_square, "square"),
+    (lambda root: shutil.rmtree(root / "train"), "train is not an image folder"),
 ]
 
 
-def bad_folders(root):
-    """Yields (image folder, part of the error that it causes)."""
-    for spoil, message in BAD_FOLDERS:
-        path = write_folder(root / spoil.__name__)
-        spoil(path)
-        yield path, message
-    (root / "empty").mkdir()
-    yield root / "empty", "is not an image folder"
-
-
-def test_errors_name_what_is_wrong_with_an_image_folder(tmp_path):
-    for path, message in bad_folders(tmp_path):
-        with pytest.raises(cem.CEMError, match=message):
-            data.load(str(path), "train")
+@pytest.mark.parametrize("spoil, message", BAD_FOLDERS)
+def test_errors_name_what_is_wrong_with_an_image_folder(spoil, message, tmp_path):
+    write_folder(tmp_path / "set")
+    spoil(tmp_path / "set")
+    with pytest.raises(cem.CEMError, match=message):
+        data.load(str(tmp_path / "set"), "train")
 
 
 def test_splits_of_different_shapes_are_refused(tmp_path):

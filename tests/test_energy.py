@@ -231,7 +231,7 @@ def test_no_label_reaches_training_bank_or_unconditional_samples(dual_run, tmp_p
     results = []
     for folder, load in (("true", data.load), ("permuted", relabelled(data.load))):
         monkeypatch.setattr(data, "load", load)
-        first = [*SMALL, "--width", 8, "--out", f"{folder}/first"]
+        first = [*SMALL, "--width", 8, "--attack-steps", 1, "--out", f"{folder}/first"]
         train(*first, cwd=tmp_path, name="train_unsup.py")
         second = [*DAT, "--init", f"{folder}/first/ckpt.pt", "--out", f"{folder}/dual"]
         train(*second, cwd=tmp_path, name="train_unsup.py")
@@ -244,8 +244,9 @@ def test_no_label_reaches_training_bank_or_unconditional_samples(dual_run, tmp_p
             found[stage, "bank"] = extra["bank"]["embeddings"]
             found[stage, "seeds"] = extra["seeds"]["factor"][-1]
             for name in cem.NON_PARAMETRIC_SAMPLERS:
-                draw = ["--ckpt", f"{folder}/{stage}/ckpt.pt", "--sampler", name, "--n", 5]
-                found[stage, name] = torch.from_numpy(drawn_images(tmp_path, *draw)[0])
+                draw = ["--ckpt", f"{folder}/{stage}/ckpt.pt", "--n", 5, "--batch-size", 5]
+                images, _ = drawn_images(tmp_path, *draw, "--sampler", name)
+                found[stage, name] = torch.from_numpy(images)
         results.append((found, extra["bank"]["labels"]))
     (true, labels), (permuted, others) = results
     assert not torch.equal(labels, others)

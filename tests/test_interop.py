@@ -16,6 +16,7 @@ import torch
 import torchvision
 from conftest import files, perturb, script
 from PIL import Image
+from test_cem import Hostile
 from torch import nn
 
 import cem
@@ -227,14 +228,6 @@ def test_functions_that_dill_pickled_become_inert(tmp_path):
     content = {"model": plain_state(), "schedule": lambda epoch: 0.1 * epoch, "type": Schedule}
     torch.save(content, tmp_path / "d.pt", pickle_module=dill)
     assert interop.load(tmp_path / "d.pt").config["num_classes"] == 3
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import torchvision
 from conftest import assert_refused, files, script
 from PIL import Image
+from test_cem import Active
 from test_data import write_folder
 from torch import nn
 
@@ -112,13 +113,6 @@ def test_samples_are_normalised_by_the_statistics_of_the_data(model64, batch):
     for ours, theirs in zip(network.buffers(), alone.buffers()):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     assert not any("forward" in vars(module) for module in network.modules())
-
-
-class Active(torch.nn.BatchNorm2d):
-    """As timm's, with its activation."""
-
-    def forward(self, x):
-        return F.relu(super().forward(x))
 
 
 @pytest.mark.parametrize(

@@ -559,13 +559,12 @@ def test_out_of_memory_asks_for_a_smaller_batch_and_leaves_nothing(whole, tmp_pa
 
     monkeypatch.setattr(cem.ParametricCEM, "forward", small)
     shutil.copytree(whole, tmp_path / "whole")
-    before = {name: (tmp_path / "whole" / name).read_bytes() for name in files(tmp_path / "whole")}
+    before = contents(tmp_path / "whole")
     for run in ("run", "whole"):
         done = script("train_sup.py", *TINY, "--out", run, cwd=tmp_path)
         assert_refused(done, "out of device memory: try a smaller --batch-size")
     assert not (tmp_path / "run").exists() and not (tmp_path / "whole/previous-1").exists()
-    after = {name: (tmp_path / "whole" / name).read_bytes() for name in files(tmp_path / "whole")}
-    assert after == before
+    assert contents(tmp_path / "whole") == before
     options = ["--ckpt", whole / "ckpt.pt", "--n", 100, "--out", "out"]
     done = script("sample.py", *options, cwd=tmp_path)
     assert_refused(done, "out of device memory: try a smaller --batch-size")
