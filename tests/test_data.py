@@ -338,3 +338,11 @@ def test_one_class_or_one_test_image_is_too_few(digits_run, tmp_path):
     done = script("train_unsup.py", "--dataset", root, "--width", 8, cwd=tmp_path)
     assert_refused(done, "set has one test image: measurements need two")
     assert not (tmp_path / "runs").exists() and not (tmp_path / "o").exists()
+
+
+def test_images_that_are_resized_are_counted(tmp_path, capsys):
+    folder = write_folder(tmp_path / "set", size=8)
+    n = len(data.load(str(folder), "train", image_size=8))
+    assert "resized" not in capsys.readouterr().out  # they have that size
+    data.load(str(folder), "train", image_size=12)
+    assert f"resized and cropped {n} of {n} images to size 12" in capsys.readouterr().out

@@ -374,6 +374,9 @@ def test_order_counts_pairs_of_one_model_beyond_the_error_bars():
     # rcs and cs lie within 2 x 0.42; langevin before ta is the wrong way round
     assert line.endswith("5 agree, 1 disagree, 1 are within the error bars.")
     assert paper.order({"sup-cs": found["sup-cs"]}, "FID") == []  # no pair
+    del found["sup-rcs"]["FID std"]  # its three pairs are not decided
+    line, _ = paper.order(found, "FID")
+    assert line.endswith("3 agree, 1 disagree, 3 are within the error bars.")
 
 
 FOUND = {"IS": 9.5, "IS std": 0.1, "FID": 50.0, "FID std": 0.5, "C-IS": 9.0, "C-IS std": 0.1}
