@@ -121,11 +121,13 @@ class Reproduction:
         """What --full has in place of a shortened training's options, where they differ."""
         script, *words = self.training(model, "")
         module = importlib.import_module(script.removesuffix(".py"))
-        more = shlex.split(self.plan["options"].get(model, "")) if "minutes" in self.plan else []
-        now, full = (
-            vars(cli.parse(module.Options, module.__doc__, module.preset, [*words, *given]))
-            for given in ([*more, *self.parts.common], self.parts.common)
-        )
+
+        def options_of(more: str) -> dict:
+            argv = [*words, *shlex.split(more), *self.parts.common]
+            return vars(cli.parse(module.Options, module.__doc__, module.preset, argv))
+
+        more = self.plan["options"].get(model, "") if "minutes" in self.plan else ""
+        now, full = options_of(more), options_of("")
         return cli.as_flags({name: full[name] for name in now if now[name] != full[name]})
 
     def train(self, model: str) -> Path:

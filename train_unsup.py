@@ -145,7 +145,7 @@ def make_dual_loss(opt: Options, train_set: data.Dataset, start, state: nn.Modul
     return batch_loss
 
 
-def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> ClusterSeeds:
+def fit_clusters(opt: Options, model: nn.Module, train_set: data.Dataset) -> ClusterSeeds:
     """Fit the clusters of the model's features of all training images and, if its energy is new,
     standardise its input."""
     features = robustness.outputs(cem.folded(model).features, train_set, opt)
@@ -156,6 +156,19 @@ def prepare_dual(opt: Options, model: nn.Module, train_set: data.Dataset) -> Clu
         norm.running_var, norm.running_mean = torch.var_mean(features, 0)
     rank = max(opt.seed_rank // 2, 1)
     return ClusterSeeds.fit(train_set.images, features, opt.clusters, rank, opt.seed)
+
+
+def of_first_stage(opt: Options, model: nn.Module, train_set: data.Dataset) -> dict:
+    """What dat's checkpoint has from the first stage: clusters, and the samplers' settings."""
+    if resumes(opt):  # without the first stage
+        before = RunFolder(opt).load(torch.device("cpu")).extra
+        clusters = before.get("clusters")
+        cem.require(bool(clusters), "--resume: the run's checkpoint has no clusters")
+    else:
+        before = init.load(opt).extra
+        clusters = fit_clusters(opt, model, train_set).state_dict()
+    # those of maxent and pgd suit both stages
+    return {"clusters": clusters, "settings": before.get("settings", {})}
 
 
 def alignment(z1: Tensor, z2: Tensor) -> float:
@@ -206,14 +219,7 @@ def train(opt: Options) -> None:
     state = None
     if dual:
         state = dual_state(opt, model, TUNED)
-        if resumes(opt):  # without the first stage
-            before = RunFolder(opt).load(torch.device("cpu")).extra
-            info["clusters"] = before.get("clusters")
-            cem.require(bool(info["clusters"]), "--resume: the run's checkpoint has no clusters")
-        else:
-            before = init.load(opt).extra
-            info["clusters"] = prepare_dual(opt, model, train_set).state_dict()
-        info["settings"] = before.get("settings", {})  # maxent's and pgd's suit both stages
+        info |= of_first_stage(opt, model, train_set)
         clusters = ClusterSeeds.from_state_dict(info["clusters"], device)
         start = chain_starts(opt.chain_start, opt.data_dir, clusters, device)
         batch_loss = make_dual_loss(opt, train_set, start, state)

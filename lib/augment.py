@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
 
 TRIES = 10  # boxes drawn per random resized crop, as in torchvision
 BOX_DRAWS = 2 * TRIES + 2  # areas, aspect ratios and a position
@@ -64,7 +65,7 @@ def simclr(x: Tensor, u: Tensor, *, scale=(0.2, 1.0), flip: bool = True) -> Tens
     brightness, contrast, saturation = (1 + 0.4 * strength[:, :3]).unbind(1)
     x = colour_jitter(x, brightness, contrast, saturation, hue=0.1 * strength[:, 3])
     grey = (u[:, 2] < 0.2).view(-1, 1, 1, 1)
-    return torch.where(grey, _luma(x), x)
+    return torch.where(grey, tv.rgb_to_grayscale(x), x)
 
 
 def crop_boxes(u: Tensor, side: int, scale: tuple[float, float]) -> tuple[Tensor, ...]:
@@ -112,16 +113,10 @@ def colour_jitter(x: Tensor, brightness, contrast, saturation, hue: Tensor) -> T
     brightness, contrast, saturation: factors (N,); hue: shifts (N,) in full circles.
     """
     x = (brightness.view(-1, 1, 1, 1) * x).clamp(0, 1)
-    mean = _luma(x).mean((2, 3), keepdim=True)
+    mean = tv.rgb_to_grayscale(x).mean((2, 3), keepdim=True)
     x = torch.lerp(mean, x, contrast.view(-1, 1, 1, 1)).clamp(0, 1)
-    x = torch.lerp(_luma(x), x, saturation.view(-1, 1, 1, 1)).clamp(0, 1)
+    x = torch.lerp(tv.rgb_to_grayscale(x), x, saturation.view(-1, 1, 1, 1)).clamp(0, 1)
     return shift_hue(x, hue)
-
-
-def _luma(x: Tensor) -> Tensor:
-    """ITU-R 601 luma, (N, 3, H, W) -> (N, 1, H, W)."""
-    # a tensor of the three weights would be copied to the GPU, which synchronises
-    return 0.2989 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:

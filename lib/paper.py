@@ -48,10 +48,12 @@ def order(figures: dict[str, dict], distance: str) -> list[str]:
         if (model_a, cond_a) != (model_b, cond_b):
             continue
         gap = figures[a][distance] - figures[b][distance]
-        errors = (figures[row].get(f"{distance} std", math.inf) for row in (a, b))
-        same = gap * (FIGURES[a][1] - FIGURES[b][1]) > 0
-        decided = "agree" if same else "disagree"
-        counts[decided if abs(gap) > 2 * math.hypot(*errors) else "are within the error bars"] += 1
+        error = math.hypot(*(figures[row].get(f"{distance} std", math.inf) for row in (a, b)))
+        if abs(gap) <= 2 * error:
+            counts["are within the error bars"] += 1
+        else:
+            same = gap * (FIGURES[a][1] - FIGURES[b][1]) > 0
+            counts["agree" if same else "disagree"] += 1
     listed = ", ".join(f"{n} {what}" for what, n in counts.items())
     line = f"Pairs of samplers, their order by {distance} against the paper's by FID: {listed}."
     return [line, ""] if any(counts.values()) else []
