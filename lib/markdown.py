@@ -64,8 +64,8 @@ def between(value: float, low: float, high: float, digits: int = 1) -> str:
 def table(rows: Iterable[dict], bold: bool = True) -> str:
     """A row maps columns to figures, words and whole numbers.
 
-    bold: the best figure of a column, if it is ahead of the second best by more than twice the
-    root of the sum of their squared errors. A figure without an error is never bold.
+    bold: the best figure of a column, if it is ahead of each other one by more than twice the root
+    of the sum of their squared errors, and the two best have errors.
     """
     rows = list(rows)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
@@ -78,11 +78,12 @@ def table(rows: Iterable[dict], bold: bool = True) -> str:
 
 def _with_bold(column: list) -> list:
     figures = [cell for cell in column if isinstance(cell, Figure)]
-    ranked = sorted(figures, key=lambda f: f.value if f.least else -f.value)[:2]
-    if len(ranked) < 2 or any(figure.error is None for figure in ranked):
+    ranked = sorted(figures, key=lambda f: f.value if f.least else -f.value)
+    if len(ranked) < 2 or any(figure.error is None for figure in ranked[:2]):
         return column
-    first, second = ranked
-    ahead = abs(first.value - second.value) > 2 * math.hypot(first.error, second.error)
+    first, *others = ranked
+    errors = [2 * math.hypot(first.error, other.error or 0) for other in others]
+    ahead = all(abs(first.value - f.value) > error for f, error in zip(others, errors))
     return [replace(cell, bold=ahead) if cell is first else cell for cell in column]
 
 

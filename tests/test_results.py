@@ -145,10 +145,17 @@ def test_the_error_of_a_share_is_binomial_and_never_0():
     ],
 )
 def test_bold_is_the_best_only_outside_the_errors(first, second, bold):
-    for column in ([first, second], [second, first, Figure(-9.0, error=9.0)]):
+    for column in ([first, second], [second, first, Figure(-9.0)]):
         assert ("**9.0**" in table({"": cell} for cell in column)) == bold
         assert table({"": cell} for cell in column).count("**") == 2 * bold
         assert "**" not in table(({"": cell} for cell in column), bold=False)
+
+
+def test_bold_is_ahead_of_every_other_figure():
+    column = [Figure(9.0, error=0.1), Figure(8.0, error=0.1), Figure(7.0, error=3.0)]
+    assert "**" not in table({"": cell} for cell in column)
+    column[2] = Figure(7.0)
+    assert "**9.0**" in table({"": cell} for cell in column)
 
 
 def test_less_is_better_of_distances():
