@@ -12,6 +12,7 @@ images by default.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import torch
 from torch import nn
@@ -45,19 +46,20 @@ class Options:
         str, f"any of {', '.join(KNOWN)}", "attack", default=["pgd-20"], choices=KNOWN
     )
     restarts: int = option(1, "random starts of each PGD attack", "attack", least=1)
-    norm: str = option(
-        "l2", "norm of the ball; the checkpoint's, if it has one", "attack", choices=["l2", "linf"]
-    )
-    eps: float = option(
-        0.5, "radius, for pixels in [0, 1]; 8/255 works; the checkpoint's, if it has one", "attack",
-        least=0,
+    norm: Optional[str] = option(
+        None, "norm of the ball (default: the checkpoint's, else l2)", "attack", type=str,
+        choices=["l2", "linf"],
+    )  # fmt: skip
+    eps: Optional[float] = option(
+        None, "radius, for pixels in [0, 1]; 8/255 works (default: the checkpoint's, else 0.5)",
+        "attack", type=cli.number, least=0,
     )  # fmt: skip
     transfer: str = option(
         "", "also transfer attacks from this classifier, to test for masked gradients",
         "attack", metavar="PATH",
     )  # fmt: skip
     ood: list[str] = cli.option_list(
-        str, "out-of-distribution datasets or folders, besides noise and constant", "run"
+        str, "out-of-distribution datasets, folders or npz files, besides noise and constant", "run"
     )
     out: str = option("", cli.OUT, "run", metavar="PATH")
     batch_size: int = option(256, "images at a time", "run", least=1)
@@ -68,18 +70,22 @@ class Options:
 
 
 def preset(opt: Options) -> dict:
-    """The ball in which one of our checkpoints was trained."""
+    """The ball in which one of our checkpoints was trained, unless another norm is asked for."""
     path = Path(opt.ckpt or cli.default_checkpoint("sup"))
+    ball = {"norm": "l2", "eps": 0.5}
     try:
         found = cem.load(path).extra["options"]
-        ball = {key: found[key] for key in ("norm", "eps")}
+        if found["norm"] in ("l2", "linf") and isinstance(found["eps"], float):
+            ball = {key: found[key] for key in ball}
     except (cem.CEMError, KeyError, TypeError):  # another's, or of another kind, or damaged
-        return {}
-    valid = ball["norm"] in ("l2", "linf") and isinstance(ball["eps"], float)
-    return ball if valid else {}
+        pass
+    return ball if opt.norm in (None, ball["norm"]) else {}
 
 
 def check(opt: Options) -> None:
+    cem.require(
+        opt.eps is not None, f"--norm {opt.norm} needs --eps: its default is of the other norm"
+    )
     check_ball(opt)
     pgd = set(opt.attacks) - {robustness.AUTOATTACK}
     cem.require(pgd or not opt.transfer, "--transfer needs a PGD attack, such as pgd-20")
@@ -202,17 +208,15 @@ def main() -> None:
     else:
         test_set = data.load(opt.dataset, "test", opt.data_dir, opt.image_size).to(device)
     cem.require(len(test_set.classes) > 1, f"{opt.dataset} has one class: accuracy needs two")
+    networks = {path: model} if source is None else {path: model, opt.transfer: source}
+    for file, network in networks.items():
+        test_set.check_fits(network, file)
+        if "third_party" in network.extra:
+            train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
+            interop.check_third_party(network, file, train_set)
     if encoder:
-        test_set.check_fits(model, path)
         result = evaluate_encoder(model, train_set, test_set, opt)
     else:
-        for file, network in ((path, model), (opt.transfer, source)):
-            if network is None:
-                continue
-            test_set.check_fits(network, file)
-            if "third_party" in network.extra:
-                train_set = data.load(opt.dataset, "train", opt.data_dir, opt.image_size)
-                interop.check_third_party(network, file, train_set)
         result = evaluate_classifier(path, model, source, test_set, opt)
     report(name, path, folder, test_set, opt, result)
 

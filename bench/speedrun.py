@@ -152,7 +152,7 @@ def main() -> None:
     for seed in range(opt.runs):
         model, seconds = train(recipe, train_set, seed, opt.precision, opt.compile)
         cem.save(weights[seed], model)
-        test = eval_robust.Options(eps=EPS, precision="float32")
+        test = eval_robust.Options(norm="l2", eps=EPS, precision="float32")
         found = robustness.accuracy(model, test_set, ["pgd-20"], test, opt.n_eval)
         accuracies = {"clean": found["clean_accuracy"], "PGD-20": found["pgd-20"]}
         rows.append({"run": seed, "seconds": seconds, **accuracies})

@@ -11,8 +11,8 @@ from lib.device import autocast, compile_network, resolve_precision
 
 
 def check_ball(opt) -> None:
-    wrong = f"--eps {opt.eps:g} in linf: pixels are in [0, 1], write it as 8/255"
-    cem.require(opt.norm == "l2" or opt.eps <= 1, wrong)
+    wrong = f"--eps {opt.eps:g} with --norm linf allows any image: pass one such as 8/255"
+    cem.require(opt.norm == "l2" or opt.eps < 0.5, wrong)
 
 
 def pgd_options(opt) -> dict:

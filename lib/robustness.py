@@ -148,8 +148,8 @@ def calibration_error(logits: Tensor, y: Tensor, bins: int = 15) -> float:
 def ood_dataset(name: str, like: data.Dataset, data_dir: str, seed: int) -> data.Dataset:
     """Out-of-distribution images in the shape of `like`'s.
 
-    "noise": uniform noise; "constant": images of one colour; else another dataset's test set,
-    resized, in grey or in three channels as `like` is.
+    "noise": uniform noise; "constant": images of one colour; else another dataset's test set, or
+    the images of a folder or an npz file, resized, in grey or in three channels as `like` is.
     """
     channels, *size = like.images.shape[1:]
     if name in ("noise", "constant"):
@@ -159,7 +159,7 @@ def ood_dataset(name: str, like: data.Dataset, data_dir: str, seed: int) -> data
         images = images.expand(-1, -1, *size)
     else:
         side = 0 if name in data.NAMES else size[0]
-        images = data.load(name, "test", data_dir, side).images
+        images = data.images(name, "test", data_dir, side)
         if list(images.shape[2:]) != size:
             images = tv.resize(images, size, antialias=True)
         if images.shape[1] != channels and channels == 1:

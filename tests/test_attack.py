@@ -350,8 +350,8 @@ def test_a_step_beyond_the_radius_is_a_warning(given, warned, capsys):
     usual = "exceeds --eps 0.0313725: usual is 2.5 eps / steps = 0.011"
     message = f"warning: --attack-step-size 0.1 {usual}\n"
     assert capsys.readouterr().err == message * warned
-    with pytest.raises(cem.CEMError, match="write it as 8/255"):
-        train_sup.check(train_sup.Options(norm="linf", eps=8))
+    with pytest.raises(cem.CEMError, match="--eps 0.5 with --norm linf allows any image"):
+        train_sup.check(train_sup.Options(norm="linf"))
 
 
 def test_a_single_step_on_an_encoder_is_watched(tmp_path):

@@ -673,8 +673,12 @@ def test_the_ball_is_that_of_training_unless_given(digits_run, tmp_path):
         assert done.returncode == 0, done.stderr
         found.append(done.stdout.split("of digits, ")[1].split(":")[0])
     assert found == ["linf eps 0.1", "linf eps 0.2", "l2 eps 0.5", "l2 eps 0.5"]
-    done = script("eval_robust.py", "--ckpt", "ours.pt", "--eps", 8, cwd=tmp_path)
-    assert_refused(done, "--eps 8 in linf: pixels are in [0, 1], write it as 8/255")
+    for given, message in (
+        (["--eps", 8], "--eps 8 with --norm linf allows any image: pass one such as 8/255"),
+        (["--norm", "l2"], "--norm l2 needs --eps: its default is of the other norm"),
+    ):
+        done = script("eval_robust.py", "--ckpt", "ours.pt", *given, cwd=tmp_path)
+        assert_refused(done, message)
 
 
 def test_the_result_of_another_command_is_kept(digits_run, tmp_path):
@@ -693,7 +697,7 @@ def test_the_result_of_another_command_is_kept(digits_run, tmp_path):
 
 def test_results_are_written_before_they_are_printed(tmp_path):
     """A closed pipe must not cost them."""
-    opt, test_set = eval_robust.Options(), data.load("digits", "test")
+    opt, test_set = eval_robust.Options(norm="l2", eps=0.5), data.load("digits", "test")
     with (
         mock.patch("builtins.print", side_effect=BrokenPipeError),
         contextlib.suppress(BrokenPipeError),
@@ -975,6 +979,12 @@ def test_ood_datasets_take_the_shape_of_the_test_set(tmp_path):
     other = robustness.ood_dataset(folder, digits, "data", seed=0)
     assert other.images.shape == (8, 1, 8, 8)
     assert other.images.dtype == torch.uint8
+    np.savez(tmp_path / "x.npz", arr_0=colour.images.permute(0, 2, 3, 1))
+    for plain in (f"{folder}/test", str(tmp_path / "x.npz")):
+        images = robustness.ood_dataset(plain, digits, "data", seed=0).images
+        assert images.shape == other.images.shape
+        difference = (images.double().sort(0)[0] - other.images.double().sort(0)[0]).abs()
+        assert difference.max() <= 1  # the file's are resized after they were read
     assert robustness.ood_dataset("digits", colour, "data", seed=0).images.shape == (360, 3, 10, 10)
     wide = write_folder(tmp_path / "wide", size=20)
     Image.new("RGB", (30, 24)).save(wide / "test/ant/0.png")
@@ -1127,7 +1137,7 @@ def test_n_images_are_evenly_spaced():
 
 def test_the_calibration_error_is_of_the_measured_images(digits_run):
     model, test_set = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
-    opt = eval_robust.Options(n=36, attacks=["pgd-10"], eps=0.0)
+    opt = eval_robust.Options(n=36, attacks=["pgd-10"], norm="l2", eps=0.0)
     found = eval_robust.evaluate_classifier("x.pt", model, None, test_set, opt)
     index = 10 * torch.arange(36)
     logits = model(test_set.pixels(index)).detach()
