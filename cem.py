@@ -493,7 +493,7 @@ def ascend(
             with torch.enable_grad():
                 x.requires_grad_(True)
                 u = potential(x)  # more than N if it gathers from processes
-                require(u.dim() == 1, f"the potential must return (N,), not {tuple(u.shape)}")
+                require(u.dim() == 1 and len(u) >= len(x), f"U(x) must be (N,), not {[*u.shape]}")
                 require(u.requires_grad, "U(x) has no gradient: is it detached, or inference_mode?")
                 (gradient,) = torch.autograd.grad(u.sum(), x)
             velocity = momentum * velocity + DIRECTIONS[norm](gradient)

@@ -640,8 +640,9 @@ def test_attack_and_ascent_refuse_what_is_no_batch_of_images(spoil, part, model,
 @pytest.mark.parametrize(
     "potential, part",
     [
-        (lambda x: x.sum(), r"must return \(N,\), not \(\)"),
-        (lambda x: x.sum((2, 3)), r"must return \(N,\), not \(6, 3\)"),
+        (lambda x: x.sum(), r"must be \(N,\), not \[\]"),
+        (lambda x: x.sum((2, 3)), r"must be \(N,\), not \[6, 3\]"),
+        (lambda x: x.sum((1, 2, 3))[:5], r"must be \(N,\), not \[5\]"),
         (lambda x: x.detach().sum((1, 2, 3)), "has no gradient"),
         (torch.inference_mode()(lambda x: x.sum((1, 2, 3))), "has no gradient"),
     ],
