@@ -15,8 +15,8 @@ from lib.clusters import ClusterSeeds
 
 BANK = 10_000  # training images; their embeddings take 2.6 MB
 SEED_RANK = 48  # of the seeds fitted for a checkpoint without any
-# the l2 distance that all steps together walk on 3x32x32 images, from results/sweep-*.json; of an
-# encoder, from maxent and pgd
+# the l2 distance that all steps together walk on 3x32x32 images; suits first stages, of an encoder
+# with maxent
 DISPLACEMENT = dict.fromkeys(cem.PARAMETRIC_SAMPLERS, 3.0)
 DISPLACEMENT |= dict.fromkeys(cem.NON_PARAMETRIC_SAMPLERS, 24.0)
 DISPLACEMENT["seeds"] = 0.0
