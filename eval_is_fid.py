@@ -70,7 +70,8 @@ class Options:
 
 
 def check(opt: Options) -> None:
-    cem.require(not opt.out.endswith(".md"), "--out is the JSON file; the .md is written beside it")
+    json = not opt.out or opt.out.endswith(".json")
+    cem.require(json, f"--out {opt.out} must be a .json file: the .md is written beside it")
     if opt.features != "inception":
         cem.require(not opt.save_stats, "--save-stats needs --features inception")
         cem.require(opt.preprocess == "torch", "--preprocess tf1 needs --features inception")
@@ -125,9 +126,10 @@ def has_wanted(path: Path, labels: Tensor, network: FeatureNetwork) -> bool:
     found = files.read_json(path.with_suffix(".json"))
     named = found.get("classes") if isinstance(found, dict) else None
     same = None in (judges, named) or judges == named
+    same = same and labels.max().item() < network.model.config["num_classes"]
     if not same:
         cli.warn(f"{path} is of other classes than {network.key} distinguishes: no `wanted`")
-    return same and labels.max().item() < network.model.config["num_classes"]
+    return same
 
 
 # ----------------------------------------------------------------------------------------- table

@@ -189,6 +189,7 @@ def diagnosis(opt: Options, model, test_set: data.Dataset, seeds, buffer) -> dic
 def train(opt: Options) -> None:
     device = pick_device(opt.device)
     train_set, test_set = data.splits(opt.dataset, opt.data_dir, device, opt.image_size)
+    cem.require(len(train_set.classes) > 1, f"{opt.dataset} has one class: use train_unsup.py")
     if opt.share < 1:
         train_set = train_set.share(opt.share)
     info = train_set.checkpoint_info(opt.seed_rank)

@@ -85,15 +85,11 @@ def inception_cost(job, samples: Path) -> tuple[float, float]:
     return rate, 11 * (time.monotonic() - begin)
 
 
-def shortened(job, rows: int) -> dict:
-    """Plan what fits into --budget -> options of each training, minutes of all parts, n samples per
-    row, and n_eval test images under attack."""
-    begin = time.monotonic()
-    total = seconds(job.opt.budget)
-    images = len(data.load(job.opt.dataset, "train", job.opt.data_dir, job.opt.image_size))
-    minutes = min(total / 3600, 1)  # of a trial: a sixtieth of the budget, at most one
-    options = {"judge": JUDGE, "dat": ""}
-    rates = {}
+def trained_briefly(job, total: float, images: int) -> tuple[dict, dict, Path]:
+    """Measure a minute of each training, and choose the networks that suit the budget -> options
+    and images per second of each training, and a checkpoint of the second stage."""
+    minutes = min(total / 3600, 1)  # a sixtieth of the budget, at most one
+    options, rates = {"judge": JUDGE, "dat": ""}, {}
     for sup, unsup in NETWORKS:
         trial, rate = measured(job, "sup", sup, minutes, images)
         enough = SHARES["sup"] * total * rate / images >= LEAST_EPOCHS
@@ -106,6 +102,25 @@ def shortened(job, rows: int) -> dict:
     second_stage, rates["dat"] = measured(job, "dat", "", minutes, images, first_stage)
     for model in ("judge", "unsup"):
         _, rates[model] = measured(job, model, options[model], minutes, images)
+    return options, rates, second_stage
+
+
+def shortened(job, rows: int) -> dict:
+    """Plan what fits into --budget -> options of each training, minutes of all parts, n samples per
+    row, and n_eval test images under attack."""
+    begin = time.monotonic()
+    total = seconds(job.opt.budget)
+    images = len(data.load(job.opt.dataset, "train", job.opt.data_dir, job.opt.image_size))
+    options, rates, second_stage = trained_briefly(job, total, images)
+
+    def epochs(model: str, left: float) -> float:
+        epoch = images / rates[model] / MARGIN / SHARES[model]
+        short = f"--budget {job.opt.budget} is too short for an epoch of the encoder"
+        least = math.ceil(1.2 * (epoch + total - left) / 60)  # longer trials take longer
+        cem.require(model != "unsup" or left >= epoch, f"{short}: try {least}m")
+        return min(left / epoch, EPOCHS[model])
+
+    epochs("unsup", total - agreed(time.monotonic() - begin))
     draw_rate = agreed(sampling_rate(job, second_stage))
     score_rate, row = math.inf, 0.0
     if job.inception:
@@ -118,13 +133,11 @@ def shortened(job, rows: int) -> dict:
     left = total - spent - reference
     plan = {"options": {}, "minutes": {"plan": round(spent / 60, 1)}}
     for model, rate in rates.items():
-        epochs = min(MARGIN * SHARES[model] * left * rate / images, EPOCHS[model])
-        whole = max(int(epochs), 1)
-        share = f" --share {epochs:.3f}" if epochs < 1 else ""
-        short = f"--budget {job.opt.budget} is too short for an epoch of the encoder"
-        cem.require(model != "unsup" or epochs >= 1, short)
+        planned = epochs(model, left)
+        whole = max(int(planned), 1)
+        share = f" --share {planned:.3f}" if planned < 1 else ""
         plan["options"][model] = f"{options[model]} --epochs {whole}{share}".strip()
-        plan["minutes"][model] = round(min(epochs, whole) * images / rate / 60, 1)
+        plan["minutes"][model] = round(min(planned, whole) * images / rate / 60, 1)
     rest = (1 - sum(SHARES.values())) / 2 * left  # for drawing and Inception; as much for the rest
     n = (rest / rows - row) / (1 / draw_rate + 1 / score_rate)
     n = min(max(int(n) // 100 * 100, 100), 50_000)

@@ -142,7 +142,7 @@ class Checkpoint:
 
     def __call__(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         channels = self.model.config["in_channels"]
-        cem.require(images.shape[1] == channels, f"--features needs images of {channels} channels")
+        cem.require(images.shape[1] == channels, f"{self.key} needs images of {channels} channels")
         x = images.to(self.device, memory_format=torch.channels_last).float().div(255)
         with autocast(self.device, self.precision):
             stages = [stage.float() for stage in self.model.stages(x)]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import cem
-from lib import cli, data, distributed, files, init
+from lib import cli, data, distributed, files, init, schema
 from lib.attack import check_ball
 from lib.cli import option
 from lib.device import PRECISIONS
@@ -99,8 +99,9 @@ def stored(opt: TrainOptions) -> dict:
     """The defaults that --init gives or, with --resume, the options of the run in --out."""
     if not resumes(opt):
         return init.defaults(opt) if opt.init else {}
-    content = files.read_json(Path(opt.out) / "options.json")
-    found = content if isinstance(content, dict) else {}
+    found = files.read_json(Path(opt.out) / "options.json")
+    if not isinstance(found, dict):  # lost or damaged: the checkpoint has them, too
+        found = schema.load(Path(opt.out) / "ckpt.pt").extra.get("options", {})
     same = [name for name, value in asdict(opt).items() if type(value) is type(found.get(name))]
     return {name: found[name] for name in same if name not in OF_THIS_CALL}
 
@@ -141,6 +142,10 @@ def check(opt: TrainOptions) -> None:
     cem.require(found, f"--chain-start {opt.chain_start} not found: use gaussian or a dataset")
     first = "--loss dat is a second stage: pass the first one's checkpoint as --init"
     cem.require(opt.loss != "dat" or opt.init, first)
+    own = opt.init and Path(opt.init).resolve().parent == Path(opt.out).resolve()
+    cem.require(
+        resumes(opt) or not own, f"--init {opt.init} is of the run in --out: use another --out"
+    )
     check_ball(opt)
     if opt.attack == "pgd" and opt.attack_steps > 1 and opt.attack_step_size > opt.eps > 0:
         usual = f"usual is 2.5 eps / steps = {2.5 * opt.eps / opt.attack_steps:.2g}"

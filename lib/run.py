@@ -102,8 +102,10 @@ class RunFolder:
         cem.require("training" in extra, message)
         for name, now in asdict(self.opt).items():
             then = extra["options"].get(name, now)
-            agrees = name in MAY_CHANGE or now == then or (name == "epochs" and now > then)
-            agrees |= name in FOLDERS and not {now, then} & {*data.NAMES, "gaussian"}
+            comparable = type(now) is type(then)  # else a damaged file's
+            grows = comparable and name == "epochs" and now > then
+            moved = comparable and name in FOLDERS and not {now, then} & {*data.NAMES, "gaussian"}
+            agrees = name in MAY_CHANGE or (comparable and now == then) or grows or moved
             rule = " (it may only grow)" if name == "epochs" else ""
             then = cli.as_flags({name: then})
             cem.require(agrees, f"--resume: the run in {self.path} has {then}, not {now}{rule}")

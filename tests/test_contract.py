@@ -348,6 +348,7 @@ e['settings'] = 3; e['settings'] = {'rcs': {'steps': 3}}; e['settings'] = {'rcs'
 RESUMED = """
 del e['training']; e['options']['lr'] = 'x'; e['options']['seed'] = 1
 t['restarts'] = 10**30; e['options']['dataset'] = 'other'
+e['options']['epochs'] = 'x'; e['options']['dataset'] = ['digits']
 """
 ENCODER = """
 g['temperature'] = nan; g['temperature'] = 0; g['temperature'] = -1.0; g['temperature'] = 'x'
@@ -486,12 +487,13 @@ DATA += [
         f"{SAMPLE} --dataset digits", f"{SAMPLE} --mean 0", f"{SAMPLE} --mean 0 --std 0",
         f"{SAMPLE} --norm none", f"{SAMPLE} --image-size 8", f"{ROBUST} --std 1",
         f"{ROBUST} --attacks pgd-0 nonsense", f"{ROBUST} --attacks pgd-x", f"{SCORE} --samples .",
-        f"{ROBUST} --ckpt unsup.pt --ood digits", f"{FID} --preprocess tf1", f"{FID} --out a.md",
+        f"{ROBUST} --ckpt unsup.pt --ood digits", f"{FID} --preprocess tf1", f"{FID} --out a.npz",
         f"{FID} --save-stats a.npz", f"{FID} --splits 12", f"{SUP} --image-size 9",
         f"{SUP} --init s.npz", f"{UNSUP} --init mine.txt", f"{SUP} --mean 0 --std 1",
         f"{SUP} --init sup.pt --mean 0 --std 1", f"{SUP} --init sup.pt --arch wrn-16-4",
         f"{SUP} --loss dat --chain-start none", f"{SUP} --loss dat --chain-start mine.txt",
         f"{SUP} --loss dat --chain-samplers x", f"{SUP} --loss dat --chain-samplers ''",
+        f"{SUP} --init sup.pt --out .",
         f"{SCORE} --neighbours",
         f"{SUP} --dataset mine.txt", f"{SUP} --dataset ''", f"{SUP} --batch-size 1",
         f"{SUP} --loss jem --likelihood-weight 0", f"{SUP} --loss jem --buffer 1",

@@ -333,6 +333,8 @@ def test_one_class_or_one_test_image_is_too_few(digits_run, tmp_path):
     ckpt = digits_run / "runs/sup/ckpt.pt"
     done = script("eval_robust.py", "--ckpt", ckpt, "--dataset", root, "--out", "o", cwd=tmp_path)
     assert_refused(done, "set has one class: accuracy needs two")
+    done = script("train_sup.py", "--dataset", root, "--width", 8, cwd=tmp_path)
+    assert_refused(done, "set has one class: use train_unsup.py")
     for path in sorted((root / "test/ant").iterdir())[1:]:
         path.unlink()
     done = script("train_unsup.py", "--dataset", root, "--width", 8, cwd=tmp_path)

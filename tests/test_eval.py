@@ -951,6 +951,7 @@ def test_labels_of_other_classes_than_the_judge_has_are_not_judged(digits_run, t
     path, labels = tmp_path / "s.npz", torch.arange(10)
     assert eval_is_fid.has_wanted(path, labels, judge)
     assert not eval_is_fid.has_wanted(path, labels + 1, judge)
+    assert "is of other classes" in capsys.readouterr().err
     for classes, same in ((list("0123456789"), True), (list("1023456789"), False)):
         path.with_suffix(".json").write_text(json.dumps({"classes": classes}))
         assert eval_is_fid.has_wanted(path, labels, judge) == same

@@ -258,8 +258,9 @@ def test_less_than_an_epoch_is_a_share_of_the_images(plan):
     made, _ = plan("20m", 280)
     assert 0 < value_of(made["options"]["dat"], "share") < 1
     assert value_of(made["options"]["dat"], "epochs") == 1
-    with pytest.raises(cem.CEMError, match="too short for an epoch of the encoder"):
+    with pytest.raises(cem.CEMError, match="too short for an epoch of the encoder: try 15m"):
         plan("5m", 300)
+    plan("15m", 300)
 
 
 def test_a_second_stage_is_planned_slower_than_its_first_minute(monkeypatch, tmp_path):
@@ -277,7 +278,7 @@ def test_a_second_stage_is_planned_slower_than_its_first_minute(monkeypatch, tmp
 
 
 def test_a_plan_leaves_out_the_time_that_measuring_took(plan, monkeypatch):
-    clock = iter([0, 1800])
+    clock = iter([0, 900, 1800])
     monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     made, _ = plan("60m", 500)
     assert made["minutes"].pop("plan") == 30

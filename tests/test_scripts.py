@@ -667,6 +667,9 @@ def test_resume_takes_the_options_of_the_run_and_names_a_contradiction(tmp_path)
         assert done.returncode == 2 and "error: " in done.stderr
         if name == "--lr":
             assert_refused(done, f"has {name} {then}, not {now}")
+    (tmp_path / "r/options.json").unlink()
+    done = script("train_sup.py", "--resume", "--out", "r", cwd=tmp_path)
+    assert done.returncode == 0 and "resuming at step 22 of 22" in done.stdout, done
     (tmp_path / "r/options.json").write_text('{"width": "wide", "lr": [], "dataset": 3}')
     done = script("train_sup.py", "--resume", "--out", "r", "--dataset", "digits", cwd=tmp_path)
     assert_refused(done)
