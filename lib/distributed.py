@@ -80,7 +80,7 @@ def any_process(flag: bool) -> bool:
 
 
 class RankGenerator:
-    """Randomness for `cem.pgd`: each process takes its rows of one common draw.
+    """Randomness of a training step: each process takes its rows of one common draw.
 
     Many processes thus compute what one does with the whole batch. `own` differs between them.
     `host` draws on the CPU, where reading a number does not wait for the device.

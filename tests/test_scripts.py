@@ -276,7 +276,7 @@ def test_sample_writes_npz_grid_and_record(sampler, digits_run):
 
 
 def test_image_i_depends_on_the_seed_and_i_alone(digits_run):
-    noisy = "--sampler langevin --noise 0.02 --precision float32".split()
+    noisy = "--sampler langevin --noise 0.02 --jitter 1 --precision float32".split()
     first, _ = drawn_images(digits_run, *noisy, "--n", 40)
     for other in (["--n", 40, "--batch-size", 7], ["--n", 25]):
         again, _ = drawn_images(digits_run, *noisy, *other)
@@ -289,11 +289,22 @@ def test_options_of_sample_do_something(digits_run):
     base = "--sampler rcs --n 20 --step-size 0.25".split()
     default, _ = drawn_images(digits_run, *base)
     changes = ["--start noise", "--steps 2", "--step-size 0.1", "--norm linf"]
-    for change in [*changes, "--norm none", "--noise 0.1", "--momentum 0.9"]:
+    for change in [*changes, "--norm none", "--noise 0.1", "--momentum 0.9", "--jitter 2"]:
         images, _ = drawn_images(digits_run, *base, *change.split())
         assert np.abs(images - default).max() > 5, change
     _, labels = drawn_images(digits_run, "--n", 5, "--classes", "7,2")
     assert labels.tolist() == [7, 2, 7, 2, 7]
+
+
+def test_jitter_covers_all_shifts_of_up_to_n_pixels():
+    """The gradient of one pixel of the shifted image lands where that pixel came from."""
+    pixel = sample.jittered(lambda x: x[:, 0, 3, 4], 2, seed=0)
+    x = torch.zeros(2, 1, 9, 9)
+    x = cem.ascend(pixel, x, steps=300, step_size=1, norm="none", clip=None)
+    counts = torch.zeros(9, 9)
+    counts[1:6, 2:7] = 300 / 25
+    assert torch.equal(x[0], x[1]) and torch.equal(x[0, 0] > 0, counts > 0)
+    assert (x[0, 0] - counts).abs().max() < 15 and x[0].sum() == 300
 
 
 def test_a_checkpoint_without_seeds_takes_those_of_its_dataset(digits_run, tmp_path):
