@@ -493,7 +493,7 @@ DATA += [
         f"{SUP} --init sup.pt --mean 0 --std 1", f"{SUP} --init sup.pt --arch wrn-16-4",
         f"{SUP} --loss dat --chain-start none", f"{SUP} --loss dat --chain-start mine.txt",
         f"{SUP} --loss dat --chain-samplers x", f"{SUP} --loss dat --chain-samplers ''",
-        f"{SUP} --init sup.pt --out .",
+        "train_sup.py --dataset digits --init sup.pt --out .",
         f"{SCORE} --neighbours",
         f"{SUP} --dataset mine.txt", f"{SUP} --dataset ''", f"{SUP} --batch-size 1",
         f"{SUP} --loss jem --likelihood-weight 0", f"{SUP} --loss jem --buffer 1",
