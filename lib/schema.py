@@ -103,8 +103,10 @@ def _check_clusters(extra: dict) -> None:
 def _check_settings(settings: dict) -> None:
     """The ascent's options that sample.py takes from here in place of its own defaults."""
     wanted = "its settings must be {sampler: {steps, step_size, noise, norm}} with values in range"
+    cem.require(isinstance(settings, dict), wanted)
     for setting in settings.values():
-        cem.require(setting.keys() == set(SETTINGS) and setting["norm"] in cem.DIRECTIONS, wanted)
+        named = isinstance(setting, dict) and setting.keys() == set(SETTINGS)
+        cem.require(named and setting["norm"] in cem.DIRECTIONS, wanted)
         numbers = [setting["steps"], setting["step_size"], setting["noise"]]
         fits = all(type(value) in (int, float) and 0 <= value < 2**31 for value in numbers)
         cem.require(fits and type(numbers[0]) is int and numbers[0] and numbers[1], wanted)

@@ -48,7 +48,9 @@ def test_init_takes_weights_normalisation_and_shape_of_our_checkpoint(digits_run
         assert torch.equal(model.state_dict()[key], value), key
     options = model.extra["options"]
     assert (options["arch"], options["width"]) == ("resnet18", 8)
-    done = script("train_sup.py", *SMALL, "--init", CKPT, "--width", 16, cwd=digits_run)
+    done = script(
+        "train_sup.py", *SMALL, "--init", CKPT, "--width", 16, "--out", "other", cwd=digits_run
+    )
     assert_refused(done, "has width 8, not 16")
 
 
