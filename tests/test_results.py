@@ -296,7 +296,7 @@ def test_finetune_trains_twice_with_each_share_of_the_labels(unsup_run, tmp_path
 @pytest.mark.parametrize(
     "file, old, new, message",
     [
-        ("README.md", "(results/sup-rcs.png)", "(sup-rcs.png)", "README.md: no sup-rcs.png"),
+        ("README.md", "(results/sup-jitter-rcs.png)", "(sup-rcs.png)", "README.md: no sup-rcs.png"),
         ("results/README.md", "(entropy.png)", "(entropie.png)", "no entropie.png"),
         ("results/README.md", "(#bfloat16)", "(#float16)", "results/README.md: no #float16"),
         ("bench/README.md", "README.md#bfloat16", "README.md#x", "no ../results/README.md#x"),
