@@ -74,8 +74,8 @@ class Options:
     )  # fmt: skip
     momentum: float = option(0.0, "heavy-ball momentum", "ascent", least=0, below=1)
     jitter: int = option(
-        0, "shift the images by up to N pixels, at random in each step: 2 improves those of a "
-        "classifier", "ascent", least=0, most=7,
+        0, "shift the images by up to N pixels, at random in each step: 2 improves "
+        "cs and rcs", "ascent", least=0, most=7,
     )  # fmt: skip
     start: str = option(
         "gaussian", "the Gaussian seeds or uniform noise", "ascent", choices=["gaussian", "noise"]
@@ -119,7 +119,7 @@ def check(opt: Options) -> None:
 
 def jittered(potential: Callable, pixels: int, seed: int) -> Callable:
     """The potential of shifted images, by up to `pixels` rows and columns, with a reflected border:
-    all by the same, another one in each step (Mordvintsev et al., 2015)."""
+    all by the same, another one in each step (DeepDream, Mordvintsev et al., 2015)."""
     generator = torch.Generator().manual_seed(seed)
 
     def shifted(x: Tensor) -> Tensor:

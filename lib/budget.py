@@ -120,6 +120,7 @@ def shortened(job, rows: int) -> dict:
         cem.require(model != "unsup" or left >= epoch, f"{short}: try {least}m")
         return min(left / epoch, EPOCHS[model])
 
+    # refuse a short budget now, before the images are drawn
     epochs("unsup", total - agreed(time.monotonic() - begin))
     draw_rate = agreed(sampling_rate(job, second_stage))
     score_rate, row = math.inf, 0.0
