@@ -66,6 +66,12 @@ def script(name: str, *args, cwd: Path, **env) -> SimpleNamespace:
     )
 
 
+def succeeded(done):
+    """The ended script itself, whose exit status must be 0."""
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done
+
+
 def last_line(done) -> str:
     return done.stderr.replace("\r", "\n").strip().splitlines()[-1]
 
@@ -86,8 +92,7 @@ def files(folder: Path) -> list[str]:
 
 def drawn_images(folder: Path, *args) -> tuple[np.ndarray, np.ndarray]:
     """The images, as signed integers, and labels that sample.py draws with these options."""
-    done = script("sample.py", *args, "--out", "out", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("sample.py", *args, "--out", "out", cwd=folder))
     (path,) = (folder / "out").glob("samples-*.npz")
     with np.load(path, allow_pickle=False) as z:
         images, labels = z["arr_0"].astype(int), z["arr_1"]
@@ -128,8 +133,7 @@ def digits_run(tmp_path_factory):
     """A folder with runs/sup, a small classifier trained on digits for five epochs."""
     folder = tmp_path_factory.mktemp("digits")
     options = ["--dataset", "digits", "--width", 8, "--epochs", 5, "--ema", 0.5]
-    done = script("train_sup.py", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("train_sup.py", *options, cwd=folder))
     return folder
 
 
@@ -138,8 +142,7 @@ def unsup_run(tmp_path_factory):
     """A folder with runs/unsup, a small encoder trained on digits for two epochs."""
     folder = tmp_path_factory.mktemp("unsup")
     options = ["--dataset", "digits", "--width", 8, "--epochs", 2, "--eval-every", 1]
-    done = script("train_unsup.py", *options, "--n-eval", 100, "--ema", 0.5, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("train_unsup.py", *options, "--n-eval", 100, "--ema", 0.5, cwd=folder))
     return folder
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import speedrun
 import torch
-from conftest import assert_refused, files, script
+from conftest import assert_refused, files, script, succeeded
 
 import cem
 from lib import data
@@ -35,8 +35,7 @@ def forward_flop() -> int:
 @pytest.mark.slow
 def test_bench_measures_every_contender_and_counts_its_flop(tmp_path):
     options = ["--steps", 2, "--repeats", 1, "--precision", "float32", "--out", "bench.json"]
-    done = script("bench/bench.py", *TINY, *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("bench/bench.py", *TINY, *options, cwd=tmp_path))
     record = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["what"]: row for row in record["rows"]}
     samplers = [*cem.PARAMETRIC_SAMPLERS, "pgd", "maxent"]
@@ -52,8 +51,7 @@ def test_bench_measures_every_contender_and_counts_its_flop(tmp_path):
 
 def test_speedrun_trains_and_reports_every_seed(tmp_path):
     options = ["--dataset", "digits", "--epochs", 1, "--width", 8, "--runs", 2, "--n-eval", 36]
-    done = script("bench/speedrun.py", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("bench/speedrun.py", *options, cwd=tmp_path))
     record = json.loads((tmp_path / "runs/speedrun/sprint.json").read_text())
     assert record["recipe"]["epochs"] == 1 and record["recipe"]["width"] == 8
     assert record["precision"] in ("bfloat16", "float32") and "CPU" in record["machine"]

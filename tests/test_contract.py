@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 import torch
-from conftest import script
+from conftest import script, succeeded
 from PIL import Image
 
 import cem
@@ -423,8 +423,7 @@ def test_undamaged_checkpoints_are_read(commands, make, digits_run, unsup_run):
     shutil.copy(run / "ckpt.pt", folder / "bad.pt")
     for command in commands:
         name, argv = command.split(" ", 1)
-        done = script(name, *shlex.split(argv), cwd=folder)
-        assert done.returncode == 0, (command, done.stderr)
+        succeeded(script(name, *shlex.split(argv), cwd=folder))
 
 
 @pytest.mark.parametrize(

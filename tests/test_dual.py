@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import assert_refused, script
+from conftest import assert_refused, script, succeeded
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from test_data import write_folder
@@ -26,9 +26,7 @@ DAT = [*SMALL, "--loss", "dat", "--attack-steps", 1, "--dat-max-steps", 6]
 
 
 def train(*args, cwd, name="train_sup.py"):
-    done = script(name, *args, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done
+    return succeeded(script(name, *args, cwd=cwd))
 
 
 def untrained(folder, *args, name="train_sup.py"):
@@ -61,8 +59,7 @@ def test_init_takes_third_party_weights_and_another_number_of_classes(format, tm
     network = cem.ParametricCEM("resnet18", 7, width=8, mean=0.3, std=0.6)
     interop.export(tmp_path / "net.pt", network, format)
     options = "--dataset set --epochs 1 --n-eval 4 --init net.pt".split()
-    done = script("train_sup.py", *options, "--max-minutes", 1e-9, "--out", "begun", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = train(*options, "--max-minutes", 1e-9, "--out", "begun", cwd=tmp_path)
     assert "the last layer of net.pt does not fit: starting with a new one" in done.stdout
     assert ("no pixel normalisation" in done.stdout) == (format == "torchvision")
     model = cem.load(tmp_path / "begun/ckpt.pt")
@@ -331,8 +328,7 @@ def assert_two_processes_train_as_one_does(name, *options, cwd):
     options += ("--ema", 0, "--batch-size", 478, "--precision", "float32", "--device", "cpu")
     for n in (1, 2):
         out = ["--out", f"out{n}"]
-        done = launch(n, name, *options, *out, cwd=cwd, prepare=compute_in_float64)
-        assert done.returncode == 0, done.stderr
+        succeeded(launch(n, name, *options, *out, cwd=cwd, prepare=compute_in_float64))
     one, two = (training_of(cwd / f"out{n}/ckpt.pt") for n in (1, 2))
     assert one["step"] == two["step"] == 3
     for part in ("model", "chains"):
@@ -365,13 +361,12 @@ def test_dat_draws_better_digits_at_the_same_accuracy(tmp_path):
     for run in ("runs/sup", "dat"):
         ckpt = ["--ckpt", f"{run}/ckpt.pt"]
         drawn = [*ckpt, "--sampler", "cs", "--n", 300]
-        assert script("sample.py", *drawn, cwd=tmp_path).returncode == 0
+        succeeded(script("sample.py", *drawn, cwd=tmp_path))
         options = ["--samples", f"{run}/samples-cs.npz", "--ref", "digits"]
-        done = script("eval_is_fid.py", *options, "--features", "judge/ckpt.pt", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeeded(script("eval_is_fid.py", *options, "--features", "judge/ckpt.pt", cwd=tmp_path))
         (row,) = json.loads((tmp_path / run / "metrics.json").read_text())["rows"]
         distance.append(row["C-FD"])
-        assert script("eval_robust.py", *ckpt, cwd=tmp_path).returncode == 0
+        succeeded(script("eval_robust.py", *ckpt, cwd=tmp_path))
         accuracy.append(json.loads((tmp_path / run / "accuracy.json").read_text()))
     assert distance[1] < 0.7 * distance[0]
     for name in ("clean_accuracy", "pgd-20"):

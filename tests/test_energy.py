@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused, drawn_images, perturb, script
+from conftest import assert_refused, drawn_images, perturb, script, succeeded
 from sklearn.cluster import KMeans
 from test_dual import assert_two_processes_train_as_one_does, train, untrained
 from test_survival import assert_same_run
@@ -399,7 +399,7 @@ def test_unconditional_images_of_a_second_stage_start_from_its_clusters(dual_run
 def test_chains_of_an_encoder_start_from_its_clusters(unsup_run, tmp_path):
     with mock.patch.object(train_unsup, "chain_starts", wraps=train_unsup.chain_starts) as starts:
         options = [*DAT, "--init", unsup_run / CKPT, "--max-minutes", 1e-9]
-        assert script("train_unsup.py", *options, cwd=tmp_path).returncode == 0
+        succeeded(script("train_unsup.py", *options, cwd=tmp_path))
     assert isinstance(starts.call_args.args[2], ClusterSeeds)
 
 
@@ -464,8 +464,7 @@ def test_the_second_stage_keeps_the_settings_of_the_firsts_samplers(unsup_run, t
 
 def test_neighbour_of_a_class_starts_at_noise(dual_run, tmp_path):
     draw = ["--ckpt", dual_run / CKPT, "--n", 2, "--sampler", "neighbour", "--out", "."]
-    done = script("sample.py", *draw, "--cond", "--start", "noise", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("sample.py", *draw, "--cond", "--start", "noise", cwd=tmp_path))
 
 
 def test_too_many_clusters_are_named(unsup_run, tmp_path):

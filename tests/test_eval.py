@@ -17,7 +17,7 @@ import sweep
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
-from conftest import assert_refused, files, script
+from conftest import assert_refused, files, script, succeeded
 from PIL import Image
 
 import cem
@@ -33,7 +33,7 @@ def evaluate(folder, *args):
 
 
 def read_rows(done, path):
-    assert done.returncode == 0, done.stderr
+    succeeded(done)
     return json.loads(path.read_text())["rows"]
 
 
@@ -536,8 +536,7 @@ def test_pytorch_fid_reads_saved_statistics(inception, pytorch_fid_features):
 
     network, _, b = pytorch_fid_features
     options = ["--weights", "weights.pth", "--save-stats", "saved.npz"]
-    done = evaluate(inception, "--ref", "b", *options)
-    assert done.returncode == 0, done.stderr
+    succeeded(evaluate(inception, "--ref", "b", *options))
     path = str(inception / "saved.npz")
     mu, sigma = fid_score.compute_statistics_of_path(path, network, 64, 2048, "cpu")
     np.testing.assert_allclose(mu, b.mean(0), rtol=1e-4, atol=1e-4 * b.std())
@@ -799,8 +798,7 @@ def test_fewer_samples_than_features_are_warned_of(n, warned, digits_run, tmp_pa
     pixels = np.random.default_rng(0).integers(0, 256, (n, 8, 8, 1), dtype=np.uint8)
     np.savez(tmp_path / "s.npz", arr_0=pixels)
     options = ["--ref", "s.npz", "--features", digits_run / CKPT]
-    done = evaluate(tmp_path, "--samples", "s.npz", *options)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(evaluate(tmp_path, "--samples", "s.npz", *options))
     few = "127 images, fewer than its 128 features"
     assert (f"C-FD of s.npz is biased upwards: {few}; C-KD is not biased" in done.stderr) == warned
 

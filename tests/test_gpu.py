@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import script, succeeded
 
 import cem
 import sample
@@ -24,8 +24,7 @@ def runs(tmp_path_factory):
     """A folder with a classifier and an encoder, trained on the GPU."""
     folder = tmp_path_factory.mktemp("gpu")
     for name in ("train_sup.py", "train_unsup.py"):
-        done = script(name, *TRAIN, cwd=folder)
-        assert done.returncode == 0, done.stderr
+        succeeded(script(name, *TRAIN, cwd=folder))
     return folder
 
 
@@ -49,8 +48,7 @@ def test_training_with_cuda_graphs_is_the_same_training(name, tmp_path):
     losses = []
     for flags in ([], ["--compile"]):
         options = [*TRAIN, "--precision", "float32", "--epochs", 1, *flags]
-        done = script(name, *options, "--out", tmp_path / f"run{len(flags)}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeeded(script(name, *options, "--out", tmp_path / f"run{len(flags)}", cwd=tmp_path))
         log = (tmp_path / f"run{len(flags)}" / "log.jsonl").read_text().splitlines()
         losses.append([row["loss"] for row in map(json.loads, log) if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
@@ -72,8 +70,7 @@ def test_the_attack_stays_in_its_ball(norm):
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_every_sampler_draws(sampler, runs):
     draw = ["--sampler", sampler, "--n", 20, "--batch-size", 20, "--device", "cuda"]
-    done = script("sample.py", *draw, cwd=runs)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("sample.py", *draw, cwd=runs))
     kind = "unsup" if sampler in cem.NON_PARAMETRIC_SAMPLERS else "sup"
     with np.load(runs / f"runs/{kind}/samples-{sampler}.npz") as z:
         assert z["arr_0"].shape == (20, 8, 8, 1) and z["arr_0"].std() > 0
@@ -82,18 +79,17 @@ def test_every_sampler_draws(sampler, runs):
 def test_a_stopped_run_resumes(tmp_path):
     first = script("train_sup.py", *TRAIN, "--max-minutes", 1e-4, cwd=tmp_path)
     assert first.returncode == 0 and "--resume continues" in first.stdout
-    assert script("train_sup.py", *TRAIN, "--resume", cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *TRAIN, "--resume", cwd=tmp_path))
     lines = (tmp_path / "runs/sup/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
 def test_metrics_agree_with_the_cpus(runs):
-    assert script("sample.py", "--sampler", "seeds", "--n", 100, cwd=runs).returncode == 0
+    succeeded(script("sample.py", "--sampler", "seeds", "--n", 100, cwd=runs))
     judge = ["--samples", "runs/sup/samples-seeds.npz", "--ref", "digits"]
     rows = []
     for device in ("cuda", "cpu"):
         more = ["--features", "runs/sup/ckpt.pt", "--device", device, "--data-dir", device]
-        done = script("eval_is_fid.py", *judge, *more, cwd=runs)
-        assert done.returncode == 0, done.stderr
+        succeeded(script("eval_is_fid.py", *judge, *more, cwd=runs))
         rows.append(json.loads((runs / "runs/sup/metrics.json").read_text())["rows"][0])
     assert rows[0]["C-FD"] == pytest.approx(rows[1]["C-FD"], rel=1e-3)

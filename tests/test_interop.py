@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import files, perturb, script
+from conftest import files, perturb, script, succeeded
 from PIL import Image
 from test_cem import Hostile
 from torch import nn
@@ -300,8 +300,7 @@ def test_sampling_from_a_third_party_checkpoint_needs_its_dataset(third_party):
 def test_sampling_from_a_third_party_checkpoint(third_party):
     """Seeds, class names and the normalisation come from the dataset."""
     arguments = "--ckpt f.pt --dataset digits --n 20 --sampler rcs --png pictures".split()
-    done = script("sample.py", *arguments, cwd=third_party)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("sample.py", *arguments, cwd=third_party))
     assert "no pixel normalisation: using that of digits" in done.stdout
     assert "accuracy on 500 training images of digits" in done.stdout
     assert "warning" in done.stderr
@@ -324,16 +323,14 @@ def test_files_of_one_stem_have_folders_of_their_own(third_party):
     for name in names:
         (third_party / name).write_bytes((third_party / "f.pt").read_bytes())
         options = f"--ckpt {name} --dataset digits --n 20 --mean 0.3 --std 0.4".split()
-        done = script("eval_robust.py", *options, cwd=third_party)
-        assert done.returncode == 0, done.stderr
+        succeeded(script("eval_robust.py", *options, cwd=third_party))
     written = {f"{name}-cem/accuracy.json" for name in names}
     assert set(files(third_party)) == {*names, "f.pt"} | written
 
 
 def test_evaluating_a_third_party_checkpoint(third_party):
     arguments = "--ckpt f.pt --dataset digits --n 20 --mean 0.3 --std 0.4".split()
-    done = script("eval_robust.py", *arguments, cwd=third_party)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("eval_robust.py", *arguments, cwd=third_party))
     assert "no pixel normalisation" not in done.stdout
     assert files(third_party) == ["f.pt", "f/accuracy.json"]
 

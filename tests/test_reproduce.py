@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, files, script
+from conftest import assert_refused, files, script, succeeded
 from PIL import Image
 from test_scripts import write_folder
 from test_survival import ForkedScript, launch
@@ -55,8 +55,7 @@ def test_killed_at_five_moments_it_ends_with_the_same_table(folder, tmp_path_fac
     whole = tmp_path_factory.mktemp("whole")
     write_folder(whole / "set", per_class=12)
     write_plan(whole)
-    done = ForkedScript("reproduce.py", *COMMAND, cwd=whole).wait()
-    assert done.returncode == 0, done.stderr
+    succeeded(ForkedScript("reproduce.py", *COMMAND, cwd=whole).wait())
     finished = folder / OUT / "done.json"
 
     def parts():
@@ -69,16 +68,14 @@ def test_killed_at_five_moments_it_ends_with_the_same_table(folder, tmp_path_fac
         process.wait_for(moment)
         process.send(signal.SIGKILL)
         assert process.wait().returncode == -signal.SIGKILL
-    done = ForkedScript("reproduce.py", *COMMAND, cwd=folder).wait()
-    assert done.returncode == 0, done.stderr
+    done = succeeded(ForkedScript("reproduce.py", *COMMAND, cwd=folder).wait())
     assert "\npython train_sup.py" not in done.stdout  # finished before
     assert table_of(folder) == table_of(whole)
 
 
 @pytest.mark.slow
 def test_parts_are_reused_where_their_options_agree(folder):
-    done = script("reproduce.py", *COMMAND, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("reproduce.py", *COMMAND, cwd=folder))
     first = json.loads((folder / OUT / "table.json").read_text())
     assert list(first["rows"]) == ["sup-cs", "unsup-maxent"]
     assert "C-FD" in first["rows"]["sup-cs"] and "FID" not in first["rows"]["sup-cs"]
@@ -86,7 +83,7 @@ def test_parts_are_reused_where_their_options_agree(folder):
     assert done.returncode == 0 and "\npython " not in done.stdout
     (checkpoint,) = folder.glob(f"{OUT}/sup-*/ckpt.pt")
     evaluation = ["--ckpt", checkpoint, "--attacks", "margin", "--n", 20]
-    assert script("eval_robust.py", *evaluation, cwd=folder).returncode == 0
+    succeeded(script("eval_robust.py", *evaluation, cwd=folder))
     (grid,) = folder.glob(f"{OUT}/sup-*/samples-*/samples-cs.png")
     before = grid.read_bytes()
     grid.unlink()
@@ -100,8 +97,7 @@ def test_parts_are_reused_where_their_options_agree(folder):
     assert_refused(done, "samples-cs.npz: delete what is left of it, samples-cs.*, and repeat")
     (folder / "elsewhere.npz").rename(grid.with_suffix(".npz"))
     write_plan(folder, sup=f"{SMALL} --seed 1")
-    done = script("reproduce.py", *COMMAND, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("reproduce.py", *COMMAND, cwd=folder))
     for name, again in (("train_sup", True), ("sample.py", True), ("train_unsup", False)):
         assert (f"\npython {name}" in done.stdout) == again
     second = json.loads((folder / OUT / "table.json").read_text())
@@ -119,8 +115,7 @@ def small_networks():
 def test_two_processes_make_one_plan_and_one_table(tmp_path):
     write_folder(tmp_path / "set", per_class=80)
     options = [*COMMAND, "--budget", "4m"]
-    done = launch(2, "reproduce.py", *options, cwd=tmp_path, prepare=small_networks)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(launch(2, "reproduce.py", *options, cwd=tmp_path, prepare=small_networks))
     # the first process alone prints: three measured, then sup and judge
     assert done.stdout.count("\npython train_sup.py") == 3 + 2
     content = json.loads((tmp_path / OUT / "table.json").read_text())
@@ -138,8 +133,7 @@ def test_a_budget_is_measured_and_planned(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "NETWORKS", [(small, small)])
     write_folder(tmp_path / "set", per_class=12)
     options = "--dataset set --budget 0.6m --rows dat-cs".split()
-    done = script("reproduce.py", *options, cwd=tmp_path, TORCHELASTIC_MAX_RESTARTS="1")
-    assert done.returncode == 0, done.stderr
+    succeeded(script("reproduce.py", *options, cwd=tmp_path, TORCHELASTIC_MAX_RESTARTS="1"))
     names = files(tmp_path / OUT)
     assert not [name for name in names if name.startswith("measured")]
     table = json.loads((tmp_path / OUT / "table.json").read_text())

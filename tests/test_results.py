@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tables
-from conftest import ROOT, assert_refused, script
+from conftest import ROOT, assert_refused, script, succeeded
 
 import cem
 from lib import robustness
@@ -45,8 +45,7 @@ def repository(tmp_path):
 
 
 def test_the_documents_agree_with_the_json_files():
-    done = tables_of(ROOT, "--check")
-    assert done.returncode == 0, done.stderr
+    done = succeeded(tables_of(ROOT, "--check"))
     assert done.stdout == ""
 
 
@@ -79,8 +78,8 @@ def test_a_changed_figure_is_named_and_rewritten(file, old, new, named, reposito
     done = tables_of(repository, "--check")
     assert_refused(done, *named)
     assert done.stderr.count(" differs ") == len(named)
-    assert tables_of(repository).returncode == 0
-    assert tables_of(repository, "--check").returncode == 0
+    succeeded(tables_of(repository))
+    succeeded(tables_of(repository, "--check"))
 
 
 def test_rewriting_is_idempotent(repository):
@@ -201,8 +200,7 @@ def test_losses_at_chosen_epochs_and_first_stage(digits_run, tmp_path, monkeypat
     options += ["--options", f"--width 8 {QUICK}", "--judge", first]
     options += ["--evaluation", "--n 10 --restarts 1 --ood digits"]
     options += ["--n-samples", 50, "--autoattack", 1]
-    done = script("results/losses.py", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("results/losses.py", *options, cwd=tmp_path))
     (row,) = json.loads((tmp_path / "results/losses-digits.json").read_text())["rows"]["dat"]
     (last,) = tmp_path.glob("runs/losses/digits-dat-0-*/ckpt.pt")
     seconds = sum(cem.load(ckpt).extra["training"]["seconds"] for ckpt in (first, last))
@@ -232,8 +230,7 @@ def test_dual_trains_each_variant_and_judges_four_samplers(digits_run, tmp_path)
     options = ["--init", first, "--seeds", 1, "--judges", first, "--evaluation", "--n 20"]
     options += ["--variants", "recipe", "lambda 3", "--options", f"--epochs 1 {QUICK}"]
     options += ["--n-samples", 50]
-    done = script("results/dual.py", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("results/dual.py", *options, cwd=tmp_path))
     rows = json.loads((tmp_path / "results/dual-digits.json").read_text())["rows"]
     assert [(row["variant"], row["seed"]) for row in rows] == [("recipe", 1), ("lambda 3", 0)]
     assert "--likelihood-weight 3" in rows[1]["command"]
@@ -259,8 +256,7 @@ def test_finetune_trains_twice_with_each_share_of_the_labels(unsup_run, tmp_path
     options = ["--encoder", unsup_run / "runs/unsup/ckpt.pt", "--shares", 0.1, 0.5]
     options += ["--epochs", 2, 1, "--options", "--width 8 --loss st"]
     options += ["--evaluation", "--n 20 --attacks pgd-20 autoattack"]
-    done = script("results/finetune.py", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("results/finetune.py", *options, cwd=tmp_path))
     assert "| from the encoder |" in done.stdout and "| 10 %, AutoAttack |" in done.stdout
     record = json.loads((tmp_path / "results/finetune-digits.json").read_text())
     found = [(row["start"], row["share"]) for row in record["rows"]]
@@ -282,7 +278,7 @@ def test_finetune_trains_twice_with_each_share_of_the_labels(unsup_run, tmp_path
     assert "python train_sup.py" not in again.stdout  # nothing is repeated
     assert json.loads((tmp_path / "results/finetune-digits.json").read_text()) == record
     fewer = [*options, "--shares", 0.5, "--epochs", 1]
-    assert script("results/finetune.py", *fewer, cwd=tmp_path).returncode == 0
+    succeeded(script("results/finetune.py", *fewer, cwd=tmp_path))
     record = json.loads((tmp_path / "results/finetune-digits.json").read_text())
     assert len(record["commands"]) == 4  # of these rows alone
     assert_refused(
@@ -343,6 +339,6 @@ def test_comments_in_code_are_no_headings(repository):
 def test_an_orphan_in_results_is_named(repository):
     (repository / "results/sup-other.png").touch()  # sup-*.png
     (repository / "results/other.py").touch()
-    assert tables_of(repository, "--check").returncode == 0
+    succeeded(tables_of(repository, "--check"))
     (repository / "results/losses-digits.md").touch()
     assert_refused(tables_of(repository, "--check"), "does not mention losses-digits.md")

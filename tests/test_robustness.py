@@ -23,7 +23,7 @@ import scipy.io
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import assert_refused, files, script
+from conftest import assert_refused, files, script, succeeded
 from PIL import Image
 from test_cem import Active
 from test_data import write_folder
@@ -316,14 +316,11 @@ def test_a_resumed_run_continues_its_chains(tmp_path):
     options = "--dataset digits --width 8 --epochs 2 --batch-size 250 --n-eval 36 --attack-steps 1"
     options += " --loss jeat --sgld-steps 2 --buffer 300 --diagnose"
     options = [*options.split(), "--device", "cpu"]  # on which equality is bit for bit
-    done = script("train_sup.py", *options, "--out", "whole", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("train_sup.py", *options, "--out", "whole", cwd=tmp_path))
     options += ["--out", "parts"]
-    done = script("train_sup.py", *options, "--max-minutes", 1e-4, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("train_sup.py", *options, "--max-minutes", 1e-4, cwd=tmp_path))
     assert "--resume continues" in done.stdout
-    done = script("train_sup.py", *options, "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("train_sup.py", *options, "--resume", cwd=tmp_path))
     whole, parts = (cem.load(tmp_path / run / "ckpt.pt") for run in ("whole", "parts"))
     assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
     chains = whole.extra["training"]["chains"]["images"]
@@ -422,7 +419,7 @@ def test_the_replay_buffer_has_the_options(start, tmp_path):
     options = "--dataset digits --width 8 --loss jem --seed-rank 4 --max-minutes 1e-9".split()
     options += ["--buffer", 300, "--reinit", 0.3, "--reinit-from", start]
     with spy(train_sup, "ReplayBuffer") as made:
-        assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+        succeeded(script("train_sup.py", *options, cwd=tmp_path))
     size, _, reinit, _ = made.call_args.args
     assert (size, reinit) == (300, 0.3)
     chains = cem.load(tmp_path / "runs/sup/ckpt.pt").extra["training"]["chains"]["images"]
@@ -464,8 +461,7 @@ def robust_model(tmp_path_factory):
     """A classifier trained until PGD-20 leaves half of its predictions correct."""
     folder = tmp_path_factory.mktemp("robust")
     options = "--dataset digits --width 8 --epochs 8 --ema 0.5 --n-eval 1".split()
-    done = script("train_sup.py", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("train_sup.py", *options, cwd=folder))
     return cem.folded(cem.load(folder / "runs/sup/ckpt.pt"))
 
 
@@ -600,7 +596,7 @@ def test_n_and_restarts_reach_the_attack_and_shares_have_their_intervals(digits_
     for folder, kind, name in ((digits_run, "sup", "accuracy"), (unsup_run, "unsup", "probe")):
         options = f"--ckpt runs/{kind}/ckpt.pt --n 40 --restarts 3 --attacks pgd-10 --out o".split()
         with mock.patch.object(cem, "pgd", pgd):
-            assert script("eval_robust.py", *options, cwd=folder).returncode == 0
+            succeeded(script("eval_robust.py", *options, cwd=folder))
         result = json.loads((folder / f"o/{name}.json").read_text())
         kept = round(40 * result["clean_accuracy"])
         assert sizes[-3:] == [kept] * 3 and result["pgd-10"] == result["clean_accuracy"]
@@ -669,8 +665,7 @@ def test_the_ball_is_that_of_training_unless_given(digits_run, tmp_path):
     found = []
     for name, *given in (["ours.pt"], ["ours.pt", "--eps", 0.2], ["odd.pt"], ["other.pt"]):
         given += ["--n", 20, "--attacks", "pgd-10", "--dataset", "digits", "--out", name[:-3]]
-        done = script("eval_robust.py", "--ckpt", name, *given, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = succeeded(script("eval_robust.py", "--ckpt", name, *given, cwd=tmp_path))
         found.append(done.stdout.split("of digits, ")[1].split(":")[0])
     assert found == ["linf eps 0.1", "linf eps 0.2", "l2 eps 0.5", "l2 eps 0.5"]
     for given, message in (
@@ -818,8 +813,7 @@ def test_masked_gradients_are_reported(digits_run, tmp_path):
     def evaluate(ckpt, source):
         options = ["--attacks", "pgd-10", "margin", "--n", 100, "--transfer", source]
         with mock.patch.object(interop, "load", load_masked):
-            done = script("eval_robust.py", "--ckpt", ckpt, *options, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+            done = succeeded(script("eval_robust.py", "--ckpt", ckpt, *options, cwd=tmp_path))
         return done, json.loads((tmp_path / "accuracy.json").read_text())
 
     assert evaluate("plain.pt", "masked.pt")[0].stderr == ""
@@ -859,8 +853,7 @@ def test_a_third_party_source_is_normalised_as_its_dataset(digits_run, tmp_path)
     shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / "sup.pt")
     interop.export(tmp_path / "plain.pt", cem.load(tmp_path / "sup.pt"))
     options = "--ckpt sup.pt --transfer plain.pt --attacks pgd-10 --n 60".split()
-    done = script("eval_robust.py", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("eval_robust.py", *options, cwd=tmp_path))
     assert "plain.pt has no pixel normalisation" in done.stdout
     result = json.loads((tmp_path / "accuracy.json").read_text())
     assert result["transfer-pgd-10"] == pytest.approx(result["pgd-10"], abs=2 / 60)
@@ -901,8 +894,7 @@ def test_accuracy_falls_to_zero_with_the_radius_unless_gradients_are_masked(
     shutil.copy(digits_run / "runs/sup/ckpt.pt", tmp_path / ("masked.pt" if masked else "ckpt.pt"))
     options = "--attack pgd-10 --n 60 --out curve --ckpt".split()
     with mock.patch.object(interop, "load", load_masked):
-        done = script("results/epsilon.py", *options, *files(tmp_path), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+        done = succeeded(script("results/epsilon.py", *options, *files(tmp_path), cwd=tmp_path))
     result = json.loads((tmp_path / "curve.json").read_text())
     accuracy = result["accuracy"]
     assert accuracy[0] > 0.5 and all(value > 0 for value in accuracy[:-2])
@@ -1023,8 +1015,7 @@ def test_diagnosis_equals_its_definition(model64, batch):
 def test_evaluation_writes_every_attack_and_score(digits_run):
     """Without --ckpt and --dataset: runs/sup/ckpt.pt on the dataset of its training."""
     options = "--attacks pgd-10 margin --n 40 --ood digits --norm linf --eps 0.03 --restarts 2"
-    done = script("eval_robust.py", *options.split(), cwd=digits_run)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("eval_robust.py", *options.split(), cwd=digits_run))
     result = json.loads((digits_run / "runs/sup/accuracy.json").read_text())
     expected = dict(ckpt="runs/sup/ckpt.pt", dataset="digits", n=40)
     expected |= dict(norm="linf", eps=0.03, restarts=2)
@@ -1082,18 +1073,15 @@ def test_torchvision_datasets_train_evaluate_and_sample(name, make, classes, tmp
     options = "--data-dir sets --arch resnet18 --width 8 --batch-size 20 --epochs 1 --loss st"
     options += " --n-eval 10 --seed-rank 2"
     with make(tmp_path / "sets"):
-        done = script("train_sup.py", "--dataset", name, *options.split(), cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeeded(script("train_sup.py", "--dataset", name, *options.split(), cwd=tmp_path))
         options = "--data-dir sets --attacks pgd-10 --n 10".split()
-        done = script("eval_robust.py", *options, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeeded(script("eval_robust.py", *options, cwd=tmp_path))
     assert json.loads((tmp_path / "runs/sup/accuracy.json").read_text())["dataset"] == name
     model = cem.load(tmp_path / "runs/sup/ckpt.pt")
     assert model.config["num_classes"] == classes
     assert len(model.extra["classes"]) == classes
     assert model.extra["classes"][3] == ("class 3" if name == "cifar100" else "3")
-    done = script("sample.py", "--n", 5, "--classes", "3", "--steps", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("sample.py", "--n", 5, "--classes", "3", "--steps", 1, cwd=tmp_path))
     with np.load(tmp_path / "runs/sup/samples-rcs.npz") as z:
         assert z["arr_0"].shape == (5, 32, 32, 3)
         assert z["arr_1"].tolist() == [3] * 5
@@ -1116,8 +1104,7 @@ def test_evaluation_names_a_size_that_contradicts_the_checkpoint(digits_run, tmp
     options = ["--ckpt", "ckpt.pt", "--dataset", "large"]
     done = script("eval_robust.py", *options, "--image-size", 12, cwd=tmp_path)
     assert_refused(done, "images of [1, 8, 8], but large has [1, 12, 12]")
-    done = script("eval_robust.py", *options, cwd=tmp_path)  # the checkpoint's size
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("eval_robust.py", *options, cwd=tmp_path))  # the checkpoint's size
     assert "resized and cropped 20 of 20 images to size 8" in done.stdout
 
 

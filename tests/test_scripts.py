@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, drawn_images, files, process, script
+from conftest import ROOT, assert_refused, drawn_images, files, process, script, succeeded
 from PIL import Image
 from test_data import write_folder
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -103,10 +103,10 @@ def test_fractions_are_numbers(digits_run, tmp_path):
     assert cli.number("8/255") == 8 / 255 and cli.number("-1e-3") == -1e-3
     (tmp_path / "ckpt.pt").write_bytes((digits_run / "runs/sup/ckpt.pt").read_bytes())
     draw = "--ckpt ckpt.pt --n 2 --step-size 1/4".split()
-    assert script("sample.py", *draw, cwd=tmp_path).returncode == 0
+    succeeded(script("sample.py", *draw, cwd=tmp_path))
     assert json.loads((tmp_path / "samples-rcs.json").read_text())["step_size"] == 0.25
     attack = "--ckpt ckpt.pt --n 2 --attacks pgd-10 --eps 8/255".split()
-    assert script("eval_robust.py", *attack, cwd=tmp_path).returncode == 0
+    succeeded(script("eval_robust.py", *attack, cwd=tmp_path))
     assert json.loads((tmp_path / "accuracy.json").read_text())["eps"] == 8 / 255
 
 
@@ -127,8 +127,7 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_zero(schedule):
 
 def test_scripts_run_as_processes(digits_run, tmp_path):
     draw = ["--ckpt", digits_run / "runs/sup/ckpt.pt", "--n", 10, "--out", tmp_path / "out"]
-    done = process("sample.py", *draw, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(process("sample.py", *draw, cwd=tmp_path))
     assert f"wrote {tmp_path / 'out/samples-rcs.npz'}" in done.stdout
     assert files(tmp_path / "out") == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
 
@@ -160,14 +159,13 @@ def test_training_writes_checkpoint_log_and_events(digits_run):
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path):
     """With Muon; tests/test_survival.py stops runs with SGD."""
     options = [*SMALL, "--epochs", 3, "--ema", 0.9, "--optimizer", "muon", "--attack-steps", 1]
-    assert script("train_sup.py", *options, "--out", "whole", cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *options, "--out", "whole", cwd=tmp_path))
     first = script("train_sup.py", *options, "--out", "parts", "--max-minutes", 1e-4, cwd=tmp_path)
     assert first.returncode == 0 and "stopped" in first.stdout
     assert 0 < cem.load(tmp_path / "parts/ckpt.pt").extra["training"]["step"] < 33
     other = ["--dataset", "digits", "--width", 16, "--out", "parts", "--resume"]
     assert_refused(script("train_sup.py", *other, cwd=tmp_path), "--width 8, not 16")
-    second = script("train_sup.py", *options, "--out", "parts", "--resume", cwd=tmp_path)
-    assert second.returncode == 0, second.stderr
+    succeeded(script("train_sup.py", *options, "--out", "parts", "--resume", cwd=tmp_path))
     whole, parts = (cem.load(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
     assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
     logs = [log_lines(tmp_path / name) for name in ("whole", "parts")]
@@ -192,7 +190,7 @@ def test_resume_starts_a_missing_run_and_torchrun_needs_it_for_restarts(tmp_path
 def test_a_run_is_not_resumed_on_other_images(tmp_path):
     write_folder(tmp_path / "set", per_class=6)
     options = "--dataset set --arch resnet18 --width 8 --loss st --resume --epochs".split()
-    assert script("train_sup.py", *options, 1, cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *options, 1, cwd=tmp_path))
     image = next((tmp_path / "set/train").glob("*/*"))
     image.rename(tmp_path / "moved.png")
     done = script("train_sup.py", *options, 2, cwd=tmp_path)
@@ -201,7 +199,7 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path):
     model = cem.load(tmp_path / CKPT)  # as the version before wrote it
     del model.extra["num_images"], model.extra["training"]["restarted_at"]
     cem.save(tmp_path / CKPT, model, **model.extra)
-    assert script("train_sup.py", *options, 2, cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *options, 2, cwd=tmp_path))
     (tmp_path / "set").rename(tmp_path / "elsewhere")  # the same images
     done = script("train_sup.py", *options, 3, "--dataset", "elsewhere", cwd=tmp_path)
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stderr
@@ -224,8 +222,7 @@ def test_training_on_an_image_folder_with_mle_and_linf(tmp_path):
     write_folder(tmp_path / "set", per_class=6)
     options = "--dataset set --arch wrn-28-10 --width 8 --epochs 1 --batch-size 6"
     options += " --loss mle --norm linf --eps 8/255"
-    done = script("train_sup.py", *options.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("train_sup.py", *options.split(), cwd=tmp_path))
     assert json.loads((tmp_path / "runs/sup/options.json").read_text())["eps"] == 8 / 255
     images, labels = drawn_images(tmp_path, "--n", 4)
     assert images.shape == (4, 10, 10, 3) and labels.tolist() == [0, 1, 0, 1]
@@ -249,8 +246,7 @@ def test_the_running_average_is_pytorchs(batch):
 
 
 def test_eval_robust_agrees_with_the_accuracy_computed_here(digits_run):
-    done = script("eval_robust.py", cwd=digits_run)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("eval_robust.py", cwd=digits_run))
     result = json.loads((digits_run / "runs/sup/accuracy.json").read_text())
     model, test = cem.load(digits_run / "runs/sup/ckpt.pt"), data.load("digits", "test")
     clean = (model(test.pixels()).argmax(1) == test.labels).float().mean().item()
@@ -264,8 +260,7 @@ def test_eval_robust_agrees_with_the_accuracy_computed_here(digits_run):
 
 @pytest.mark.parametrize("sampler", [*cem.PARAMETRIC_SAMPLERS, "seeds"])
 def test_sample_writes_npz_grid_and_record(sampler, digits_run):
-    done = script("sample.py", "--sampler", sampler, "--n", 30, "--noise", 0.01, cwd=digits_run)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("sample.py", "--sampler", sampler, "--n", 30, "--noise", 0.01, cwd=digits_run))
     name = digits_run / f"runs/sup/samples-{sampler}"
     with np.load(f"{name}.npz", allow_pickle=False) as z:
         assert z["arr_0"].dtype == np.uint8 and z["arr_0"].shape == (30, 8, 8, 1)
@@ -401,8 +396,7 @@ def test_settings_of_a_checkpoint_are_used_unless_told_otherwise(digits_run, tmp
     cem.save(tmp_path / "tuned.pt", model, **model.extra | {"settings": {"rcs": TUNED}})
 
     def drawn(*args):
-        done = script("sample.py", "--ckpt", "tuned.pt", "--n", 2, *args, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = succeeded(script("sample.py", "--ckpt", "tuned.pt", "--n", 2, *args, cwd=tmp_path))
         record = json.loads(max(tmp_path.glob("*.json"), key=os.path.getmtime).read_text())
         return {key: record[key] for key in TUNED}, done.stdout
 
@@ -432,10 +426,8 @@ def test_damaged_settings_are_refused(wrong, digits_run, tmp_path):
 
 
 def test_a_gif_ends_with_the_samples_and_is_small(digits_run, tmp_path):
-    done = script(
-        "sample.py", "--ckpt", digits_run / CKPT, "--n", 20, "--gif", "--out", "out", cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
+    draw = ["--ckpt", digits_run / CKPT, "--n", 20, "--gif", "--out", "out"]
+    succeeded(script("sample.py", *draw, cwd=tmp_path))
     with Image.open(tmp_path / "out/samples-rcs.gif") as gif:
         assert gif.n_frames == 9  # the seeds and 8 steps
         first = np.asarray(gif.convert("L"), dtype=float)
@@ -469,8 +461,7 @@ def test_a_sampler_raises_the_share_of_the_wanted_class(digits_run):
 @pytest.mark.parametrize("sampler", ["rcs", "maxent", "neighbour", "marginal"])
 def test_shipped_checkpoints_draw_without_dataset_or_network(sampler, tmp_path):
     draw = ["--sampler", sampler, "--n", 20, "--batch-size", 20, "--steps", 2]
-    done = script("sample.py", *draw, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("sample.py", *draw, cwd=tmp_path))
     assert str(ROOT / "checkpoints") in done.stdout
     with np.load(tmp_path / f"runs/shipped/samples-{sampler}.npz") as z:
         assert z["arr_0"].shape == (20, 32, 32, 3)
@@ -555,7 +546,7 @@ def test_only_training_lets_cudnn_choose_kernels_by_speed(digits_run, tmp_path, 
     """Evaluation and sampling should repeat their figures."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     draw = ["--ckpt", digits_run / "runs/sup/ckpt.pt", "--n", 2, "--steps", 1, "--out", "."]
-    assert script("sample.py", *draw, cwd=tmp_path).returncode == 0
+    succeeded(script("sample.py", *draw, cwd=tmp_path))
     assert not torch.backends.cudnn.benchmark
     measure, while_measuring = robustness.accuracy, []
 
@@ -608,8 +599,7 @@ def test_auto_precision_is_the_one_that_it_stands_for(digits_run, tmp_path):
     own = resolve_precision(torch.device("cpu"), "auto")
     other = {"float32": "bfloat16", "bfloat16": "float32"}[own]
     for precision, name in (("auto", ""), (own, ""), (other, "-1")):
-        done = script("sample.py", *draw, "--precision", precision, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeeded(script("sample.py", *draw, "--precision", precision, cwd=tmp_path))
         sets.append(json.loads((tmp_path / f"samples-rcs{name}.json").read_text())["set"])
     assert sets[0] == sets[1] != sets[2]
 
@@ -653,8 +643,7 @@ def test_average_of_a_short_run_does_not_remember_the_first_weights(tmp_path):
         update(average, model, decay)
 
     with mock.patch.object(loop, "ema_update", recorded):
-        done = script("train_sup.py", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+        succeeded(script("train_sup.py", *options, cwd=tmp_path))
     average = weights[0]
     for t, weight in enumerate(weights[1:], 1):
         decay = min(0.6, t / (t + 10))
@@ -667,7 +656,7 @@ def test_average_of_a_short_run_does_not_remember_the_first_weights(tmp_path):
 def test_resume_takes_the_options_of_the_run_and_names_a_contradiction(tmp_path):
     options = ["--dataset", "digits", "--width", 8, "--epochs", 1, "--loss", "mle", "--lr", 0.05]
     options += "--n-eval 30 --on-diverge restart --attack-steps 1 --seed-rank 4".split()
-    assert script("train_sup.py", *options, "--out", "r", cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *options, "--out", "r", cwd=tmp_path))
     done = script("train_sup.py", "--resume", "--out", "r", "--epochs", 2, cwd=tmp_path)
     assert done.returncode == 0 and "resuming at step 11 of 22" in done.stdout, done.stderr
     stored = json.loads((tmp_path / "r/options.json").read_text())
@@ -692,7 +681,7 @@ def test_resume_names_another_script_and_other_classes(tmp_path):
         "--dataset set --width 8 --epochs 2 --batch-size 4 --n-eval 4 --out r --resume".split()
     )
     start = [*options, "--loss", "st", "--max-minutes", 1e-9]
-    assert script("train_sup.py", *start, cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *start, cwd=tmp_path))
     done = script("train_unsup.py", "--out", "r", "--resume", "--dataset", "set", cwd=tmp_path)
     assert_refused(done, "another script made the run in r")
     for part in ("train", "test"):
@@ -717,8 +706,7 @@ def test_held_out_images_leave_every_class_its_seeds(tmp_path):
     """Of two images per class, the watch over a single step holds some out."""
     write_folder(tmp_path / "set", per_class=20)
     options = "--dataset set --share 0.1 --attack fgsm --width 8 --n-eval 4 --max-minutes 1e-9"
-    done = script("train_sup.py", *options.split(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("train_sup.py", *options.split(), cwd=tmp_path))
     assert cem.load(tmp_path / CKPT).extra["seeds"]["mean"].shape == (3, 300)
 
 
@@ -763,7 +751,7 @@ def test_pictures_that_are_not_finite_are_an_error(digits_run, tmp_path):
 
 def test_settings_of_the_optimiser_come_from_the_options_not_from_the_file(tmp_path):
     options = [*SMALL, "--loss", "st", "--epochs", 1, "--out", "whole"]
-    assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *options, cwd=tmp_path))
     path = Path(shutil.copytree(tmp_path / "whole", tmp_path / "changed"), "ckpt.pt")
     content = torch.load(path, weights_only=True)
     (group,) = content["extra"]["training"]["optimizer"]["param_groups"]
@@ -771,8 +759,7 @@ def test_settings_of_the_optimiser_come_from_the_options_not_from_the_file(tmp_p
     torch.save(content, path)
     weights = []
     for name in ("whole", "changed"):
-        done = script("train_sup.py", "--resume", "--epochs", 2, "--out", name, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeeded(script("train_sup.py", "--resume", "--epochs", 2, "--out", name, cwd=tmp_path))
         weights.append(cem.load(tmp_path / name / "ckpt.pt").net.fc.weight)
     assert torch.equal(*weights)
 
@@ -811,7 +798,7 @@ def test_sets_of_other_seeds_share_no_image(unsup_run):
 def test_a_run_whose_chains_are_gone_is_not_resumed(tmp_path):
     options = "--dataset digits --arch resnet18 --width 8 --loss jem --sgld-steps 1 --buffer 128"
     options = [*options.split(), "--max-minutes", 1e-9, "--seed-rank", 4, "--out", "run"]
-    assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *options, cwd=tmp_path))
     model = cem.load(tmp_path / "run/ckpt.pt")
     del model.extra["training"]["chains"]
     cem.save(tmp_path / "run/ckpt.pt", model, **model.extra)

@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, files, script
+from conftest import ROOT, assert_refused, files, script, succeeded
 
 import cem
 import sample
@@ -149,8 +149,7 @@ def modified(path: Path) -> int:
 def whole(tmp_path_factory):
     """A run of TINY that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole")
-    done = forked("train_sup.py", *TINY, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    succeeded(forked("train_sup.py", *TINY, cwd=folder))
     return folder / "runs/sup"
 
 
@@ -181,8 +180,7 @@ def step_of_killed_life(options: list, run: Path, delay: float, after_checkpoint
 def test_run_that_is_killed_twenty_times_ends_with_the_same_bits(tmp_path):
     options = [*TINY, "--epochs", 20, "--batch-size", 359, "--attack-steps", 1]
     whole, run = tmp_path / "whole", tmp_path / "parts"
-    done = forked("train_sup.py", *options, "--out", whole, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(forked("train_sup.py", *options, "--out", whole, cwd=tmp_path))
     last_line = (whole / "log.jsonl").read_text().splitlines()[-1]
     epoch = json.loads(last_line)["seconds"] / 20
     chance = random.Random(0)
@@ -191,8 +189,7 @@ def test_run_that_is_killed_twenty_times_ends_with_the_same_bits(tmp_path):
         delay = chance.uniform(0, epoch)
         steps.append(step_of_killed_life(options, run, delay, after_checkpoint=life % 2 == 1))
     assert steps == sorted(steps) and steps[-1] < 80
-    done = forked("train_sup.py", *options, "--resume", "--out", run, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(forked("train_sup.py", *options, "--resume", "--out", run, cwd=tmp_path))
     assert_same_run(run, whole)
     assert [line["epoch"] for line in log_of(run)] == [*range(1, 21)]
 
@@ -242,8 +239,7 @@ def test_damaged_checkpoint_is_replaced_by_the_previous_one(copy_of_whole, whole
     assert [training_of(path)["step"] for path in checkpoints] == [22, 33]
     content = checkpoints[1].read_bytes()
     checkpoints[1].write_bytes(content[: len(content) // 2])
-    done = forked("train_sup.py", *TINY, "--resume", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(forked("train_sup.py", *TINY, "--resume", cwd=tmp_path))
     assert "warning: cannot read runs/sup/ckpt.pt" in done.stderr
     assert "continuing from runs/sup/ckpt-previous.pt, step 22" in done.stderr
     assert_same_run(copy_of_whole, whole)
@@ -277,13 +273,13 @@ def test_results_of_an_earlier_run_move_with_it(whole, tmp_path):
     """accuracy.json and samples would otherwise seem to be of the new checkpoint."""
     shutil.copytree(whole, tmp_path / "run")
     options = ["--ckpt", "run/ckpt.pt", "--n", 20]
-    assert script("eval_robust.py", *options, cwd=tmp_path).returncode == 0
-    assert script("sample.py", *options, "--steps", 1, cwd=tmp_path).returncode == 0
+    succeeded(script("eval_robust.py", *options, cwd=tmp_path))
+    succeeded(script("sample.py", *options, "--steps", 1, cwd=tmp_path))
     results = ["accuracy.json", *(f"samples-rcs.{end}" for end in ("json", "npz", "png"))]
     before = contents(tmp_path / "run")
     assert before.keys() >= set(results)
     options = [*TINY, "--epochs", 1, "--loss", "st", "--out", "run"]
-    assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *options, cwd=tmp_path))
     assert contents(tmp_path / "run/previous-1") == before
     assert not set(results) & {path.name for path in (tmp_path / "run").iterdir()}
 
@@ -315,7 +311,7 @@ def test_a_compiled_run_resumes_without_compiling(tmp_path):
 
 def test_new_run_moves_only_the_files_of_the_earlier_run(tmp_path):
     options = [*TINY, "--epochs", 1, "--loss", "st", "--out", "."]
-    assert script("train_sup.py", *options, cwd=tmp_path).returncode == 0
+    succeeded(script("train_sup.py", *options, cwd=tmp_path))
     (tmp_path / "diverged.pt").write_text("of a run that diverged")
     earlier = contents(tmp_path)
     (events,) = (name for name in earlier if name.endswith(".cem"))
@@ -378,8 +374,7 @@ def test_two_processes_train_as_one_does(name, more, tmp_path):
     options += ["--precision", "float32"]
     for n in (1, 2):
         out = ["--out", f"out{n}"]
-        done = launch(n, name, *options, *out, cwd=tmp_path, prepare=compute_in_float64)
-        assert done.returncode == 0, done.stderr
+        done = succeeded(launch(n, name, *options, *out, cwd=tmp_path, prepare=compute_in_float64))
         assert done.stdout.count(f"wrote out{n}/ckpt.pt") == 1
     one, two = (training_of(tmp_path / f"out{n}/ckpt.pt") for n in (1, 2))
     assert two["step"] == 3
@@ -403,8 +398,7 @@ def test_processes_with_local_statistics_resume_within_an_epoch_to_the_same_bits
     options += ["--batch-norm", "local"]
     whole, parts, resumed = ["--out", "whole"], ["--out", "parts"], ["--out", "parts", "--resume"]
     for out, prepare in ((whole, None), (parts, stop_after_twenty_steps), (resumed, None)):
-        done = launch(2, "train_sup.py", *options, *out, cwd=tmp_path, prepare=prepare)
-        assert done.returncode == 0, done.stderr
+        done = succeeded(launch(2, "train_sup.py", *options, *out, cwd=tmp_path, prepare=prepare))
         assert ("stopped" in done.stdout) == (prepare is not None)
     assert "resuming at step 20 of 44" in done.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -420,8 +414,7 @@ def test_local_statistics_are_saved_as_their_mean_over_the_processes(tmp_path):
     statistics = []
     for n in (1, 2):
         out = ["--batch-norm", "local", "--out", f"out{n}"]
-        done = launch(n, "train_sup.py", *options, *out, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        succeeded(launch(n, "train_sup.py", *options, *out, cwd=tmp_path))
         model = cem.load(tmp_path / f"out{n}/ckpt.pt")
         states = (model.extra["training"]["model"], model.state_dict())
         statistics.append([state["net.bn1.running_mean"] for state in states])
@@ -509,7 +502,7 @@ class Interrupted:
 
 def test_sampling_resumes_with_the_batches_that_were_finished(whole, tmp_path):
     options = ["--ckpt", whole / "ckpt.pt", "--n", 50, "--batch-size", 10, "--steps", 2]
-    assert script("sample.py", *options, "--out", "one", cwd=tmp_path).returncode == 0
+    succeeded(script("sample.py", *options, "--out", "one", cwd=tmp_path))
     options += ["--out", "two"]
     with mock.patch.object(sample, "draw_batch", Interrupted(2)):
         done = script("sample.py", *options, cwd=tmp_path)

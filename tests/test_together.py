@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import assert_refused, files, script
+from conftest import assert_refused, files, script, succeeded
 from test_survival import ForkedScript, contents, training_of
 
 import cem
@@ -39,8 +39,7 @@ def test_a_run_refuses_a_folder_in_which_another_one_trains(name, more, tmp_path
 
 def test_sampling_refuses_a_set_that_another_process_draws(digits_run, tmp_path):
     options = ["--ckpt", digits_run / CKPT, "--n", 10, "--steps", 1, "--out", tmp_path / "o"]
-    first = script("sample.py", *options, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
+    succeeded(script("sample.py", *options, cwd=tmp_path))
     identity = outputs.read_json(tmp_path / "o/samples-rcs.json")["set"]
     parts = tmp_path / f"o/samples-rcs-{identity}.parts"
     parts.mkdir()
@@ -109,8 +108,7 @@ def test_scripts_run_without_home_and_display_from_another_folder(digits_run, tm
     root = Path(cli.__file__).resolve().parent.parent
     before = {p for p in root.rglob("*") if "__pycache__" not in p.parts}
     options = ["--ckpt", digits_run / CKPT, "--n", 10, "--steps", 1, "--out", "o"]
-    done = script(root / "sample.py", *options, cwd=tmp_path, DISPLAY="", **empty)
-    assert done.returncode == 0, done.stderr
+    succeeded(script(root / "sample.py", *options, cwd=tmp_path, DISPLAY="", **empty))
     assert before == {p for p in root.rglob("*") if "__pycache__" not in p.parts}
     assert not os.path.exists("/nonexistent")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARCHS, assert_refused, files, perturb, script
+from conftest import ARCHS, assert_refused, files, perturb, script, succeeded
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from test_data import write_folder
@@ -402,8 +402,7 @@ def test_training_logs_what_it_learns_without_labels(unsup_run):
 
 
 def test_evaluation_of_an_encoder_reports_probe_and_knn(unsup_run):
-    done = script("eval_robust.py", "--ckpt", CKPT, cwd=unsup_run)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("eval_robust.py", "--ckpt", CKPT, cwd=unsup_run))
     result = json.loads((unsup_run / "runs/unsup/probe.json").read_text())
     assert result["dataset"] == "digits"
     assert 0.5 < result["clean_accuracy"] <= 1
@@ -425,8 +424,7 @@ def test_ood_scores_of_an_encoder_are_refused(unsup_run):
 
 def draw(folder, sampler, *options):
     """The images, as integers, and labels that sample.py draws from the run in `folder`."""
-    done = script("sample.py", "--sampler", sampler, *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(script("sample.py", "--sampler", sampler, *options, cwd=folder))
     assert ("in whole batches of" in done.stdout) == (sampler in cem.COUPLED)
     (path,) = re.findall(r"^wrote (\S+\.npz)", done.stdout, re.M)
     with np.load(folder / path) as z:
@@ -491,14 +489,12 @@ def test_the_two_commands_of_the_paper(tmp_path, monkeypatch):
     write_folder(tmp_path / "set", size=8, per_class=6)
     small = dict(dataset="set", width=8, epochs=1, n_eval=2, seed_rank=4, embed_dim=8)
     monkeypatch.setattr(train_unsup, "preset", lambda opt: small)
-    done = script("train_unsup.py", "--arch", "resnet50", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("train_unsup.py", "--arch", "resnet50", cwd=tmp_path))
     options = json.loads((tmp_path / "runs/unsup/options.json").read_text())
     recipe = dict(arch="resnet50", loss="at", norm="l2", eps=0.5, attack_steps=5, init="")
     recipe |= dict(attack_step_size=0.2, batch_size=256, schedule="cosine", temperature=0.3)
     assert recipe.items() <= options.items()
-    done = script("sample.py", "--sampler", "maxent", "--cond", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    succeeded(script("sample.py", "--sampler", "maxent", "--cond", cwd=tmp_path))
     record = json.loads((tmp_path / "runs/unsup/samples-maxent-cond.json").read_text())
     drawn = dict(sampler="maxent", cond=True, steps=8, noise=0.01, norm="l2", n=100)
     assert drawn.items() <= record.items()
@@ -524,7 +520,7 @@ def test_views_have_the_crop_of_the_options_and_the_flip_of_the_dataset():
 
 def test_the_checkpoint_has_the_temperature_of_the_options(tmp_path):
     options = "--dataset digits --width 8 --seed-rank 4 --max-minutes 1e-9 --temperature 0.2"
-    assert script("train_unsup.py", *options.split(), cwd=tmp_path).returncode == 0
+    succeeded(script("train_unsup.py", *options.split(), cwd=tmp_path))
     assert cem.load(tmp_path / CKPT).temperature == 0.2
 
 
