@@ -113,7 +113,6 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
     return perturb(cem.ParametricCEM("resnet18", 5, width=4)).eval()
 
 

@@ -564,7 +564,6 @@ def test_ascent_in_one_thread_leaves_another_threads_network_alone(model, batch)
 
 def test_positives_are_embedded_once_per_ascent_by_the_network_of_that_moment(batch):
     x, _ = batch
-    torch.manual_seed(0)
     model = perturb(cem.NonParametricCEM("resnet18", embed_dim=6, width=4)).eval()
     positives = (x + 0.1).clamp(0, 1)
     potential = cem.potential("pgd", model, positives)

@@ -675,7 +675,6 @@ def names(tmp_path, monkeypatch):
     text("empty", "")
     Path("pickled").write_bytes(pickle.dumps(print, 2))
     torch.save({"format": "other"}, "other.pt")
-    torch.manual_seed(0)
     n = SimpleNamespace(**TOOLS, copy=copy, interop=interop, s=(3, 8, 8))
     n.ReplayBuffer = ReplayBuffer
     n.model, n.encoder = (kind(width=4).eval() for kind in cem.KINDS.values())
@@ -830,7 +829,6 @@ def write_archive(content: dict, file) -> None:
 
 @pytest.mark.slow
 def test_mutated_files_are_refused_or_finite(tmp_path):
-    torch.manual_seed(0)
     model, x, y = cem.ParametricCEM(num_classes=2, width=4), torch.rand(8, 3, 8, 8), torch.arange(8)
     seeds = cem.GaussianSeeds.fit(x, y % 2, 2).state_dict()
     content = {"format": "cem", "kind": "ParametricCEM", "config": model.config}

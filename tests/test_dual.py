@@ -55,7 +55,6 @@ def test_init_takes_weights_normalisation_and_shape_of_our_checkpoint(digits_run
 @pytest.mark.parametrize("format", ["torchvision", "robustness"])
 def test_init_takes_third_party_weights_and_another_number_of_classes(format, tmp_path):
     write_folder(tmp_path / "set", size=8)
-    torch.manual_seed(0)
     network = cem.ParametricCEM("resnet18", 7, width=8, mean=0.3, std=0.6)
     interop.export(tmp_path / "net.pt", network, format)
     options = "--dataset set --epochs 1 --n-eval 4 --init net.pt".split()
@@ -76,7 +75,6 @@ def test_init_takes_third_party_weights_and_another_number_of_classes(format, tm
 
 def test_init_takes_torchvision_weights_of_imagenet(tmp_path):
     write_folder(tmp_path / "set", size=32)
-    torch.manual_seed(0)
     network = torchvision.models.resnet18()
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
     options = "--dataset set --epochs 1 --n-eval 4 --init resnet18.pth".split()

@@ -32,7 +32,6 @@ DAT = [*SMALL, "--loss", "dat", "--attack-steps", 1, "--dat-max-steps", 6, "--cl
 
 @pytest.fixture
 def encoder():
-    torch.manual_seed(0)
     shape = dict(embed_dim=6, temperature=TAU, width=8)
     model = perturb(cem.NonParametricCEM("resnet18", energy=True, **shape))
     torch.nn.init.normal_(model.energy[1].weight)
@@ -357,7 +356,6 @@ def test_a_damaged_bank_and_damaged_clusters_are_refused(name, change, dual_run,
 
 @pytest.mark.parametrize("kind", ["sup", "unsup"])
 def test_a_step_of_dat_attacks_its_first_images(kind, batch):
-    torch.manual_seed(0)
     images = (batch[0] * 255).byte()
     train_set = data.Dataset("set", images, batch[1], list("01234"), flip=False)
     starts, seen = [], []

@@ -593,7 +593,6 @@ def dinov2_folder(tmp_path, monkeypatch):
     narrow = dict(embed_dim=32, depth=2, num_heads=2, init_values=1.0)
     build = partial(vision_transformer.vit_large_patch14_dinov2, **narrow)
     monkeypatch.setattr(vision_transformer, "vit_large_patch14_dinov2", build)
-    torch.manual_seed(0)
     state = build(img_size=518).state_dict() | {"mask_token": torch.zeros(1, 32)}
     torch.nn.init.normal_(state["pos_embed"])
     torch.save(state, tmp_path / "weights.pth")

@@ -251,7 +251,6 @@ def bowl(x):
 def test_chains_persist_and_reach_the_stationary_distribution():
     """SGLD x ← x - α k (x - μ) + σ ξ in a bowl of stiffness k is an AR(1) process: its variance is
     σ² / (1 - (1 - α k)²)."""
-    torch.manual_seed(0)
     alpha, sigma = 0.02, 0.05
     q = 1 - 9 * alpha
     variance = sigma**2 / (1 - q**2)
@@ -293,7 +292,6 @@ def test_chains_start_anew_with_the_given_probability(reinit):
 
 
 def test_buffer_starts_from_noise_or_gaussian_seeds():
-    torch.manual_seed(0)
     x = ReplayBuffer(3000, (1, 2, 2)).images.float()
     assert x.min() >= 0
     assert x.max() <= 1
@@ -368,7 +366,6 @@ def fit(folder, model, batch_loss, shuffle=None, **changes):
 
 def descend(folder, **changes):
     """Minimise ‖b‖² / 2 in the last layer's bias b, from b = 1. Rates above 2 diverge."""
-    torch.manual_seed(0)
     model = cem.ParametricCEM("resnet18", 2, width=4)
     model.net.fc.bias.data.fill_(1.0)
 
@@ -643,7 +640,6 @@ def test_attacks_and_constants_are_those_of_the_documentation():
 def test_autoattack_of_three_classes():
     """Without apgd-t, whose loss needs four. A linear network: the distances are known."""
     pytest.importorskip("pyautoattack", reason="pyautoattack is not installed")
-    torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).requires_grad_(False)
     x = 0.3 + 0.4 * torch.rand(20, 3, 8, 8)
     logits, weight = network(x), network[1].weight
@@ -754,7 +750,6 @@ def test_transfer_from_the_network_itself_is_the_white_box_attack(attack, restar
 
 
 def test_attacks_of_an_untrained_network_transfer_badly(robust_model, capsys):
-    torch.manual_seed(0)
     source = cem.ParametricCEM("resnet18", 10, width=8, in_channels=1)
     test_set, attacks = data.load("digits", "test"), ["pgd-10", "pgd-20"]
     result = robustness.accuracy(robust_model, test_set, attacks, settings(), 100, source=source)
@@ -927,7 +922,6 @@ def test_an_encoder_or_a_figure_of_someone_else_is_refused(digits_run, unsup_run
 
 
 def test_calibration_error_equals_its_definition():
-    torch.manual_seed(0)
     logits, y = 3 * torch.randn(500, 4, dtype=torch.float64), torch.randint(4, (500,))
     confidence, predicted = (values.tolist() for values in logits.softmax(1).max(1))
     expected = 0.0

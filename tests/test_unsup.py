@@ -29,7 +29,6 @@ CKPT = "runs/unsup/ckpt.pt"
 
 @pytest.fixture
 def encoder():
-    torch.manual_seed(0)
     model = cem.NonParametricCEM("resnet18", embed_dim=6, temperature=TAU, width=4)
     return perturb(model).double().eval()
 
@@ -202,7 +201,6 @@ def test_frames_lead_to_the_same_images_in_bfloat16(encoder):
         precision="bfloat16",
         batch_size=8,
     )
-    torch.manual_seed(0)
     images, labels = torch.rand(40, 3, 8, 8), torch.arange(40) % 2
     seeds = cem.GaussianSeeds.fit(images, labels)
     encoder.float().extra = {"classes": ["a", "b"]}
@@ -293,7 +291,6 @@ def test_distribution_of_crops_is_that_of_torchvision():
     ours = augment.simclr(image.expand(n, -1, -1, -1), u)
     crop = transforms.RandomResizedCrop(8, (0.2, 1.0), antialias=True)
     transform = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
-    torch.manual_seed(0)
     compare_moments(ours, torch.stack([transform(image) for _ in range(n)]))
 
 
@@ -333,7 +330,6 @@ def test_a_view_does_not_depend_on_the_batch():
 
 def test_the_loss_of_a_first_stage_step_is_its_definition():
     """NT-Xent of a view, attacked within the ball, and of the other view of the same image."""
-    torch.manual_seed(0)
     model = cem.NonParametricCEM("resnet18", embed_dim=6, temperature=TAU, width=8).eval()
     images = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8)
     train_set = data.Dataset("set", images, torch.arange(6), list("012345"))
