@@ -161,7 +161,7 @@ def _digits(split: str) -> Dataset:
     train, test = train_test_split(indices, test_size=360, stratify=digits.target, random_state=0)
     rows = test if split == "test" else train
     images = torch.from_numpy((digits.images[rows] * (255 / 16)).round().astype(np.uint8))
-    labels = torch.from_numpy(digits.target[rows])
+    labels = torch.from_numpy(digits.target[rows]).long()
     return Dataset("digits", images[:, None], labels, list("0123456789"), flip=False)
 
 

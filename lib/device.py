@@ -14,11 +14,10 @@ PRECISIONS = ["auto", "float32", "tf32", "bfloat16"]
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. Under torchrun each process has its own GPU, and
-    joins the others here. Also makes the process keep freed memory."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available() and distributed.world_size() == 1
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    """auto: CUDA, else the CPU. Under torchrun each process has its own GPU, and joins the others
+    here. Also makes the process keep freed memory."""
+    if name == "auto":  # not MPS: BatchNorm's gradients were wrong there (PyTorch's issue 175189)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if distributed.world_size() > 1:
         own = f"under torchrun, each process has its own GPU: --device cuda or cpu, not {name}"
         # gloo has no MPS; torchrun numbers the GPUs

@@ -71,7 +71,7 @@ def _check_classes(classes: list[str], wanted: int) -> None:
     cem.require(len(set(classes)) == len(classes), "its class names repeat")
     cem.require(len(classes) == wanted, f"it has {len(classes)} class names, but {wanted} logits")
     for name in classes:
-        path = name in ("", ".", "..") or "/" in name or "\0" in name
+        path = name in ("", "..") or "\0" in name or Path(name).name != name
         cem.require(not path, f"the class name {name!r} must be a name, not a path")
 
 

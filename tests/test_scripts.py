@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Optional
 from unittest import mock
@@ -33,7 +33,7 @@ import cem
 import sample
 import train_sup
 import train_unsup
-from lib import cli, data, device, loop, pictures, robustness, sampling
+from lib import cli, data, device, loop, pictures, robustness, sampling, schema
 from lib.attack import AttackCopy
 from lib.clusters import ClusterSeeds
 from lib.device import resolve_precision
@@ -561,6 +561,13 @@ def test_only_training_lets_cudnn_choose_kernels_by_speed(digits_run, tmp_path, 
     assert while_measuring == [False]
 
 
+def test_auto_is_not_mps(monkeypatch):
+    """PyTorch's BatchNorm had wrong gradients there for tensors in channels_last."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device.pick_device("auto").type == "cpu"
+
+
 def test_under_torchrun_processes_have_their_own_gpus_and_only_the_attack_is_compiled(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("cuda:0", "mps"):
@@ -570,6 +577,13 @@ def test_under_torchrun_processes_have_their_own_gpus_and_only_the_attack_is_com
     device.compile_network(network, torch.device("cpu"))
     assert network._compiled_call_impl is None
     assert AttackCopy("float32", True)(network)._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("name", [r"..\..\evil", r"C:\evil", "C:evil", "../evil", "..", "."])
+def test_class_names_do_not_leave_their_folder_on_windows(name, monkeypatch):
+    monkeypatch.setattr(schema, "Path", PureWindowsPath)
+    with pytest.raises(cem.CEMError, match="must be a name, not a path"):
+        schema._check_classes([name], 1)
 
 
 def test_png_files_that_cannot_be_written_cost_no_finished_batch(digits_run, tmp_path):
