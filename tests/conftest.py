@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -88,6 +89,10 @@ def assert_refused(done, *parts: str) -> None:
 
 def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def drawn_images(folder: Path, *args) -> tuple[np.ndarray, np.ndarray]:

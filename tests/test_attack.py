@@ -3,7 +3,6 @@
 import collections
 import copy
 import itertools
-import json
 import os
 import signal
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import read_log
 from test_data import write_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -213,7 +213,7 @@ def test_the_speed_of_a_batch_that_is_the_whole_dataset(tmp_path, monkeypatch):
         batch_loss=lambda model, *_: (model.net.fc.bias.sum(), {}),
         measure=lambda *_: {},
     ).fit()
-    assert 0 < json.loads((tmp_path / "log.jsonl").read_text())["images_per_second"] <= 10
+    assert 0 < read_log(tmp_path)[0]["images_per_second"] <= 10
 
 
 def test_the_watch_does_not_delay_a_stop_by_a_signal(tmp_path):
@@ -286,8 +286,8 @@ def test_a_run_that_overfits_continues_from_its_last_checkpoint(monkeypatch, tmp
     options |= dict(attack="fgsm", batch_size=640, on_diverge="restart", out=str(tmp_path))
     train_sup.train(train_sup.Options(**options))
     assert "catastrophic overfitting" in capsys.readouterr().err
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["pgd10_accuracy"]) for line in lines] == [(2, 1), (4, 3)]
+    log = read_log(tmp_path)
+    assert [(line["step"], line["pgd10_accuracy"]) for line in log] == [(2, 1), (4, 3)]
     train_set = data.load("digits", "train")
     held_out, rest = train_set.hold_out(143)
     assert len(rest) == len(train_set) - 143
@@ -301,8 +301,8 @@ def test_of_a_few_images_two_are_held_out(tmp_path):
     options |= dict(attack="fgsm", seed_rank=2, out=str(tmp_path / "run"), n_eval=2)
     opt = train_sup.Options(**options)
     train_sup.train(opt)
-    (line,) = (tmp_path / "run/log.jsonl").read_text().splitlines()
-    assert json.loads(line)["pgd10_accuracy"] in (0, 0.5, 1)
+    (line,) = read_log(tmp_path / "run")
+    assert line["pgd10_accuracy"] in (0, 0.5, 1)
     held_out, rest = hold_out(opt, data.load(opt.dataset, "train"))
     assert (len(held_out), len(rest)) == (2, 18)
     assert hold_out(opt, rest) == (None, rest)
@@ -362,5 +362,5 @@ def test_a_single_step_on_an_encoder_is_watched(tmp_path):
     (call,) = made.call_args_list
     _, x, x_plus = call.args
     assert x.shape == x_plus.shape == (143, 1, 8, 8) and not x.equal(x_plus)
-    previous = json.loads((tmp_path / "previous-1/log.jsonl").read_text())
+    (previous,) = read_log(tmp_path / "previous-1")
     assert 0 <= previous["pgd10_accuracy"] <= previous["single_step_accuracy"] + 0.2

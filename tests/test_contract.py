@@ -164,13 +164,11 @@ def make(tmp_path, digits_run, unsup_run, monkeypatch):
     return folder
 
 
-def check(rows: list, faults: list[str], least: int) -> None:
-    """Assert that no row has a fault and that the table is as long as promised."""
+def assert_no_fault(faults: list[str]) -> None:
+    """faults: one per row of a table, "" where there is none."""
     found = [line for line in faults if line]
-    print(f"{len(rows)} rows")
     if found:
-        pytest.fail(f"{len(found)} of {len(rows)} rows:\n" + "\n".join(found), pytrace=False)
-    assert len(rows) >= least
+        pytest.fail(f"{len(found)} of {len(faults)} rows:\n" + "\n".join(found), pytrace=False)
 
 
 # ---------------------------------------------------------------------------------- command lines
@@ -202,10 +200,8 @@ def generated_rows(name: str) -> list[tuple[str, str]]:
     for field in fields:
         flag, call = f"--{field.name.replace('_', '-')}", f"{name} {BASES[name]}"
         rows += [(f"{call} {flag}={shlex.quote(v)}", flag) for v in wrong_values(field)]
-        if "type" in field.metadata and field.metadata.get("nargs") == "+":
+        if field.metadata.get("nargs") == "+" and field.metadata["type"] is not str:
             rows += [(f"{call} {flag} 0.5 {value}", flag) for value in ("nan", "text")]
-            if field.metadata["type"] is str:
-                rows = rows[:-2]
         last = f"{flag}=yes" if field.type in (bool, "bool") else flag
         rows.append((f"{call} {last}", flag))
     for more in ("--unknown 1", "--unknown=", "word", "--", "-x", "--dat x", "--seed=--", "-- -1"):
@@ -216,7 +212,8 @@ def generated_rows(name: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("name", BASES)
 def test_wrong_values_of_options_are_refused(name, make):
     rows, folder = generated_rows(name), make()
-    check(rows, [fault(folder, *row) for row in rows], 50)
+    assert len(rows) >= 50
+    assert_no_fault([fault(folder, *row) for row in rows])
 
 
 HUGE = [
@@ -271,11 +268,11 @@ LEGAL = [  # extreme values which may succeed or be refused
 
 def test_sizes_that_no_machine_has_are_refused(make):
     folder = make("images('photos')")
-    check(HUGE, [fault(folder, *row) for row in HUGE], 20)
+    assert_no_fault([fault(folder, *row) for row in HUGE])
 
 
 def test_extreme_values_succeed_or_are_refused(make):
-    check(LEGAL, [fault(make(), row, legal=True) for row in LEGAL], 20)
+    assert_no_fault([fault(make(), row, legal=True) for row in LEGAL])
 
 
 DEVICES = ["meta", "cuda:99", "nonsense", "''", "cuda:-1", "cpu:x", "xla", "hpu", "vulkan", "ipu"]
@@ -288,7 +285,7 @@ def test_devices_that_are_not_here_are_refused(make):
         rows += [(f"{call} --device {name}", "--device") for name in DEVICES]
         if call != BENCH:  # "only none" is refused first
             rows.append((f"{call} --device cpu --precision tf32", "tf32"))
-    check(rows, [fault(folder, *row) for row in rows], 90)
+    assert_no_fault([fault(folder, *row) for row in rows])
 
 
 # ---------------------------------------------------------------------------- damaged checkpoints
@@ -427,17 +424,11 @@ def test_undamaged_checkpoints_are_read(commands, make, digits_run, unsup_run):
 
 
 @pytest.mark.parametrize(
-    "table, commands, least",
-    [
-        (RESUMED, [RESUME], 5),
-        (ENCODER, FOR_ENCODERS, 30),
-        (FILES, FOR_ALL, 90),
-    ],
+    "table, commands",
+    [(RESUMED, [RESUME]), (ENCODER, FOR_ENCODERS), (FILES, FOR_ALL)],
     ids=["resumed", "encoder", "files"],
 )
-def test_damaged_checkpoints_are_refused(
-    table, commands, least, make, contents, digits_run, unsup_run
-):
+def test_damaged_checkpoints_are_refused(table, commands, make, contents, digits_run, unsup_run):
     run = unsup_run / "runs/unsup" if table is ENCODER else digits_run / "runs/sup"
     content = None if table is FILES else contents[table is ENCODER]
     folder, found = make(), []
@@ -445,7 +436,7 @@ def test_damaged_checkpoints_are_refused(
         (folder / name).unlink()
     for statement in statements(table):
         found += damage_faults(folder, run, statement, content, commands)
-    check(found, found, least)
+    assert_no_fault(found)
 
 
 # ------------------------------------------------------------------------------- data and outputs
@@ -566,13 +557,13 @@ OUTPUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("table, least", [(DATA, 120), (OUTPUTS, 110)], ids=["data", "outputs"])
-def test_wrong_data_and_outputs_are_refused(table, least, make):
+@pytest.mark.parametrize("table", [DATA, OUTPUTS], ids=["data", "outputs"])
+def test_wrong_data_and_outputs_are_refused(table, make):
     found = []
     for statement, commands in table:
         folder = make(statement)
         found += [line and f"{statement}: {line}" for line in (fault(folder, c) for c in commands)]
-    check(found, found, least)
+    assert_no_fault(found)
 
 
 # ---------------------------------------------------------------------------------- library calls
@@ -678,8 +669,6 @@ def names(tmp_path, monkeypatch):
     n = SimpleNamespace(**TOOLS, copy=copy, interop=interop, s=(3, 8, 8))
     n.ReplayBuffer = ReplayBuffer
     n.model, n.encoder = (kind(width=4).eval() for kind in cem.KINDS.values())
-    n.huge = copy.deepcopy(n.model)
-    n.huge.net.fc.bias.data.fill_(1e30)
     n.x, n.y, n.g = torch.rand(6, 3, 8, 8), torch.arange(6) % 3 + 2, torch.Generator()
     n.ce, n.rcs = (cem.potential(name, n.model, n.y) for name in ("ce", "rcs"))
     n.log_p, n.z = cem.potential("langevin", n.model), n.encoder(n.x).detach()
@@ -702,7 +691,7 @@ def test_wrong_calls_raise_a_cem_error_of_one_line(names, tmp_path):
         except Exception as error:
             found.append(f"{row}: {type(error).__name__}: {str(error).splitlines()[0]}")
     found.append("a file was left" if listing(tmp_path) != before else "")
-    check(found, found, 150)
+    assert_no_fault(found)
 
 
 def test_unusual_calls_succeed(names):
@@ -713,7 +702,7 @@ def test_unusual_calls_succeed(names):
             found.append("" if finite else f"{row}: not finite")
         except Exception as error:
             found.append(f"{row}: {type(error).__name__}: {str(error).splitlines()[0]}")
-    check(found, found, 25)
+    assert_no_fault(found)
 
 
 # ------------------------------------------------------------------------------------------- fuzz
@@ -839,4 +828,4 @@ def test_mutated_files_are_refused_or_finite(tmp_path):
     samples = {"arr_0": PIXELS, "arr_1": np.arange(12)}
     pack_up = functools.partial(encoded, write_archive)
     found += fuzzed(samples, pack_up, read_archive, tmp_path / "a.npz", 1, 500)
-    check(found, found, 1000)
+    assert_no_fault(found)

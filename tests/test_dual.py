@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import assert_refused, script, succeeded
+from conftest import assert_refused, read_log, script, succeeded
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from test_data import write_folder
-from test_survival import assert_same_run, compute_in_float64, launch, training_of
+from test_survival import assert_same_run, assert_two_processes_train_as_one_does, training_of
 
 import cem
 import train_sup
@@ -257,7 +257,7 @@ def test_the_loss_of_a_step_is_its_definition(model, batch):
 def test_dat_logs_its_curriculum_and_freezes_batch_norm(digits_run, tmp_path):
     options = [*DAT, "--init", digits_run / CKPT, "--clip", 0.01, "--ema", 0]
     train(*options, "--lr", 0.001, "--out", "run", cwd=tmp_path)
-    (line,) = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    (line,) = read_log(tmp_path / "run")
     names = {"auc", "chain_steps", "energy", "energy_s", "energy_gap", "gradient_norm"}
     assert names <= line.keys() and 0 <= line["auc"] <= 1
     assert line["energy_s"] - line["energy"] == pytest.approx(line["energy_gap"], abs=1e-3)
@@ -320,18 +320,6 @@ def test_dat_needs_a_first_stage_that_fits(tmp_path):
     wrong = ["--init", "large.pt", "--chain-samplers", "cs,x"]
     done = script("train_sup.py", *DAT, *wrong, cwd=tmp_path)
     assert_refused(done, "--chain-samplers: unknown 'x'")
-
-
-def assert_two_processes_train_as_one_does(name, *options, cwd):
-    options += ("--ema", 0, "--batch-size", 478, "--precision", "float32", "--device", "cpu")
-    for n in (1, 2):
-        out = ["--out", f"out{n}"]
-        succeeded(launch(n, name, *options, *out, cwd=cwd, prepare=compute_in_float64))
-    one, two = (training_of(cwd / f"out{n}/ckpt.pt") for n in (1, 2))
-    assert one["step"] == two["step"] == 3
-    for part in ("model", "chains"):
-        for key, value in one[part].items():
-            torch.testing.assert_close(two[part][key], value, rtol=1e-9, atol=1e-9)
 
 
 def test_two_processes_train_dat_as_one_does(digits_run, tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import script, succeeded
+from conftest import read_log, script, succeeded
 
 import cem
 import sample
@@ -49,8 +49,7 @@ def test_training_with_cuda_graphs_is_the_same_training(name, tmp_path):
     for flags in ([], ["--compile"]):
         options = [*TRAIN, "--precision", "float32", "--epochs", 1, *flags]
         succeeded(script(name, *options, "--out", tmp_path / f"run{len(flags)}", cwd=tmp_path))
-        log = (tmp_path / f"run{len(flags)}" / "log.jsonl").read_text().splitlines()
-        losses.append([row["loss"] for row in map(json.loads, log) if "loss" in row])
+        losses.append([line["loss"] for line in read_log(tmp_path / f"run{len(flags)}")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
@@ -80,8 +79,7 @@ def test_a_stopped_run_resumes(tmp_path):
     first = script("train_sup.py", *TRAIN, "--max-minutes", 1e-4, cwd=tmp_path)
     assert first.returncode == 0 and "--resume continues" in first.stdout
     succeeded(script("train_sup.py", *TRAIN, "--resume", cwd=tmp_path))
-    lines = (tmp_path / "runs/sup/log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert [line["epoch"] for line in read_log(tmp_path / "runs/sup")] == [1, 2]
 
 
 def test_metrics_agree_with_the_cpus(runs):

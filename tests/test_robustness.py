@@ -23,7 +23,7 @@ import scipy.io
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import assert_refused, files, script, succeeded
+from conftest import assert_refused, files, read_log, script, succeeded
 from PIL import Image
 from test_cem import Active
 from test_data import write_folder
@@ -306,10 +306,6 @@ def test_buffer_starts_from_noise_or_gaussian_seeds():
 # --------------------------------------------------------------------------------- training runs
 
 
-def read_log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_resumed_run_continues_its_chains(tmp_path):
     options = "--dataset digits --width 8 --epochs 2 --batch-size 250 --n-eval 36 --attack-steps 1"
     options += " --loss jeat --sgld-steps 2 --buffer 300 --diagnose"
@@ -523,7 +519,7 @@ def test_a_run_follows_its_schedule(schedule, tmp_path):
         schedule=schedule,
         lr=0.1,
     )
-    rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in read_log(tmp_path)]
     expected = [loop.learning_rate(step / 40, 0.1, schedule) for step in (19, 39)]
     assert rates == pytest.approx(expected, abs=1e-5)
 

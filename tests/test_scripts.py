@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, drawn_images, files, process, script, succeeded
+from conftest import ROOT, assert_refused, drawn_images, files, process, read_log, script, succeeded
 from PIL import Image
 from test_data import write_folder
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -48,10 +48,6 @@ SMALL = "--dataset digits --width 8 --n-eval 36".split()
 
 def options_of(name: str) -> list[dataclasses.Field]:
     return dataclasses.fields(importlib.import_module(Path(name).stem).Options)
-
-
-def log_lines(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 # --------------------------------------------------------------------------------------- options
@@ -143,7 +139,7 @@ def test_scripts_fail_as_processes_with_a_single_line(tmp_path):
 
 def test_training_writes_checkpoint_log_and_events(digits_run):
     run = digits_run / "runs/sup"
-    log = log_lines(run)
+    log = read_log(run)
     assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5]
     assert [line["step"] for line in log] == [11, 22, 33, 44, 55]
     assert {"loss", "lr", "clean_accuracy", "adversarial_accuracy"} <= log[0].keys()
@@ -168,7 +164,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path):
     succeeded(script("train_sup.py", *options, "--out", "parts", "--resume", cwd=tmp_path))
     whole, parts = (cem.load(tmp_path / name / "ckpt.pt") for name in ("whole", "parts"))
     assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
-    logs = [log_lines(tmp_path / name) for name in ("whole", "parts")]
+    logs = [read_log(tmp_path / name) for name in ("whole", "parts")]
     assert [line["epoch"] for line in logs[1]] == [1, 2, 3]
     for a, b in zip(*logs):
         assert all(a[k] == b[k] for k in a if k not in ("seconds", "images_per_second"))
@@ -184,7 +180,7 @@ def test_resume_starts_a_missing_run_and_torchrun_needs_it_for_restarts(tmp_path
     assert done.returncode == 0 and "nothing to resume in runs/sup: starting" in done.stdout
     done = script("train_sup.py", *options, "--epochs", 2, cwd=tmp_path, **restarts)
     assert done.returncode == 0 and "resuming at step 11 of 22" in done.stdout
-    assert len(log_lines(tmp_path / "runs/sup")) == 2
+    assert len(read_log(tmp_path / "runs/sup")) == 2
 
 
 def test_a_run_is_not_resumed_on_other_images(tmp_path):

@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, files, script, succeeded
+from conftest import ROOT, assert_refused, files, read_log, script, succeeded
 
 import cem
 import sample
@@ -117,10 +117,10 @@ def torchrun(n: int, name: str, *args, cwd: Path) -> subprocess.CompletedProcess
 
 def log_of(run: Path) -> list[dict]:
     """The lines of a run's log, without its times."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    for line in lines:
+    log = read_log(run)
+    for line in log:
         del line["seconds"], line["images_per_second"]
-    return lines
+    return log
 
 
 def training_of(checkpoint: Path) -> dict:
@@ -181,8 +181,7 @@ def test_run_that_is_killed_twenty_times_ends_with_the_same_bits(tmp_path):
     options = [*TINY, "--epochs", 20, "--batch-size", 359, "--attack-steps", 1]
     whole, run = tmp_path / "whole", tmp_path / "parts"
     succeeded(forked("train_sup.py", *options, "--out", whole, cwd=tmp_path))
-    last_line = (whole / "log.jsonl").read_text().splitlines()[-1]
-    epoch = json.loads(last_line)["seconds"] / 20
+    epoch = read_log(whole)[-1]["seconds"] / 20
     chance = random.Random(0)
     steps = []
     for life in range(20):
@@ -357,6 +356,28 @@ def compute_in_float64() -> None:
     torch.Tensor.float = torch.Tensor.double
 
 
+def assert_two_processes_train_as_one_does(name, *options, cwd):
+    """With the same batch and seed, the weights after three steps differ by rounding alone.
+
+    In float64: in float32, an attack turns rounding into 1e-4 of a gradient, and so does PyTorch's
+    BatchNorm on the CPU.
+    """
+    options += ("--ema", 0, "--batch-size", 478, "--precision", "float32", "--device", "cpu")
+    for n in (1, 2):
+        out = ["--out", f"out{n}"]
+        done = succeeded(launch(n, name, *options, *out, cwd=cwd, prepare=compute_in_float64))
+        assert done.stdout.count(f"wrote out{n}/ckpt.pt") == 1
+    one, two = (training_of(cwd / f"out{n}/ckpt.pt") for n in (1, 2))
+    assert one["step"] == two["step"] == 3
+    assert one["model"]["net.conv1.weight"].dtype == torch.float64
+    for part in one.keys() & {"model", "chains"}:
+        for key, value in one[part].items():
+            torch.testing.assert_close(two[part][key], value, rtol=1e-9, atol=1e-9)
+    logs = [log_of(cwd / f"out{n}")[0] for n in (1, 2)]
+    for key in ("loss", "gradient_norm"):
+        assert logs[0][key] == pytest.approx(logs[1][key], abs=1e-5)  # the log's last digit
+
+
 @pytest.mark.parametrize(
     "name, more",
     [
@@ -365,25 +386,8 @@ def compute_in_float64() -> None:
     ],
 )
 def test_two_processes_train_as_one_does(name, more, tmp_path):
-    """With the same batch and seed, the weights after three steps differ by rounding alone.
-
-    In float64: in float32, an attack turns rounding into 1e-4 of a gradient, and so does PyTorch's
-    BatchNorm on the CPU.
-    """
-    options = [*TINY, "--epochs", 1, "--ema", 0, "--lr", 0.01, "--batch-size", 478, *more]
-    options += ["--precision", "float32"]
-    for n in (1, 2):
-        out = ["--out", f"out{n}"]
-        done = succeeded(launch(n, name, *options, *out, cwd=tmp_path, prepare=compute_in_float64))
-        assert done.stdout.count(f"wrote out{n}/ckpt.pt") == 1
-    one, two = (training_of(tmp_path / f"out{n}/ckpt.pt") for n in (1, 2))
-    assert two["step"] == 3
-    assert one["model"]["net.conv1.weight"].dtype == torch.float64
-    for key, value in one["model"].items():
-        torch.testing.assert_close(two["model"][key], value, rtol=1e-9, atol=1e-9)
-    logs = [log_of(tmp_path / f"out{n}")[0] for n in (1, 2)]
-    for key in ("loss", "gradient_norm"):
-        assert logs[0][key] == pytest.approx(logs[1][key], abs=1e-5)  # the log's last digit
+    options = [*TINY, "--epochs", 1, "--lr", 0.01, *more]
+    assert_two_processes_train_as_one_does(name, *options, cwd=tmp_path)
 
 
 def stop_after_twenty_steps() -> None:
