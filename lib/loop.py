@@ -48,13 +48,11 @@ def ema_update(average: nn.Module, model: nn.Module, decay: float) -> None:
 class Trainer:
     """One training run of `model`, on its device, kept in the folder opt.out.
 
-    shuffle(epoch) -> order (N,) and draws (N, ...), all randomness of order and augmentation of
-        epoch 0, 1, ...
+    shuffle(epoch) -> order (N,) and draws (N, ...), for the augmentation, of epoch 0, 1, ...
     batch_loss(model, index, draws, generator) -> mean loss and {name: metric} over this
         process's part of a batch; draws are its images' rows
     measure(model, epoch) -> {name: value}, measurements for the log after epoch 1, 2, ...
-    watch(model) -> {name: value}, every 200 steps, at the end of an epoch and after --max-minutes;
-        may raise Diverged
+    watch(model) -> {name: value}, after 200 steps, an epoch, --max-minutes; may raise Diverged
     chains: a module with further state: chains, and the first stage's network (lib/chains.py)
     info: what the checkpoint stores about the dataset, which stays the same
     extra(model, hurried) -> what else it stores; hurried: before the first step, or after a signal
@@ -203,7 +201,7 @@ class Trainer:
         return {name: value.detach().float() for name, value in metrics.items()}
 
     def log_metrics(self, steps: list[dict[str, Tensor]]) -> None:
-        """Log the last steps' metrics. Raises Diverged for one that is not finite or too large."""
+        """Log the steps' metrics. Raises Diverged for one out of range or weights that overflow."""
         rows = torch.stack([torch.stack(list(metrics.values())) for metrics in steps])
         sums = self.progress["sums"]
         for step, row in enumerate(distributed.mean(rows).tolist(), self.step - len(steps) + 1):
@@ -214,6 +212,8 @@ class Trainer:
                 most = self.opt.max_energy_gap if name == "energy_gap" else sys.float_info.max
                 if not abs(value) <= most:  # or NaN
                     raise cli.Diverged(f"{name.replace('_', ' ')} is {value:.4g} at step {step}")
+        if not nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            raise cli.Diverged(f"the weights overflow at step {self.step}")
 
     def plot(self, values: dict[str, float], step: int, prefix: str = "") -> None:
         """TensorBoard, in the first process."""

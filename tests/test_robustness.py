@@ -385,6 +385,14 @@ def test_restart_halves_the_rate_until_the_run_converges(tmp_path, capsys):
     assert [line["epoch"] for line in read_log(tmp_path / "restart")] == [1, 2, 3, 4]
 
 
+def test_weights_that_the_last_step_broke_are_not_saved(tmp_path):
+    """No later loss shows them."""
+    options = "--dataset digits --width 8 --loss st --epochs 1 --batch-size 1437 --lr 1e41".split()
+    done = script("train_sup.py", *options, cwd=tmp_path)
+    assert done.returncode == 3 and "the weights overflow at step 1" in done.stderr
+    assert cem.load(tmp_path / "runs/sup/ckpt.pt").extra["training"]["step"] == 0
+
+
 def test_epochs_have_their_own_order_and_are_logged_as_means(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     epochs, count = [], itertools.count()
