@@ -57,7 +57,7 @@ class Recipe:
 
 TRACKS = {
     "sprint": Recipe(width=32, epochs=7),
-    "hour": Recipe(width=48, epochs=12),
+    "hour": Recipe(width=48, epochs=12, eps=0.65),
     "former": Recipe(
         32, 15, "sgd", lr=0.2, weight_decay=5e-4, eps=EPS, attack_steps=3, step_size=0.5
     ),
