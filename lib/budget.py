@@ -45,17 +45,24 @@ def agreed(value: float) -> float:
 def measured(job, model: str, options: str, minutes: float, images: int, first_stage=None):
     """Train for `minutes` -> the checkpoint and the training images per second.
 
-    job: a reproduce.Reproduction; model, options, first_stage as in its `training`; images: in the
+    The rate is that of the second half: a GPU's first seconds go into preparation. job: a
+    reproduce.Reproduction; model, options, first_stage as in its `training`; images: in the
     training set.
     """
     words = job.training(model, options, first_stage)
     run = job.measured / f"{model}-{digest(words)}"
-    limits = ["--max-minutes", minutes, "--resume", "--on-diverge", "restart"]
-    call(*words, "--out", run, *limits, *job.parts.common)
-    extra = cem.load(run / "ckpt.pt").extra
-    training = extra["training"]
+    limits = ["--max-minutes", minutes / 2, "--resume", "--on-diverge", "restart"]
+    halves = []
+    for _ in range(2):
+        call(*words, "--out", run, *limits, *job.parts.common)
+        extra = cem.load(run / "ckpt.pt").extra
+        halves.append(extra["training"])
+    first, end = halves
+    # a short training may have ended in the first half
+    begin = first if end["step"] > first["step"] else {"step": 0, "seconds": 0.0}
     batch = min(extra["options"]["batch_size"], images)
-    rate = agreed(training["step"] * batch / training["seconds"])
+    steps, seconds = (end[key] - begin[key] for key in ("step", "seconds"))
+    rate = agreed(steps * batch / seconds)
     cem.require(rate > 0, f"--budget {job.opt.budget} is too short: {model} has not trained a step")
     return run / "ckpt.pt", rate / GROWTH.get(model, 1)
 
