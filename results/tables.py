@@ -24,7 +24,7 @@ from lib.markdown import between, figure, percent, share
 
 END = "<!-- end -->"
 SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
-    "classifier, first stage": "",  # not scored
+    "classifier, first stage": "ta langevin cs rcs",
     "`sup.pt`, its second stage": "seeds ta langevin cs rcs",
     "encoder, first stage": "seeds pgd maxent",
     "`unsup.pt`, its second stage": "pgd maxent marginal maxent-marginal",
@@ -51,30 +51,30 @@ def shipped(*records: dict) -> Iterator[dict]:
             row[name] = str(share(accuracy, key))  # never bold: the models do not compete
         found = by_sampler(scores)
         distances = [f"`{name}` {figure(found[name], 'C-FD')}" for name in samplers.split()]
-        shown = ", ".join(distances) or "–"
-        yield row | {"C-FD of 1,000 images, by [sampler](#samplers)": shown}
+        yield row | {"C-FD of 1,000 images, by [sampler](#samplers)": ", ".join(distances)}
 
 
-def cards(judge: dict, *records: dict) -> Iterator[dict]:
-    for found in records:
-        row = {"file": f"`{Path(found['ckpt']).name}`"}
-        for name, key in (("clean, %", "clean_accuracy"), ("PGD-20, %", "adversarial_accuracy")):
-            row[name] = f"{percent(found[key], *found['intervals'][key])} of {found['n']:,}"
+def cards(real: dict, autoattack: dict, *records: dict) -> Iterator[dict]:
+    (judge,) = real["rows"]  # of test images, `wanted` is its accuracy
+    interval = {"clean_accuracy": (judge["wanted low"], judge["wanted high"])}
+    judge |= {"ckpt": "judge.pt", "clean_accuracy": judge["wanted"], "intervals": interval}
+    keys = {"clean, %": "clean_accuracy", "PGD-20, %": "pgd-20", "AutoAttack, %": "autoattack"}
+    for found in (*records, judge):
+        row = {"file": f"`{Path(found['ckpt']).name}`"} | dict.fromkeys(keys, "–")
+        for of in (autoattack, found):
+            for column, key in keys.items():
+                if of["ckpt"] == found["ckpt"] and key in of:
+                    row[column] = f"{percent(of[key], *of['intervals'][key])} of {of['n']:,}"
         yield row
-    real = judge["rows"][0]
-    clean = percent(real["wanted"], real["wanted low"], real["wanted high"])
-    yield {"file": "`judge.pt`", "clean, %": f"{clean} of {real['n']:,}", "PGD-20, %": "–"}
 
 
-def sup(second: dict, real: dict, *narrow: dict) -> Iterator[dict]:
-    """narrow: of a network of width 32, after its first and its second stage."""
+def sup(second: dict, first: dict, real: dict) -> Iterator[dict]:
     for name, scores in (by_sampler(second) | {"": real["rows"][0]}).items():
         row = {"1,000 images": f"[`{name}`](sup-{name}.png)" if name else "test images"}
         row["C-FD"] = figure(scores, "C-FD")
         row |= {key: figure(scores, key, 2) for key in ("precision", "recall")}
         row["wanted"] = share(scores, "wanted")
-        for stage, found in zip(("first", "second"), map(by_sampler, narrow)):
-            row[f"C-FD, width 32, {stage} stage"] = figure(found[name], "C-FD") if name else "–"
+        row["C-FD, first stage"] = figure(by_sampler(first)[name], "C-FD") if name else "–"
         yield row if name else {column: str(cell) for column, cell in row.items()}  # never bold
 
 
@@ -204,11 +204,11 @@ def cost(record: dict) -> Iterator[dict]:
 
 TABLES = {  # document -> marker -> function and its JSON files
     "README.md": {
-        "shipped": (shipped, "sup-at-accuracy sup sup-accuracy sup "
+        "shipped": (shipped, "sup-at-accuracy sup-at sup-accuracy sup "
                     "unsup-at-probe unsup-at unsup-probe unsup"),
     },
     "results/README.md": {
-        "sup": (sup, "sup real width32-at width32"),
+        "sup": (sup, "sup sup-at real"),
         "dual-cifar10": (dual, "dual-cifar10"),
         "unsup-at": (unsup_at, "unsup-at"),
         "unsup": (unsup, "unsup"),
@@ -217,7 +217,7 @@ TABLES = {  # document -> marker -> function and its JSON files
         "losses-digits": (losses, "losses-digits"),
         "losses-cifar10": (losses, "losses-cifar10 held-out"),
     },
-    "checkpoints/README.md": {"cards": (cards, "real sup-accuracy unsup-probe")},
+    "checkpoints/README.md": {"cards": (cards, "real sup-autoattack sup-accuracy unsup-probe")},
     "bench/README.md": {
         "leaderboard": (leaderboard, "leaderboard"),
         "ablations": (ablations, "ablations"),
