@@ -27,7 +27,7 @@ SHIPPED = {  # row of the front page -> samplers, in the order of its last cell
     "classifier, first stage": "ta langevin cs rcs",
     "`sup.pt`, its second stage": "seeds ta langevin cs rcs",
     "encoder, first stage": "seeds pgd maxent",
-    "`unsup.pt`, its second stage": "pgd maxent marginal maxent-marginal",
+    "`unsup.pt`, its second stage": "seeds pgd maxent marginal",
 }
 
 
