@@ -14,15 +14,14 @@ from lib.parts import call, digest
 
 JUDGE = "--arch resnet18 --width 16 --lr 0.2 --schedule onecycle --ema 0.99"
 FAST = (
-    "--arch resnet18 --width {} --attack-steps 1 --attack-step-size 0.5 --optimizer muon --lr 0.2 "
-    "--weight-decay 0.002 --schedule onecycle --ema 0.995"
+    "--arch resnet18 --width {} --optimizer muon --lr 0.2 --schedule onecycle --ema 0.995 "
+    "--attack-steps 1 --attack-step-size 0.5"
 )
-FAST_UNSUP = (
-    "--arch resnet18 --width {} --batch-size 128 --lr 0.1 --schedule onecycle --ema 0.998 "
-    "--temperature 0.2 --attack-steps 2 --attack-step-size 0.3"
-)
+FAST_SUP = f"{FAST} --weight-decay 0.002"
+FAST_UNSUP = f"{FAST} --batch-size 128 --temperature 0.2"
 # of classifier and encoder, from small to large; the last are the paper's
-NETWORKS = [(FAST.format(width), FAST_UNSUP.format(width)) for width in (16, 32, 64)] + [("", "")]
+NETWORKS = [(FAST_SUP.format(width), FAST_UNSUP.format(width)) for width in (16, 32, 64)]
+NETWORKS.append(("", ""))
 LEAST_EPOCHS = 10  # a larger network is taken only if its classifier gets as many epochs
 # each training's share of the time, and its epochs at most; the rest is for samples and scores
 SHARES = {"judge": 0.1, "sup": 0.34, "dat": 0.16, "unsup": 0.26}
