@@ -10,7 +10,7 @@ import torch
 import cem
 from lib import data, distributed, files, metrics
 from lib.device import pick_device
-from lib.parts import call, digest
+from lib.parts import call, digest, read_once
 
 JUDGE = "--arch resnet18 --width 16 --lr 0.2 --schedule onecycle --ema 0.99"
 FAST = (
@@ -116,7 +116,7 @@ def shortened(job, rows: int) -> dict:
     row, and n_eval test images under attack."""
     begin = time.monotonic()
     total = seconds(job.opt.budget)
-    images = len(data.load(job.opt.dataset, "train", job.opt.data_dir, job.opt.image_size))
+    images = len(read_once(job.opt.dataset, "train", job.opt.data_dir, job.opt.image_size))
     options, rates, second_stage = trained_briefly(job, total, images)
 
     def epochs(model: str, left: float) -> float:

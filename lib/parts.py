@@ -1,6 +1,7 @@
 """The parts of a long computation: scripts of the project, called one after another, each once."""
 
 import contextlib
+import functools
 import importlib
 import os
 import shlex
@@ -14,7 +15,9 @@ from unittest import mock
 import torch
 
 import cem
-from lib import cli, distributed, files
+from lib import cli, data, distributed, files
+
+read_once = functools.lru_cache(maxsize=4)(data.load)  # a folder of photographs takes a minute
 
 
 def command_of(script: str, *words) -> str:
@@ -30,6 +33,7 @@ def call(script: str, *words) -> None:
         contextlib.ExitStack() as at_end,
         mock.patch.object(cli, "AT_END", at_end),  # the locks of the part end with it
         mock.patch.object(sys, "argv", argv),
+        mock.patch.object(data, "load", read_once),
     ):
         cudnn = torch.backends.cudnn
         at_end.callback(setattr, cudnn, "benchmark", cudnn.benchmark)  # training sets it

@@ -19,7 +19,7 @@ from test_survival import ForkedScript, launch
 
 import cem
 import reproduce
-from lib import budget, cli, metrics, paper, parts, pictures
+from lib import budget, cli, data, metrics, paper, parts, pictures
 
 SMALL = "--arch resnet18 --width 8 --epochs 1 --ema 0.5 --seed-rank 4"
 COMMAND = "--dataset set --budget 1m --rows sup-cs,unsup-maxent".split()
@@ -169,7 +169,7 @@ def plan(monkeypatch, tmp_path):
         monkeypatch.setattr(budget, "measured", measured)
         monkeypatch.setattr(budget, "sampling_rate", lambda job, ckpt: speed / 20)
         monkeypatch.setattr(budget, "inception_cost", lambda job, samples: inception)
-        monkeypatch.setattr(budget.data, "load", lambda *_: range(50_000))
+        monkeypatch.setattr(budget, "read_once", lambda *_: range(50_000))
         opt = SimpleNamespace(budget=limit, dataset="set", data_dir="data", image_size=0)
         calls.clear()
         job = SimpleNamespace(opt=opt, folder=tmp_path, inception=inception is not None)
@@ -310,6 +310,19 @@ def test_what_a_training_sets_does_not_reach_the_next_part(monkeypatch):
         parts.call("part.py", "--n", 3)
     assert seen == [(False, ["--n", "3"]), "unlocked"] * 2
     assert sys.argv == before and not torch.backends.cudnn.benchmark
+
+
+def test_a_dataset_is_read_once_for_all_parts(tmp_path, monkeypatch):
+    write_folder(tmp_path / "set")
+    reads, folder = [], data._folder
+    monkeypatch.setattr(data, "_folder", lambda *args: reads.append(args[1]) or folder(*args))
+    options = ["--dataset", tmp_path / "set", "--arch", "resnet18", "--width", 8, "--loss", "st"]
+    for k in range(2):
+        more = ["--epochs", 1, "--n-eval", 2, "--quiet", "--out", tmp_path / f"run{k}"]
+        parts.call("train_sup.py", *options, *more)
+    assert reads == ["train", "test"]
+    first, second = (cem.load(tmp_path / f"run{k}/ckpt.pt").state_dict() for k in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)  # it was not changed
 
 
 def test_overview_shows_every_grid_under_its_name(tmp_path):
