@@ -44,21 +44,21 @@ def agreed(value: float) -> float:
 def measured(job, model: str, options: str, minutes: float, images: int, first_stage=None):
     """Train for `minutes` -> the checkpoint and the training images per second.
 
-    The rate is that of the second half: a GPU's first seconds go into preparation. job: a
-    reproduce.Reproduction; model, options, first_stage as in its `training`; images: in the
+    The rate is that of the last three quarters, as a GPU's first seconds go into preparation. job:
+    a reproduce.Reproduction; model, options, first_stage as in its `training`; images: in the
     training set.
     """
     words = job.training(model, options, first_stage)
     run = job.measured / f"{model}-{digest(words)}"
-    limits = ["--max-minutes", minutes / 2, "--resume", "--on-diverge", "restart"]
-    halves = []
-    for _ in range(2):
-        call(*words, "--out", run, *limits, *job.parts.common)
+    more = ["--out", run, "--resume", "--on-diverge", "restart", *job.parts.common]
+    trials = []
+    for part in (0.25, 0.75):
+        call(*words, *more, "--max-minutes", part * minutes)
         extra = cem.load(run / "ckpt.pt").extra
-        halves.append(extra["training"])
-    first, end = halves
-    # a short training may have ended in the first half
-    begin = first if end["step"] > first["step"] else {"step": 0, "seconds": 0.0}
+        trials.append(extra["training"])
+    begin, end = trials
+    if end["step"] == begin["step"]:  # a short training has ended in the first part
+        begin = {"step": 0, "seconds": 0.0}
     batch = min(extra["options"]["batch_size"], images)
     steps, seconds = (end[key] - begin[key] for key in ("step", "seconds"))
     rate = agreed(steps * batch / seconds)

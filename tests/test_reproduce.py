@@ -116,7 +116,7 @@ def test_two_processes_make_one_plan_and_one_table(tmp_path):
     write_folder(tmp_path / "set", per_class=80)
     options = [*COMMAND, "--budget", "4m"]
     done = succeeded(launch(2, "reproduce.py", *options, cwd=tmp_path, prepare=small_networks))
-    # the first process alone prints: three measured in halves, then sup and judge
+    # the first process alone prints: three measured in two parts, then sup and judge
     assert done.stdout.count("\npython train_sup.py") == 3 * 2 + 2
     content = json.loads((tmp_path / OUT / "table.json").read_text())
     assert list(content["rows"]) == ["sup-cs", "unsup-maxent"]
@@ -258,16 +258,16 @@ def test_less_than_an_epoch_is_a_share_of_the_images(plan):
 
 
 def test_a_second_stage_is_planned_slower_than_its_first_minute(monkeypatch, tmp_path):
-    halves = iter(())
+    trials = iter(())
 
     def load(path):
-        step, seconds = next(halves)
+        step, seconds = next(trials)
         training = {"step": step, "seconds": seconds}
         return SimpleNamespace(extra={"options": {"batch_size": 128}, "training": training})
 
     def rate(model: str, *trained) -> float:
-        nonlocal halves
-        halves = iter(trained)
+        nonlocal trials
+        trials = iter(trained)
         return budget.measured(job, model, "", 1, 50_000)[1]
 
     monkeypatch.setattr(budget, "call", lambda *_: None)
@@ -275,7 +275,7 @@ def test_a_second_stage_is_planned_slower_than_its_first_minute(monkeypatch, tmp
     opt, common = SimpleNamespace(budget="1m"), SimpleNamespace(common=[])
     job = SimpleNamespace(training=lambda *_: [], measured=tmp_path, parts=common, opt=opt)
     rates = [rate(model, (10, 30.0), (40, 42.0)) for model in ("sup", "dat")]
-    assert rates == pytest.approx([320, 320 / 1.5])  # without the first half, which is slower
+    assert rates == pytest.approx([320, 320 / 1.5])  # without the first part, which is slower
     assert rate("sup", (30, 12.0), (30, 12.0)) == pytest.approx(320)  # it was over by then
     with pytest.raises(cem.CEMError, match="--budget 1m is too short: sup has not trained a step"):
         rate("sup", (0, 30.0), (0, 60.0))
