@@ -41,27 +41,17 @@ def agreed(value: float) -> float:
     return distributed.mean(torch.tensor(value, dtype=torch.float64)).item()
 
 
-def measured(job, model: str, options: str, minutes: float, images: int, first_stage=None):
+def measured(job, model: str, options: str, minutes: float, first_stage: Path | None = None):
     """Train for `minutes` -> the checkpoint and the training images per second.
 
-    The rate is that of the last three quarters, as a GPU's first seconds go into preparation. job:
-    a reproduce.Reproduction; model, options, first_stage as in its `training`; images: in the
-    training set.
+    job: a reproduce.Reproduction; model, options, first_stage as in its `training`.
     """
     words = job.training(model, options, first_stage)
     run = job.measured / f"{model}-{digest(words)}"
     more = ["--out", run, "--resume", "--on-diverge", "restart", *job.parts.common]
-    trials = []
-    for part in (0.25, 0.75):
+    for part in (0.25, 0.75):  # a GPU's first seconds go into preparation
         call(*words, *more, "--max-minutes", part * minutes)
-        extra = cem.load(run / "ckpt.pt").extra
-        trials.append(extra["training"])
-    begin, end = trials
-    if end["step"] == begin["step"]:  # a short training has ended in the first part
-        begin = {"step": 0, "seconds": 0.0}
-    batch = min(extra["options"]["batch_size"], images)
-    steps, seconds = (end[key] - begin[key] for key in ("step", "seconds"))
-    rate = agreed(steps * batch / seconds)
+    rate = agreed(cem.load(run / "ckpt.pt").extra["training"]["images_per_second"])
     cem.require(rate > 0, f"--budget {job.opt.budget} is too short: {model} has not trained a step")
     return run / "ckpt.pt", rate / GROWTH.get(model, 1)
 
@@ -97,7 +87,7 @@ def trained_briefly(job, total: float, images: int) -> tuple[dict, dict, Path]:
     minutes = min(total / 3600, 1)  # a sixtieth of the budget, at most one
     options, rates = {"judge": JUDGE, "dat": ""}, {}
     for sup, unsup in NETWORKS:
-        trial, rate = measured(job, "sup", sup, minutes, images)
+        trial, rate = measured(job, "sup", sup, minutes)
         enough = SHARES["sup"] * total * rate / images >= LEAST_EPOCHS
         if enough or not rates:
             first_stage = trial
@@ -105,9 +95,9 @@ def trained_briefly(job, total: float, images: int) -> tuple[dict, dict, Path]:
             options |= {"sup": sup, "unsup": unsup}
         if not enough:
             break
-    second_stage, rates["dat"] = measured(job, "dat", "", minutes, images, first_stage)
+    second_stage, rates["dat"] = measured(job, "dat", "", minutes, first_stage)
     for model in ("judge", "unsup"):
-        _, rates[model] = measured(job, model, options[model], minutes, images)
+        _, rates[model] = measured(job, model, options[model], minutes)
     return options, rates, second_stage
 
 

@@ -88,6 +88,7 @@ class Trainer:
         self.folder = RunFolder(opt)
         # what a checkpoint stores beside weights and optimiser; restarted_at: a step
         self.progress = dict(step=0, restarts=0, restarted_at=-1, seconds=0.0, log=[], sums={})
+        self.speed = 0.0  # images per second
         self.began = 0  # the step at which this process began, or the last restart
         self.clock = time.monotonic()
         millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -142,10 +143,9 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """The rest of the epoch in which the current step lies, or as much as time allows."""
-        size = self.opt.batch_size
         epoch, done = divmod(self.step, self.steps_per_epoch)
         order, draws = self.shuffle(epoch)
-        batches = order[: self.steps_per_epoch * size].split(size)[done:]
+        batches = order.split(self.opt.batch_size)[done : self.steps_per_epoch]
         begin = time.monotonic()
         pending = []  # metrics, still on the device
         name = f"epoch {epoch + 1}/{self.opt.epochs}"
@@ -160,10 +160,10 @@ class Trainer:
             if read or stop:
                 self.log_metrics(pending)
                 pending = []
-                speed = count * len(index) / (time.monotonic() - begin)
+                self.speed = count * len(index) / (time.monotonic() - begin)
                 means = {k: v / (done + count) for k, v in self.progress["sums"].items()}
-                shown = [f"{k} {v:.3f}" for k, v in means.items()]
-                bar.set_postfix_str(", ".join([*shown, f"{speed:.0f} images/s"]), refresh=False)
+                shown = [*(f"{k} {v:.3f}" for k, v in means.items()), f"{self.speed:.0f} images/s"]
+                bar.set_postfix_str(", ".join(shown), refresh=False)
             hurried = stop and distributed.any_process(bool(self.stop.signal))
             if epoch_ends or self.step % WATCH_EVERY == 0 or (stop and not hurried):
                 found = self.watch(self.model)
@@ -173,7 +173,7 @@ class Trainer:
                 break
         bar.close()
         if epoch_ends:
-            self.end_epoch(epoch + 1, means, speed)
+            self.end_epoch(epoch + 1, means)
 
     def train_step(self, index: Tensor, draws: Tensor) -> dict[str, Tensor]:
         """One optimiser step on the images at `index` -> its metrics, still on the device."""
@@ -221,7 +221,7 @@ class Trainer:
             for name, value in values.items():
                 self.board.add_scalar(prefix + name, value, step)
 
-    def end_epoch(self, epoch: int, means: dict[str, float], speed: float) -> None:
+    def end_epoch(self, epoch: int, means: dict[str, float]) -> None:
         """Measure the model; log the epoch."""
         line = {"epoch": epoch, "step": self.step, "lr": self.optimizer.param_groups[0]["lr"]}
         line |= means
@@ -229,7 +229,7 @@ class Trainer:
             torch.backends.cudnn.benchmark = False  # batches of any size: it would time each
             line |= self.measure(self.average.eval(), epoch)
             torch.backends.cudnn.benchmark = True
-        line |= {"images_per_second": round(speed, 1), "seconds": round(self.seconds(), 1)}
+        line |= {"images_per_second": round(self.speed, 1), "seconds": round(self.seconds(), 1)}
         line = {k: round(v, 5) if isinstance(v, float) else v for k, v in line.items()}
         self.progress["log"].append(line)
         self.progress["sums"] = {}
@@ -240,8 +240,8 @@ class Trainer:
         return self.progress["seconds"] + time.monotonic() - self.clock
 
     def save(self, name: str = "ckpt.pt") -> None:
-        training = self.progress | {"seconds": self.seconds(), "model": self.model.state_dict()}
-        training["optimizer"] = self.optimizer.state_dict()
+        training = self.progress | {"seconds": self.seconds(), "images_per_second": self.speed}
+        training |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.chains is not None:
             state = self.chains.state_dict()
             if "images" in state:  # each process has some
