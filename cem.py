@@ -130,13 +130,13 @@ class WideResNet(nn.Module):
 
 
 RESNETS = {
+    "resnet14": (BasicBlock, (0, 2, 2, 2)),  # ours: ResNet-18 without blocks of the stem's size
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
-# depth, factor
 WIDE_RESNETS = (16, 4), (16, 8), (28, 4), (28, 10), (34, 10), (34, 15), (34, 20), (40, 2), (70, 16)
 # name -> (width, in_channels) -> network
 ARCHS = {k: functools.partial(ResNet, *shape) for k, shape in RESNETS.items()}

@@ -4,11 +4,11 @@
     model = interop.load("Carmon2019.pt", mean=0, std=1) # RobustBench; most take raw pixels
     interop.export("net.pt", model, "torchvision")
 
-Supported are ResNet-18, -34, -50, -101 and -152 of any width, with a 3x3 stem of stride 1 and no
-max-pooling or with ImageNet's stem, and the Wide ResNets of cem.WIDE_RESNETS (Zagoruyko and
-Komodakis, 2016). Architecture and number of classes are inferred from the tensors' shapes. Shapes
-do not show everything, such as another activation or max-pooling after a 3x3 stem: check the
-accuracy.
+Supported are ResNet-14 (of cem.RESNETS), -18, -34, -50, -101 and -152 of any width, with a 3x3 stem
+of stride 1 and no max-pooling or with ImageNet's stem, and the Wide ResNets of cem.WIDE_RESNETS
+(Zagoruyko and Komodakis, 2016). Architecture and number of classes are inferred from the tensors'
+shapes. Shapes do not show everything, such as another activation or max-pooling after a 3x3 stem:
+check the accuracy.
 """
 
 import re
@@ -206,8 +206,8 @@ def guess_config(state: State) -> dict:
     stem = state["conv1.weight"]
     classes = len(state["fc.weight"])
     config = dict(num_classes=classes, width=stem.shape[0], in_channels=stem.shape[1])
-    if "layer1.0.conv1.weight" in state:
-        block = cem.Bottleneck if "layer1.0.conv3.weight" in state else cem.BasicBlock
+    if "layer4.0.conv1.weight" in state:
+        block = cem.Bottleneck if "layer4.0.conv3.weight" in state else cem.BasicBlock
         depths = tuple(count_blocks(state, f"layer{i}.") for i in (1, 2, 3, 4))
         names = {shape: name for name, shape in cem.RESNETS.items()}
         suffix = "-imagenet" if stem.shape[2] == 7 else ""

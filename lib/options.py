@@ -12,7 +12,7 @@ from lib.cli import option
 from lib.device import PRECISIONS
 from lib.run import FILES, OF_THIS_CALL, resumes
 
-ARCH = "network: resnet18 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
+ARCH = "network: resnet14 to -152, wrn-16-4 to -70-16; <resnet>-imagenet has ImageNet's stem"
 ENERGY = "energy terms"
 DAT = dict(
     epochs=3, batch_size=128, lr=0.01, schedule="cosine", ema=0.99, attack_steps=4,

@@ -37,7 +37,7 @@ def test_networks_take_any_channels_and_size(arch, channels, size):
         assert model(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("arch", cem.RESNETS)
+@pytest.mark.parametrize("arch", sorted(cem.RESNETS.keys() - {"resnet14"}))
 def test_resnets_carry_torchvisions_parameter_names_and_shapes(arch):
     with torch.device("meta"):
         theirs = getattr(torchvision.models, arch)(num_classes=10).state_dict()
@@ -46,6 +46,17 @@ def test_resnets_carry_torchvisions_parameter_names_and_shapes(arch):
     assert [k for k in ours if ours[k].shape != theirs[k].shape] == [
         "conv1.weight"
     ]  # 3x3 instead of 7x7
+
+
+@pytest.mark.parametrize("suffix", ["", "-imagenet"])
+def test_resnet14_is_resnet18_without_its_first_stage(suffix):
+    model = perturb(cem.ParametricCEM(f"resnet14{suffix}", 5, width=8)).eval()
+    other = cem.ParametricCEM(f"resnet18{suffix}", 5, width=8).eval()
+    other.net.layer1 = nn.Sequential()
+    other.load_state_dict(model.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), other(x), rtol=0, atol=0)
+    torch.testing.assert_close(cem.folded(model)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,12 @@ def test_export_to_robustness_and_back(x, tmp_path):
     torch.testing.assert_close(interop.load(tmp_path / "r.pt")(x), model(x), **EXACT)
 
 
-def test_wide_resnet_round_trip(x, tmp_path):
-    model = perturb(cem.ParametricCEM("wrn-16-4", 6)).eval()
+@pytest.mark.parametrize("arch", ["wrn-16-4", "resnet14", "resnet14-imagenet"])
+def test_networks_that_torchvision_lacks_round_trip(arch, x, tmp_path):
+    model = perturb(cem.ParametricCEM(arch, 6)).eval()
     interop.export(tmp_path / "w.pt", model)
     again = interop.load(tmp_path / "w.pt", mean=0.5, std=0.25)
+    assert again.config["arch"] == arch
     torch.testing.assert_close(again(x), model(x), **EXACT)
 
 
