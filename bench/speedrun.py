@@ -45,9 +45,11 @@ EPS = 0.5
 class Recipe:
     width: int
     epochs: int
+    arch: str = "resnet18"
     optimizer: str = "muon"
     lr: float = 0.3
     batch_size: int = 256
+    crop: float = 1 / 8  # largest shift, as a share of the side
     ema: float = 0.995
     weight_decay: float = 2e-3
     eps: float = 0.55  # radius of the training's attack
@@ -59,7 +61,7 @@ TRACKS = {
     "sprint": Recipe(width=32, epochs=7),
     "hour": Recipe(width=48, epochs=12, eps=0.65),
     "former": Recipe(
-        32, 15, "sgd", lr=0.2, weight_decay=5e-4, eps=EPS, attack_steps=3, step_size=0.5
+        32, 15, optimizer="sgd", lr=0.2, weight_decay=5e-4, eps=EPS, attack_steps=3, step_size=0.5
     ),
 }
 
@@ -89,7 +91,7 @@ def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str, co
     generator = torch.Generator(device).manual_seed(seed)
     shape = dict(width=recipe.width, in_channels=train_set.images.shape[1])
     classes = len(train_set.classes)
-    model = cem.ParametricCEM("resnet18", classes, **shape, **train_set.normalisation())
+    model = cem.ParametricCEM(recipe.arch, classes, **shape, **train_set.normalisation())
     model = model.to(device, memory_format=torch.channels_last).train()
     average, attack_copy = copy.deepcopy(model), AttackCopy(precision, compiled)
     if compiled:
@@ -103,7 +105,7 @@ def train(recipe: Recipe, train_set: data.Dataset, seed: int, precision: str, co
             order, draws = augment.draws(len(train_set), augment.CROP_DRAWS, seed, epoch, device)
         index = order[batch * recipe.batch_size :][: recipe.batch_size]
         x, y = train_set.pixels(index), train_set.labels[index]
-        x = augment.crop_flip(x, draws[index], flip=train_set.flip)
+        x = augment.crop_flip(x, draws[index], flip=train_set.flip, share=recipe.crop)
         with autocast(device, precision):
             attack = cem.potential("ce", attack_copy(model), y)
             ball = dict(eps=recipe.eps, step_size=recipe.step_size * recipe.eps)

@@ -25,13 +25,15 @@ def draws(n: int, per_image: int, seed: int, epoch: int, device="cpu") -> tuple[
     return order.to(device), uniform.to(device)
 
 
-def crop_flip(x: Tensor, u: Tensor, *, flip: bool = True, padding: str = "constant") -> Tensor:
-    """Pad by an eighth of the side, crop at random, mirror half of the images.
+def crop_flip(
+    x: Tensor, u: Tensor, *, flip: bool = True, padding: str = "constant", share: float = 1 / 8
+) -> Tensor:
+    """Pad by this share of the side, crop at random, mirror half of the images.
 
     x (N, C, H, W); u (N, 3) in [0, 1); padding: "constant" (zeros) or "reflect".
     """
     n, _, height, width = x.shape
-    pad = height // 8
+    pad = int(share * height)
     offset = (u[:, :2] * (2 * pad + 1)).long()
     rows = offset[:, 0:1] + torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device).expand(n, -1)

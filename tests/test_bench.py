@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest import mock
 
 import pytest
 import speedrun
@@ -9,7 +10,7 @@ import torch
 from conftest import assert_refused, files, script, succeeded
 
 import cem
-from lib import data
+from lib import augment, data
 
 TINY = ["--width", 8, "--image-size", 8, "--batch-size", 4]
 
@@ -82,7 +83,7 @@ def test_a_speedrun_of_fewer_images_than_a_batch_learns_too():
     assert not one.net.fc.bias.equal(two.net.fc.bias)
 
 
-def test_a_speedrun_trains_in_the_ball_of_its_recipe(monkeypatch):
+def test_a_speedrun_trains_as_its_recipe_says(monkeypatch):
     moved, pgd = [], cem.pgd
 
     def recorded(potential, x, **options):
@@ -92,8 +93,11 @@ def test_a_speedrun_trains_in_the_ball_of_its_recipe(monkeypatch):
 
     monkeypatch.setattr(cem, "pgd", recorded)
     few = data.load("digits", "train").subset(torch.arange(20))
-    recipe = dataclasses.replace(speedrun.TRACKS["sprint"], width=8, epochs=1, eps=0.2)
-    speedrun.train(recipe, few, 0, "float32")
+    change = dict(arch="resnet14", width=8, epochs=1, eps=0.2, crop=0.25)
+    recipe = dataclasses.replace(speedrun.TRACKS["sprint"], **change)
+    with mock.patch.object(augment, "crop_flip", wraps=augment.crop_flip) as crop:
+        model, _ = speedrun.train(recipe, few, 0, "float32")
+    assert crop.call_args.kwargs["share"] == 0.25 and model.config["arch"] == "resnet14"
     assert moved and 0.1 < max(moved) <= 0.2 * (1 + 1e-5)
 
 

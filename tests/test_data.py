@@ -158,17 +158,19 @@ def test_draws_depend_only_on_seed_and_epoch():
 
 
 @pytest.mark.parametrize(
-    "flip, padding", [(False, "constant"), (True, "constant"), (True, "reflect")]
+    "flip, padding, share",
+    [(False, "constant", 1 / 8), (True, "constant", 1 / 16), (True, "reflect", 1 / 4)],
 )
-def test_crop_flip_equals_torchvision(flip, padding):
+def test_crop_flip_equals_torchvision(flip, padding, share):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(20, 3, 16, 16, generator=generator)
     u = torch.rand(20, 3, generator=generator)
-    ours = augment.crop_flip(x, u, flip=flip, padding=padding)
+    ours, pad = augment.crop_flip(x, u, flip=flip, padding=padding, share=share), int(16 * share)
     functional = torchvision.transforms.functional
     for image, output, (top, left, mirror) in zip(x, ours, u.tolist()):
-        padded = functional.pad(image, 2, padding_mode=padding)
-        expected = functional.crop(padded, int(top * 5), int(left * 5), 16, 16)
+        padded = functional.pad(image, pad, padding_mode=padding)
+        offset = int(top * (2 * pad + 1)), int(left * (2 * pad + 1))
+        expected = functional.crop(padded, *offset, 16, 16)
         if flip and mirror >= 0.5:
             expected = functional.hflip(expected)
         assert torch.equal(output, expected)
