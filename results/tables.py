@@ -220,7 +220,7 @@ TABLES = {  # document -> marker -> function and its JSON files
     "checkpoints/README.md": {"cards": (cards, "real sup-autoattack sup-accuracy unsup-probe")},
     "bench/README.md": {
         "leaderboard": (leaderboard, "leaderboard"),
-        "ablations": (ablations, "ablations"),
+        "ablations": (ablations, "ablations"), "five-epochs": (ablations, "five-epochs"),
         "bench-cpu": (bench, "bench-cpu bench-cpu-float32"),
         "bench-cuda": (bench, "bench-cuda"),
         "cost-cpu": (cost, "cost-cpu"),
