@@ -146,7 +146,8 @@ def unsup_run(tmp_path_factory):
     """A folder with runs/unsup, a small encoder trained on digits for two epochs."""
     folder = tmp_path_factory.mktemp("unsup")
     options = ["--dataset", "digits", "--width", 8, "--epochs", 2, "--eval-every", 1]
-    succeeded(script("train_unsup.py", *options, "--n-eval", 100, "--ema", 0.5, cwd=folder))
+    options += ["--n-eval", 100, "--ema", 0.5, "--precision", "float32"]
+    succeeded(script("train_unsup.py", *options, cwd=folder))
     return folder
 
 

@@ -354,6 +354,6 @@ def test_dat_draws_better_digits_at_the_same_accuracy(tmp_path):
         distance.append(row["C-FD"])
         succeeded(script("eval_robust.py", *ckpt, cwd=tmp_path))
         accuracy.append(json.loads((tmp_path / run / "accuracy.json").read_text()))
-    assert distance[1] < 0.7 * distance[0]
+    assert distance[1] < 0.8 * distance[0]
     for name in ("clean_accuracy", "pgd-20"):
         assert accuracy[1][name] > accuracy[0][name] - 0.015

@@ -41,7 +41,8 @@ def encoder():
 def dual_run(unsup_run, tmp_path_factory):
     """A folder with runs/unsup, the second stage of the small encoder."""
     folder = tmp_path_factory.mktemp("dual")
-    train(*DAT, "--init", unsup_run / CKPT, cwd=folder, name="train_unsup.py")
+    options = ["--init", unsup_run / CKPT, "--precision", "float32"]
+    train(*DAT, *options, cwd=folder, name="train_unsup.py")
     return folder
 
 
