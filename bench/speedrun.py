@@ -58,8 +58,8 @@ class Recipe:
 
 
 TRACKS = {
-    "sprint": Recipe(width=32, epochs=7),
-    "hour": Recipe(width=48, epochs=12, eps=0.65),
+    "sprint": Recipe(width=32, epochs=5, arch="resnet14", eps=0.75, crop=1 / 32),
+    "hour": Recipe(width=48, epochs=8, arch="resnet14", eps=0.7, crop=1 / 16),
     "former": Recipe(
         32, 15, optimizer="sgd", lr=0.2, weight_decay=5e-4, eps=EPS, attack_steps=3, step_size=0.5
     ),

@@ -93,11 +93,11 @@ def test_a_speedrun_trains_as_its_recipe_says(monkeypatch):
 
     monkeypatch.setattr(cem, "pgd", recorded)
     few = data.load("digits", "train").subset(torch.arange(20))
-    change = dict(arch="resnet14", width=8, epochs=1, eps=0.2, crop=0.25)
+    change = dict(arch="resnet18", width=8, epochs=1, eps=0.2, crop=0.25)
     recipe = dataclasses.replace(speedrun.TRACKS["sprint"], **change)
     with mock.patch.object(augment, "crop_flip", wraps=augment.crop_flip) as crop:
         model, _ = speedrun.train(recipe, few, 0, "float32")
-    assert crop.call_args.kwargs["share"] == 0.25 and model.config["arch"] == "resnet14"
+    assert crop.call_args.kwargs["share"] == 0.25 and model.config["arch"] == "resnet18"
     assert moved and 0.1 < max(moved) <= 0.2 * (1 + 1e-5)
 
 
