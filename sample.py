@@ -80,6 +80,11 @@ class Options:
     start: str = option(
         "gaussian", "the Gaussian seeds or uniform noise", "ascent", choices=["gaussian", "noise"]
     )
+    candidates: int = option(
+        1, "draw N for each image and keep one, with probability proportional to p(x): improves "
+        "samples after a second stage", "selection", least=1,
+    )  # fmt: skip
+    best: bool = option(False, "keep the candidate of highest p(x) instead", "selection")
     ckpt: str = option(
         "", "ours or third-party (default: runs/{sup,unsup}/ckpt.pt if it exists, else shipped)",
         "checkpoint", metavar="PATH",
@@ -113,6 +118,10 @@ def check(opt: Options) -> None:
     couples = opt.sampler in cem.COUPLED
     enough = opt.batch_size > 1 or not couples
     cem.require(enough, f"--sampler {opt.sampler} compares images: --batch-size must be at least 2")
+    several = opt.candidates > 1 or not opt.best
+    cem.require(several, "--best chooses between --candidates: ask for at least 2")
+    shown = not opt.gif or opt.candidates <= opt.batch_size
+    cem.require(shown, "--gif shows the first batch: it must hold the --candidates of an image")
     sized = opt.dataset or not opt.image_size
     cem.require(sized, "--image-size needs the --dataset that it applies to")
 
@@ -148,14 +157,14 @@ def to_bytes(x: Tensor) -> Tensor:
 def draw_batch(
     model, seeds, opt: Options, device, first: int, frames: list | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A batch that begins at image number `first`: uint8 (n, C, H, W), labels (n,), -1 if
+    """A batch that begins at candidate number `first`: uint8 (n, C, H, W), labels (n,), -1 if
     unconditional. frames: receives the images before each step."""
     n = opt.batch_size
     if opt.sampler not in cem.COUPLED:  # these depend on a whole batch
-        n = min(n, opt.n - first)
+        n = min(n, opt.n * opt.candidates - first)
     classes = torch.tensor(sampling.wanted_classes(opt.classes, model.extra["classes"]))
     index = torch.arange(first, first + n)
-    y = classes[index % len(classes)]
+    y = classes[index // opt.candidates % len(classes)]
     conditional = opt.cond or isinstance(model, cem.ParametricCEM)
     # one CPU generator per image: the same stream for any batch, device or process count
     generators = [
@@ -182,13 +191,14 @@ def draw_batch(
 
 
 def draw(model, opt: Options, device, parts: Path) -> tuple[Tensor, Tensor]:
-    """Images uint8 (N, C, H, W) and labels (N,). The folder `parts` keeps finished batches.
+    """All candidates uint8 (N, C, H, W) and labels (N,). The folder `parts` keeps finished batches.
 
     torchrun's processes share the batches; the first one collects them from that folder.
     """
     seeds = sampling.seeds_of(model, opt.cond)
-    torch.empty(opt.n, *seeds.shape, dtype=torch.uint8)  # fails now if they do not fit in memory
-    starts = range(0, opt.n, opt.batch_size)
+    n = opt.n * opt.candidates
+    torch.empty(n, *seeds.shape, dtype=torch.uint8)  # fails now if they do not fit in memory
+    starts = range(0, n, opt.batch_size)
     for first in cli.progress(distributed.local_rows(starts), opt.sampler, unit="batch"):
         if pictures.read_part(parts, first) is None:
             batch = draw_batch(model, seeds, opt, device, first)
@@ -197,16 +207,17 @@ def draw(model, opt: Options, device, parts: Path) -> tuple[Tensor, Tensor]:
     if distributed.rank():
         return torch.empty(0), torch.empty(0)
     drawn = [pictures.read_part(parts, first) for first in starts]
-    images, labels = (torch.cat(rows)[: opt.n] for rows in zip(*drawn))
+    images, labels = (torch.cat(rows)[:n] for rows in zip(*drawn))
     return images, labels
 
 
-def draw_frames(model, opt: Options, device) -> tuple[list[Tensor], Tensor]:
+def draw_frames(model, opt: Options, device, kept: Tensor) -> tuple[list[Tensor], Tensor]:
     """The first images again -> uint8 (N, C, H, W) before each step and at the end; labels."""
     seeds = sampling.seeds_of(model, opt.cond)
     frames = []
     images, labels = draw_batch(model, seeds, opt, device, 0, frames)
-    return [frame[: opt.n] for frame in (*frames, images)], labels[: opt.n]
+    kept = kept[kept < len(images)]
+    return [frame[kept] for frame in (*frames, images)], labels[kept]
 
 
 def record(opt: Options, path: Path, model, seconds: float) -> dict:
@@ -232,6 +243,7 @@ def main() -> None:
     path = Path(opt.ckpt or cli.default_checkpoint("unsup" if unsupervised else "sup"))
     model = sampling.load_model(path, device, opt)
     sampling.use_settings(opt, model)
+    log_p = sampling.density(model, device) if opt.candidates > 1 else None
     folder = Path(opt.out or cli.output_folder(path, "third_party" in model.extra))
     name = f"samples-{opt.sampler}{'-cond' * opt.cond}"
     identity = sampling.identity(opt, path)
@@ -241,7 +253,8 @@ def main() -> None:
     if opt.png:
         files.make_folder(Path(opt.png).absolute().parent)
     whole = f", in whole batches of {opt.batch_size}" * (opt.sampler in cem.COUPLED)
-    print(f"{opt.sampler}: {opt.n} images from {path}{whole}")
+    several = f", each of {opt.candidates} candidates" * (opt.candidates > 1)
+    print(f"{opt.sampler}: {opt.n} images from {path}{several}{whole}")
     begin = time.monotonic()
     found = len(list(parts.glob("*.npz")))
     if found:
@@ -254,13 +267,17 @@ def main() -> None:
         raise
     if distributed.rank():
         return
+    kept = torch.arange(opt.n)
+    if log_p is not None:
+        kept = sampling.choose(log_p, images, opt, device)
+    images, labels = images[kept], labels[kept]
     seconds = time.monotonic() - begin
     content = {"set": identity} | record(opt, path, model, seconds)
     if not found:  # else some batches were drawn before
         content["images_per_second"] = round(opt.n / seconds, 2)
     written = pictures.write(folder, name, images, labels, content)
     if opt.gif:
-        pictures.write_gif(written.with_suffix(".gif"), *draw_frames(model, opt, device))
+        pictures.write_gif(written.with_suffix(".gif"), *draw_frames(model, opt, device, kept))
     if opt.png:
         pictures.write_files(Path(opt.png), images, labels, model.extra["classes"])
     shutil.rmtree(parts)

@@ -45,7 +45,8 @@ def load_model(path: Path, device: torch.device, opt) -> torch.nn.Module:
         if "third_party" in model.extra:
             interop.check_third_party(model, path, dataset)
         model.extra |= dataset.checkpoint_info(SEED_RANK)
-        if needs_bank(model, opt.sampler) and not model.extra.get("bank"):
+        chooses = encoder and opt.candidates > 1 and needs_bank(model, "marginal")
+        if (chooses or needs_bank(model, opt.sampler)) and not model.extra.get("bank"):
             model.extra["bank"] = make_bank(model, dataset.to(device), opt)
     return cem.folded(model).to(memory_format=torch.channels_last)
 
@@ -86,7 +87,7 @@ def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | Non
         return None
     bank = model.extra.get("bank")
     stores = "train_unsup.py stores one with each epoch: --resume an interrupted run"
-    cem.require(bool(bank), f"--sampler {sampler} needs a bank: {stores}")
+    cem.require(bool(bank), f"{sampler} needs a bank: {stores}")
     z, labels = bank["embeddings"].float(), bank["labels"]
     if sampler == "neighbour":
         wanted = torch.ones(len(x), len(z)) if y is None else (labels == y[:, None]).float()
@@ -94,6 +95,29 @@ def potential_y(model: torch.nn.Module, sampler: str, x: Tensor, y: Tensor | Non
         drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(wanted, generators)]
         z = z[torch.cat(drawn)]
     return z.to(x.device)
+
+
+def density(model: torch.nn.Module, device: torch.device) -> cem.Potential:
+    """log p(x), by which candidates are chosen."""
+    if not isinstance(model, cem.NonParametricCEM):
+        return cem.potential("langevin", model)
+    bank = potential_y(model, "marginal", torch.empty(0, device=device), None, [])
+    return cem.potential("marginal", model, bank)
+
+
+@torch.no_grad()
+def choose(log_p: cem.Potential, images: Tensor, opt, device: torch.device) -> Tensor:
+    """The numbers (opt.n,) of the images to keep, one of each opt.candidates in a row: drawn with
+    probability proportional to p(x) or, with opt.best, the most probable.
+
+    images uint8 (N, C, H, W). After a second stage log p(x) is the log-odds of data against
+    samples, hence their log density ratio: sampling-importance resampling (Rubin, 1987).
+    """
+    score = torch.cat([log_p(x.to(device) / 255).cpu() for x in images.split(opt.batch_size)])
+    if not opt.best:  # log p(x) plus Gumbel noise is highest for such a draw
+        noise = torch.rand(len(score), generator=torch.Generator().manual_seed(opt.seed))
+        score = score - noise.log().neg().log()
+    return score.view(opt.n, -1).argmax(1) + opt.candidates * torch.arange(opt.n)
 
 
 def settings_key(sampler: str, cond: bool) -> str:

@@ -313,8 +313,10 @@ def test_a_checkpoint_without_a_bank_is_named(unsup_run, tmp_path):
     model = cem.load(unsup_run / CKPT)
     del model.extra["bank"]
     cem.save(tmp_path / "bare.pt", model, **model.extra)
-    done = script("sample.py", "--ckpt", "bare.pt", "--sampler", "neighbour", cwd=tmp_path)
-    assert_refused(done, "--sampler neighbour needs a bank")
+    draw = ["sample.py", "--ckpt", "bare.pt", "--sampler"]
+    assert_refused(script(*draw, "neighbour", cwd=tmp_path), "neighbour needs a bank")
+    done = script(*draw, "maxent", "--candidates", 2, cwd=tmp_path)
+    assert_refused(done, "marginal needs a bank")
 
 
 def test_a_run_without_clusters_cannot_be_resumed(dual_run, tmp_path):
@@ -426,6 +428,9 @@ def test_a_dataset_replaces_a_missing_bank(unsup_run, tmp_path):
     found, _ = drawn_images(tmp_path, "--ckpt", "bare.pt", "--dataset", "digits", *draw)
     expected, _ = drawn_images(unsup_run, "--ckpt", CKPT, *draw)
     assert np.abs(found.astype(int) - expected).max() <= 1
+    draw = "--sampler pgd --n 20 --candidates 2 --best --precision float32".split()
+    found, _ = drawn_images(tmp_path, "--ckpt", "bare.pt", "--dataset", "digits", *draw)
+    assert len(found) == 20
 
 
 def test_a_sampler_of_ones_own_gets_the_bank(dual_run, monkeypatch):

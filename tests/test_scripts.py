@@ -298,6 +298,45 @@ def test_jitter_covers_all_shifts_of_up_to_n_pixels():
     assert (x[0, 0] - counts).abs().max() < 15 and x[0].sum() == 300
 
 
+class Brightness(torch.nn.Module):
+    """p(x) ∝ the brightest of 256 levels of x."""
+
+    def forward(self, x):
+        return (255 * x).amax((1, 2, 3)).log()[:, None]
+
+
+def test_candidates_are_kept_in_proportion_to_their_density():
+    n, levels = 4000, torch.tensor([10, 20, 50], dtype=torch.uint8)
+    images = levels.repeat(n)[:, None, None, None].expand(-1, 1, 2, 2)
+    opt = sample.Options(n=n, candidates=3, batch_size=1000)
+    log_p, cpu = sampling.density(Brightness(), "cpu"), torch.device("cpu")
+    kept = sampling.choose(log_p, images, opt, cpu)
+    assert torch.equal(kept // 3, torch.arange(n))
+    share = (kept % 3).bincount() / n
+    assert (share - levels / levels.sum()).abs().max() < 0.03  # four standard errors
+    opt.best = True
+    assert (sampling.choose(log_p, images, opt, cpu) % 3 == 2).all()
+
+
+def test_one_of_the_candidates_of_each_image_is_drawn(digits_run):
+    base = "--sampler cs --precision float32 --classes 3,5 --candidates 4".split()
+    drawn, labels = drawn_images(digits_run, *base, "--n", 5)
+    again, _ = drawn_images(digits_run, *base, "--n", 3, "--batch-size", 5)
+    best, _ = drawn_images(digits_run, *base, "--n", 5, "--best")
+    assert np.abs(drawn[:3] - again).max() <= 1 and labels.tolist() == [3, 5, 3, 5, 3]
+    model = cem.load(digits_run / CKPT)
+    opt = sample.Options("cs", n=5, candidates=4, classes="3,5", precision="float32", batch_size=4)
+    sampling.use_settings(opt, model)
+    seeds = sampling.seeds_of(model, opt.cond)
+    for i in range(5):
+        four, y = sample.draw_batch(model, seeds, opt, torch.device("cpu"), 4 * i)
+        log_p = model(four / 255).logsumexp(1)
+        four = four.permute(0, 2, 3, 1).int().numpy()
+        assert (y == labels[i]).all()
+        assert min(np.abs(x - drawn[i]).max() for x in four) <= 1
+        assert np.abs(four[log_p.argmax()] - best[i]).max() <= 1
+
+
 def test_a_checkpoint_without_seeds_takes_those_of_its_dataset(digits_run, tmp_path):
     model = cem.load(digits_run / CKPT)
     kept = {key: model.extra[key] for key in ("classes", "dataset", "image_shape")}
@@ -422,7 +461,7 @@ def test_damaged_settings_are_refused(wrong, digits_run, tmp_path):
 
 
 def test_a_gif_ends_with_the_samples_and_is_small(digits_run, tmp_path):
-    draw = ["--ckpt", digits_run / CKPT, "--n", 20, "--gif", "--out", "out"]
+    draw = ["--ckpt", digits_run / CKPT, "--n", 20, "--candidates", 2, "--gif", "--out", "out"]
     succeeded(script("sample.py", *draw, cwd=tmp_path))
     with Image.open(tmp_path / "out/samples-rcs.gif") as gif:
         assert gif.n_frames == 9  # the seeds and 8 steps
