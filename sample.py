@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 -- sample.py --n 50000  # shared between processes, resumable
 
 Writes samples-<sampler>[-cond].npz (arr_0: uint8 (N, H, W, C), arr_1: int64 labels), .png (one row
-per class) and .json beside the checkpoint. Image i depends on --seed and i alone, up to rounding;
-pgd, maxent and maxent-marginal couple the images of a batch and also depend on --batch-size.
+per class) and .json beside the checkpoint. Image i depends on --seed, --candidates and i alone, up
+to rounding; pgd, maxent and maxent-marginal couple the images of a batch: also on --batch-size.
 """
 
 import os
@@ -82,7 +82,7 @@ class Options:
     )
     candidates: int = option(
         1, "draw N for each image and keep one, with probability proportional to p(x): improves "
-        "samples after a second stage", "selection", least=1,
+        "marginal after a second stage", "selection", least=1,
     )  # fmt: skip
     best: bool = option(False, "keep the candidate of highest p(x) instead", "selection")
     ckpt: str = option(
@@ -120,8 +120,6 @@ def check(opt: Options) -> None:
     cem.require(enough, f"--sampler {opt.sampler} compares images: --batch-size must be at least 2")
     several = opt.candidates > 1 or not opt.best
     cem.require(several, "--best chooses between --candidates: ask for at least 2")
-    shown = not opt.gif or opt.candidates <= opt.batch_size
-    cem.require(shown, "--gif shows the first batch: it must hold the --candidates of an image")
     sized = opt.dataset or not opt.image_size
     cem.require(sized, "--image-size needs the --dataset that it applies to")
 
@@ -214,10 +212,14 @@ def draw(model, opt: Options, device, parts: Path) -> tuple[Tensor, Tensor]:
 def draw_frames(model, opt: Options, device, kept: Tensor) -> tuple[list[Tensor], Tensor]:
     """The first images again -> uint8 (N, C, H, W) before each step and at the end; labels."""
     seeds = sampling.seeds_of(model, opt.cond)
-    frames = []
-    images, labels = draw_batch(model, seeds, opt, device, 0, frames)
-    kept = kept[kept < len(images)]
-    return [frame[kept] for frame in (*frames, images)], labels[kept]
+    kept, batches = kept[: opt.batch_size], []
+    for first in range(0, int(kept[-1]) + 1, opt.batch_size):
+        frames = []
+        images, labels = draw_batch(model, seeds, opt, device, first, frames)
+        rows = kept[kept // opt.batch_size == first // opt.batch_size] - first
+        batches.append((torch.stack([*frames, images])[:, rows], labels[rows]))
+    frames, labels = zip(*batches)
+    return [*torch.cat(frames, 1)], torch.cat(labels)
 
 
 def record(opt: Options, path: Path, model, seconds: float) -> dict:

@@ -461,7 +461,8 @@ def test_damaged_settings_are_refused(wrong, digits_run, tmp_path):
 
 
 def test_a_gif_ends_with_the_samples_and_is_small(digits_run, tmp_path):
-    draw = ["--ckpt", digits_run / CKPT, "--n", 20, "--candidates", 2, "--gif", "--out", "out"]
+    draw = ["--ckpt", digits_run / CKPT, "--n", 20, "--gif", "--out", "out"]
+    draw += ["--candidates", 2, "--batch-size", 20]  # two batches
     succeeded(script("sample.py", *draw, cwd=tmp_path))
     with Image.open(tmp_path / "out/samples-rcs.gif") as gif:
         assert gif.n_frames == 9  # the seeds and 8 steps
