@@ -11,8 +11,8 @@ only comparable under the same checkpoint, and `wanted`, the share of labelled s
 assigns to their class; an encoder gives E-FD and E-KD. All give precision, recall, density and
 coverage. docs/evaluation.md has the definitions and conventions.
 
-Writes the table as .md and .json beside the samples, and caches the statistics of a reference
-dataset beside it as stats-*.npz.
+Writes the table as .md and .json, and any --neighbours as .png, beside the samples, and caches the
+statistics of a reference dataset beside it as stats-*.npz.
 """
 
 import os
@@ -211,25 +211,20 @@ def markdown(record: dict) -> str:
     return f"{figures}\nBy {record['network']}, against {record['reference']}.\n"
 
 
-def output(samples: list, opt: Options) -> Path:
-    """The JSON file to write, of which evaluate also writes the table as .md."""
+def outputs(samples: list, opt: Options) -> list[Path]:
+    """The files of evaluate: the record, the table and the picture of --neighbours."""
     folder = os.path.normpath(samples[0][0] / "..")  # beside, not among, a folder's images
-    return Path(opt.out or Path(folder, "metrics.json"))
+    out = Path(opt.out or Path(folder, "metrics.json"))
+    return [out.with_suffix(end) for end in (".json", ".md", ".png")]
 
 
 def check_outputs(samples: list, opt: Options) -> None:
     if opt.save_stats:
         files.check_output(Path(opt.save_stats), is_statistics)
     if samples:
-        path = output(samples, opt)
-        grids = [picture(path, i) for i in range(len(samples)) if opt.neighbours]
         is_ours = files.json_with("command", "network", "reference", "rows")
-        files.check_output(path, is_ours, path.parent / f"{path.stem}.md", *grids)
-
-
-def picture(path: Path, i: int) -> Path:
-    """The file of the closest training images of the set i, beside the JSON file."""
-    return path.parent / f"{path.stem}-neighbours{f'-{i}' * (i > 0)}.png"
+        path, *beside = outputs(samples, opt)
+        files.check_output(path, is_ours, *beside)
 
 
 def is_statistics(path: Path) -> bool:
@@ -242,29 +237,30 @@ def is_statistics(path: Path) -> bool:
 
 def evaluate(network: FeatureNetwork, samples: list, reference: Reference, opt: Options) -> None:
     """Judge all sets of samples; the files are written after each."""
-    out = output(samples, opt)
+    out, out_table, out_picture = outputs(samples, opt)
     record = {"command": cli.command(), "network": network.key, "reference": opt.ref}
     record |= {"split": opt.split, "splits": opt.splits, "rows": []}
-    rows = record["rows"]
+    rows, grids = record["rows"], []
     neighbours = Neighbours(network, reference, opt) if opt.neighbours else None
-    for i, (path, images, labels) in enumerate(samples):
+    for path, images, labels in samples:
         rows.append(judge(network, images, labels, reference, opt, str(path)))
         if neighbours:
             medians, grid = neighbours.of(images)
             rows[-1] |= medians
+            grids.append(grid)
         if distributed.rank():
             continue
         try:
-            if neighbours:
-                pictures.write_grid(picture(out, i), grid)
-            files.keep_other(out, out.with_suffix(".md"))
+            files.keep_other(out, out_table, out_picture)
             files.write_json(out, record)
-            files.write_text(out.with_suffix(".md"), markdown(record))
+            files.write_text(out_table, markdown(record))
+            if neighbours:  # those of a set below those of the set before
+                pictures.write_grid(out_picture, torch.cat(grids, 1))
         except OSError:
             print(markdown(record), end="")  # show what was computed
             raise
     print(markdown(record), end="")
-    print(f"wrote {out} and {out.with_suffix('.md')}")
+    print(f"wrote {', '.join(map(str, [out, out_table] + [out_picture] * opt.neighbours))}")
 
 
 def main() -> None:

@@ -47,7 +47,9 @@ class Options:
         "--budget is still shared out as for all (default: all)",
     )
     weights: str = option(
-        "", "FID Inception's weights (default: downloaded on a GPU)", metavar="PATH"
+        "",
+        "FID Inception's weights (default: downloaded with --full or, but for digits, on a GPU)",
+        metavar="PATH",
     )
     image_size: int = option(0, data.IMAGE_SIZE, least=0)
     out: str = option("runs/reproduce", "folder of runs, samples and table", "run", metavar="PATH")

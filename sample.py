@@ -58,6 +58,7 @@ class Options:
         "ascent",
         type=cli.integer,
         least=1,
+        metavar="N",
     )
     step_size: Optional[float] = option(
         None, f"length of a step ({SETTINGS_HELP} all steps together walk "
@@ -103,7 +104,9 @@ class Options:
         "", "new folder for PNG files: all in it, and again in one subfolder per class", "run",
         metavar="PATH",
     )  # fmt: skip
-    gif: bool = option(False, "show the ascent of the images in the grid as a GIF", "run")
+    gif: bool = option(
+        False, "show the ascent of the first --batch-size images in the grid as a GIF", "run"
+    )
     batch_size: int = option(
         250, f"images at a time; {', '.join(cem.COUPLED)} draw whole batches", "run", least=1
     )
@@ -210,7 +213,8 @@ def draw(model, opt: Options, device, parts: Path) -> tuple[Tensor, Tensor]:
 
 
 def draw_frames(model, opt: Options, device, kept: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The first images again -> uint8 (N, C, H, W) before each step and at the end; labels."""
+    """The first opt.batch_size images of kept again -> uint8 (N, C, H, W) before each step and at
+    the end; labels."""
     seeds = sampling.seeds_of(model, opt.cond)
     kept, batches = kept[: opt.batch_size], []
     for first in range(0, int(kept[-1]) + 1, opt.batch_size):

@@ -238,7 +238,7 @@ def train(opt: Options) -> None:
         batch_loss=batch_loss,
         measure=measure,
         watch=watch,
-        chains=state,
+        state=state,
         info=info,
         extra=extra,
     ).fit()

@@ -163,7 +163,8 @@ def of_first_stage(opt: Options, model: nn.Module, train_set: data.Dataset) -> d
     if resumes(opt):  # without the first stage
         before = RunFolder(opt).load(torch.device("cpu")).extra
         clusters = before.get("clusters")
-        cem.require(bool(clusters), "--resume: the run's checkpoint has no clusters")
+        missing = f"the run in {opt.out} has no clusters: train_unsup.py did not make it"
+        cem.require(bool(clusters), f"--resume: {missing}")
     else:
         before = init.load(opt).extra
         clusters = fit_clusters(opt, model, train_set).state_dict()
@@ -245,7 +246,7 @@ def train(opt: Options) -> None:
         batch_loss=batch_loss,
         measure=measure_when_due,
         watch=watch,
-        chains=state,
+        state=state,
         info=info,
         extra=extra,
     ).fit()

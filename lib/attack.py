@@ -89,9 +89,9 @@ def refold(network: nn.Module, model: nn.Module) -> None:
 
 
 def make_watch(opt, x: Tensor, target: Tensor):
-    """-> watch(model) -> its accuracies on images x (N, C, H, W) under the training's attack and
-    PGD-10. target: their labels (N,) or, of an encoder, their positives (N, C, H, W), among which
-    it has to find each image's own.
+    """-> watch(model) -> its accuracies on images x (N, C, H, W) under the training's single step,
+    in jeat too on the cross-entropy, and PGD-10. target: their labels (N,) or, of an encoder, their
+    positives (N, C, H, W), among which it has to find each image's own.
 
     It raises Diverged for catastrophic overfitting (Wong et al., 2020, arXiv:2001.03994): a network
     that withstands the single step of its training, but not several.

@@ -53,7 +53,7 @@ class Trainer:
         process's part of a batch; draws are its images' rows
     measure(model, epoch) -> {name: value}, measurements for the log after epoch 1, 2, ...
     watch(model) -> {name: value}, after 200 steps, an epoch, --max-minutes; may raise Diverged
-    chains: a module with further state: chains, and the first stage's network (lib/chains.py)
+    state: a module, "chains" in checkpoints: chains and the first stage's network (lib/chains.py)
     info: what the checkpoint stores about the dataset, which stays the same
     extra(model, hurried) -> what else it stores; hurried: before the first step, or after a signal
 
@@ -62,7 +62,7 @@ class Trainer:
 
     def __init__(
         self, opt, model: nn.Module, num_images: int, *, shuffle, batch_loss, measure,
-        watch=None, chains: nn.Module | None = None, info: dict | None = None,
+        watch=None, state: nn.Module | None = None, info: dict | None = None,
         extra: Callable[[nn.Module, bool], dict] = lambda model, hurried: {}
     ):  # fmt: skip
         fits = distributed.world_size() == 1 or opt.batch_size <= num_images
@@ -72,7 +72,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
         self.opt = opt
         self.model = model
-        self.chains = chains
+        self.state = state
         self.info = info or {}
         self.extra = extra
         self.shuffle = shuffle
@@ -242,8 +242,8 @@ class Trainer:
     def save(self, name: str = "ckpt.pt") -> None:
         training = self.progress | {"seconds": self.seconds(), "images_per_second": self.speed}
         training |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self.chains is not None:
-            state = self.chains.state_dict()
+        if self.state is not None:
+            state = self.state.state_dict()
             if "images" in state:  # each process has some
                 state["images"] = distributed.gather(state["images"])
             training["chains"] = dict(state)
@@ -264,17 +264,17 @@ class Trainer:
             now = self.info.get(name)
             then = saved.extra.get(name, now)  # earlier versions store fewer
             cem.require(then == now, f"--resume: the run has {name} {then}, the dataset {now}")
-        found = self.chains is None or "chains" in training
+        found = self.state is None or "chains" in training
         cem.require(found, f"{self.folder.checkpoint} has no chains")
         self.model.load_state_dict(training["model"])
         settings = {"param_groups": self.optimizer.state_dict()["param_groups"]}  # from the options
         self.optimizer.load_state_dict(training["optimizer"] | settings)
         self.average.load_state_dict(saved.state_dict())
-        if self.chains is not None:
+        if self.state is not None:
             state = dict(training["chains"])
             if "images" in state:
                 state["images"] = distributed.local_rows(state["images"])
-            self.chains.load_state_dict(state)
+            self.state.load_state_dict(state)
         self.progress |= {k: training.get(k, v) for k, v in self.progress.items()}
         self.clock = time.monotonic()  # the seconds before are in progress
 

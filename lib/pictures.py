@@ -133,7 +133,7 @@ def claim(folder: Path, name: str, identity: str) -> Path:
         except FileExistsError:
             continue
         if number:
-            print(f"kept {folder / name}.npz: it was drawn with other options or weights")
+            print(f"kept {folder / name}.*: not drawn with these options and weights")
         return path
 
 

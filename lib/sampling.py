@@ -12,6 +12,7 @@ from torch import Tensor
 import cem
 from lib import cli, data, files, interop, robustness
 from lib.clusters import ClusterSeeds
+from lib.device import autocast
 
 BANK = 10_000  # training images; their embeddings take 2.6 MB
 SEED_RANK = 48  # of the seeds fitted for a checkpoint without any
@@ -113,7 +114,8 @@ def choose(log_p: cem.Potential, images: Tensor, opt, device: torch.device) -> T
     images uint8 (N, C, H, W). After a second stage log p(x) is the log-odds of data against
     samples, hence their log density ratio: sampling-importance resampling (Rubin, 1987).
     """
-    score = torch.cat([log_p(x.to(device) / 255).cpu() for x in images.split(opt.batch_size)])
+    with autocast(device, "float32"):  # also after an interruption, when no batch has been drawn
+        score = torch.cat([log_p(x.to(device) / 255).cpu() for x in images.split(opt.batch_size)])
     if not opt.best:  # log p(x) plus Gumbel noise is highest for such a draw
         noise = torch.rand(len(score), generator=torch.Generator().manual_seed(opt.seed))
         score = score - noise.log().neg().log()

@@ -24,6 +24,7 @@ import cem
 import eval_is_fid
 from lib import data, dinov2, manifold, metrics, reference
 from lib.reference import Reference
+from lib.run import RunFolder
 
 CKPT = "runs/sup/ckpt.pt"
 
@@ -857,22 +858,33 @@ def test_the_best_point_is_good_by_both_rulers():
 
 
 def test_neighbours_tell_copies_from_new_images(digits_run, tmp_path):
-    """Training images are at distance 0; the picture shows each beside itself."""
+    """Training images are at distance 0; the picture shows each beside itself, then the next set.
+    It moves together with its record."""
     train, test = (data.load("digits", split).images for split in ("train", "test"))
     np.savez(tmp_path / "copies.npz", arr_0=train[:30].permute(0, 2, 3, 1).numpy())
     np.savez(tmp_path / "new.npz", arr_0=test[::12].permute(0, 2, 3, 1).numpy())
-    options = ["--samples", "copies.npz", "new.npz", "--ref", "digits", "--neighbours"]
-    options += ["--features", digits_run / CKPT]
-    copies, new = read_rows(evaluate(tmp_path, *options), tmp_path / "metrics.json")
+    options = ["--ref", "digits", "--neighbours", "--features", digits_run / CKPT]
+    done = evaluate(tmp_path, "--samples", "copies.npz", "new.npz", *options)
+    copies, new = read_rows(done, tmp_path / "metrics.json")
     assert copies["distance"] == pytest.approx(0, abs=1e-3)
     assert new["distance"] > 1 and copies["test distance"] > 1
     assert new["distance"] == pytest.approx(new["test distance"], rel=1e-5)
-    with Image.open(tmp_path / "metrics-neighbours.png") as picture:
+    with Image.open(tmp_path / "metrics.png") as picture:
         pixels = np.asarray(picture.convert("L"))
+    assert pixels.shape == (2 * (2 + 10 * 66), 2 + 10 * 66)
     cells = pixels[2:66, 2:].reshape(64, 10, 66)[:, :, :64]  # the first row of the grid
     for sample, closest in ((0, 1), (5, 6)):
         assert np.array_equal(cells[:, sample], cells[:, closest])
-    assert (tmp_path / "metrics-neighbours-1.png").exists()
+    assert evaluate(tmp_path, "--samples", "new.npz", *options).returncode == 0
+    with (
+        Image.open(tmp_path / "metrics-1.png") as earlier,
+        Image.open(tmp_path / "metrics.png") as now,
+    ):
+        assert np.array_equal(np.asarray(earlier.convert("L")), pixels)
+        assert np.array_equal(np.asarray(now.convert("L")), pixels[662:])
+    results = RunFolder(SimpleNamespace(out=tmp_path)).results()
+    names = {f"metrics{number}{end}" for number in ("", "-1") for end in (".json", ".md", ".png")}
+    assert {path.name for path in results} == names
     done = evaluate(tmp_path, "--samples", "new.npz", "--ref", "copies.npz", "--neighbours")
     assert_refused(done, "--neighbours needs a dataset as --ref")
 

@@ -638,7 +638,7 @@ def test_an_interrupted_set_is_written_again_under_its_name(digits_run, tmp_path
     with mock.patch.object(pictures, "write_grid", side_effect=OSError("disk full")):
         assert_refused(script("sample.py", *draw, cwd=tmp_path), "disk full")
     done = script("sample.py", *draw, cwd=tmp_path)
-    assert done.returncode == 0 and "it was drawn with other" not in done.stdout
+    assert done.returncode == 0 and "not drawn with these" not in done.stdout
     assert files(tmp_path) == ["samples-rcs.json", "samples-rcs.npz", "samples-rcs.png"]
 
 
