@@ -93,11 +93,7 @@ def load_samples(opt: Options) -> list[tuple[Path, Tensor, Tensor]]:
     if not paths and not opt.save_stats:
         paths = sorted(Path("runs").glob("*/samples-*.npz"), key=lambda p: p.stat().st_mtime)[-1:]
         cem.require(bool(paths), "no samples in runs/: run python sample.py, or pass --samples")
-    samples = [(path, *data.read_samples(path)) for path in paths]
-    for path, images, _ in samples:
-        enough = len(images) > opt.splits
-        cem.require(enough, f"{path} has {len(images)} images: --splits {opt.splits} needs more")
-    return samples
+    return [(path, *data.read_samples(path)) for path in paths]
 
 
 def check_samples(samples: list, reference: Tensor, opt: Options) -> None:
@@ -111,11 +107,17 @@ def check_samples(samples: list, reference: Tensor, opt: Options) -> None:
         cem.require(shape == wanted, f"{differs}{resize}")
 
 
-def warn_if_sorted(path: Path, labels: Tensor, network, opt: Options) -> None:
-    runs, classes = len(labels.unique_consecutive()), len(labels.unique())
-    if network.names[0] and runs == classes > 1:
-        score = f"{network.names[0]}, averaged over {opt.splits} consecutive parts"
-        cli.warn(f"{path} is sorted by class: {score}, will be too low")
+def check_splits(samples: list, network: FeatureNetwork, opt: Options) -> None:
+    """Refuse sets that are too small, warn of those whose Inception Score will be too low."""
+    score = network.names[0]
+    least = f"--splits {opt.splits} needs more" if score else "a covariance needs at least 2"
+    for path, images, labels in samples:
+        enough = len(images) > (opt.splits if score else 1)
+        cem.require(enough, f"{path} has {len(images)} images: {least}")
+        runs, classes = len(labels.unique_consecutive()), len(labels.unique())
+        if score and runs == classes > 1:
+            parts = f"{score}, averaged over {opt.splits} consecutive parts"
+            cli.warn(f"{path} is sorted by class: {parts}, will be too low")
 
 
 def has_wanted(path: Path, labels: Tensor, network: FeatureNetwork) -> bool:
@@ -275,6 +277,7 @@ def main() -> None:
         network = dinov2.DINOv2(opt.weights, device, opt.precision)
     else:
         network = metrics.Checkpoint(opt.features, device, opt.precision)
+    check_splits(samples, network, opt)
     against = reference.read_statistics(Path(opt.ref), network.key)
     if against is None:
         images = reference.load_images(opt)
@@ -285,8 +288,6 @@ def main() -> None:
         arrays = dict(mu=mu, sigma=sigma, key=np.array(network.key))
         cem.write_atomically(opt.save_stats, lambda file: np.savez(file, **arrays))
         print(f"wrote {opt.save_stats}")
-    for path, _, labels in samples:
-        warn_if_sorted(path, labels, network, opt)
     if samples:
         evaluate(network, samples, against, opt)
 
