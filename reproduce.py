@@ -42,10 +42,9 @@ class Options:
     budget: str = option("", "time for all of it, such as 90m, 6h or 2d")
     full: bool = option(False, "the paper's recipe")
     rows: str = option(
-        "",
-        "rows of the table, such as sup-cs,unsup-maxent-cond; "
-        "--budget is still shared out as for all (default: all)",
-    )
+        "", "rows of the table, such as sup-cs,unsup-maxent-cond; "
+        "--budget is still shared out as for all (default: all)"
+    )  # fmt: skip
     weights: str = option(
         "",
         "FID Inception's weights (default: downloaded with --full or, but for digits, on a GPU)",

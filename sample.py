@@ -53,13 +53,9 @@ class Options:
     )
     seed: int = option(0, "random seed", "what to draw")
     steps: Optional[int] = option(
-        None,
-        f"steps of the ascent ({SETTINGS_HELP} {UNTUNED['steps']})",
-        "ascent",
-        type=cli.integer,
-        least=1,
-        metavar="N",
-    )
+        None, f"steps of the ascent ({SETTINGS_HELP} {UNTUNED['steps']})", "ascent",
+        type=cli.integer, least=1, metavar="N",
+    )  # fmt: skip
     step_size: Optional[float] = option(
         None, f"length of a step ({SETTINGS_HELP} all steps together walk "
         f"{DISPLACEMENT['ta']:g}, or {DISPLACEMENT['maxent']:g} for an encoder, on 3x32x32 images, "
@@ -91,10 +87,9 @@ class Options:
         "checkpoint", metavar="PATH",
     )  # fmt: skip
     dataset: str = option(
-        "",
-        f"for a checkpoint without seeds, to fit them (and a bank) to: {data.HELP}",
+        "", f"for a checkpoint without seeds, to fit them (and a bank) to: {data.HELP}",
         "checkpoint",
-    )
+    )  # fmt: skip
     data_dir: str = option("data", data.DIR_HELP, "checkpoint", metavar="PATH")
     image_size: int = option(0, data.IMAGE_SIZE, "checkpoint", least=0)
     mean: list[float] = cli.option_list(float, cli.MEAN, "checkpoint")
