@@ -9,12 +9,12 @@ are over seeds or splits, "NAME std" in the JSON or, of shares of n images, bino
 
 import json
 import re
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cem
@@ -54,18 +54,19 @@ def shipped(*records: dict) -> Iterator[dict]:
         yield row | {"C-FD of 1,000 images, by [sampler](#samplers)": ", ".join(distances)}
 
 
-def cards(real: dict, autoattack: dict, *records: dict) -> Iterator[dict]:
+def cards(real: dict, *records: dict) -> Iterator[dict]:
     (judge,) = real["rows"]  # of test images, `wanted` is its accuracy
     interval = {"clean_accuracy": (judge["wanted low"], judge["wanted high"])}
     judge |= {"ckpt": "judge.pt", "clean_accuracy": judge["wanted"], "intervals": interval}
     keys = {"clean, %": "clean_accuracy", "PGD-20, %": "pgd-20", "AutoAttack, %": "autoattack"}
-    for found in (*records, judge):
-        row = {"file": f"`{Path(found['ckpt']).name}`"} | dict.fromkeys(keys, "–")
-        for of in (autoattack, found):
-            for column, key in keys.items():
-                if of["ckpt"] == found["ckpt"] and key in of:
-                    row[column] = f"{percent(of[key], *of['intervals'][key])} of {of['n']:,}"
-        yield row
+    rows = {}
+    for found in (*records, judge):  # of two figures the later one
+        name = f"`{Path(found['ckpt']).name}`"
+        row = rows.setdefault(name, {"file": name} | dict.fromkeys(keys, "–"))
+        for column, key in keys.items():
+            if key in found:
+                row[column] = f"{percent(found[key], *found['intervals'][key])} of {found['n']:,}"
+    yield from rows.values()
 
 
 def sup(second: dict, first: dict, real: dict) -> Iterator[dict]:
@@ -147,8 +148,7 @@ def losses(record: dict, held_out: dict | None = None) -> Iterator[dict]:
             cells = [kind(run, key, form) for run in finished if key in run]
             if len(cells) > 1:
                 values = [cell.value for cell in cells]
-                mean, spread = statistics.mean(values), statistics.stdev(values)
-                cells = [replace(cells[0], value=mean, error=spread)]
+                cells = [replace(cells[0], value=mean(values), error=stdev(values))]
             if key in measured and (key != "minutes" or len(runs) == 1):  # many share the cores
                 row[column] = cells[0] if cells else "–"
         yield row
