@@ -217,12 +217,12 @@ TABLES = {  # document -> marker -> function and its JSON files
         "losses-digits": (losses, "losses-digits"),
         "losses-cifar10": (losses, "losses-cifar10 held-out"),
     },
-    "checkpoints/README.md": {"cards": (cards, "real sup-autoattack sup-accuracy unsup-probe")},
+    "checkpoints/README.md": {
+        "cards": (cards, "real sup-autoattack unsup-autoattack sup-accuracy unsup-probe")},
     "bench/README.md": {
         "leaderboard": (leaderboard, "leaderboard"),
-        "ablations": (ablations, "ablations"), "five-epochs": (ablations, "five-epochs"),
-        "bench-cpu": (bench, "bench-cpu bench-cpu-float32"),
-        "bench-cuda": (bench, "bench-cuda"),
+        "five-epochs": (ablations, "five-epochs"), "ablations": (ablations, "ablations"),
+        "bench-cpu": (bench, "bench-cpu bench-cpu-float32"), "bench-cuda": (bench, "bench-cuda"),
         "cost-cpu": (cost, "cost-cpu"),
     },
 }  # fmt: skip
